@@ -1,0 +1,43 @@
+"""fewbit: train PyTorch models with a few bits per saved activation. Forward stays exact; backward reads codes."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fewbit.design import design  # now, not on first use: importing the package fewbit.design must not take the name
+from fewbit.errors import ActivationError, DesignError, FewbitError, InputError, TableError, TableFileError
+
+if TYPE_CHECKING:
+    from fewbit import functional, nn
+    from fewbit.activations import register
+    from fewbit.design.table import CodeTable
+    from fewbit.store import load_table
+
+__version__ = "0.1.0"
+__all__ = [
+    "ActivationError",
+    "CodeTable",
+    "DesignError",
+    "FewbitError",
+    "InputError",
+    "TableError",
+    "TableFileError",
+    "design",
+    "functional",
+    "load_table",
+    "nn",
+    "register",
+]
+_HOMES = {"CodeTable": "fewbit.design.table", "load_table": "fewbit.store", "register": "fewbit.activations"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import fewbit` is quick: the names above, and modules such as `fewbit.GELU`."""
+    if name in ("functional", "nn"):
+        return import_module(f"fewbit.{name}")
+    if name in _HOMES or name[:1].isupper():
+        return getattr(import_module(_HOMES.get(name, "fewbit.nn")), name)
+    raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *dir(import_module("fewbit.nn"))})

@@ -1,0 +1,292 @@
+"""The registry: one frozen record per activation, the single place where facts about it stand.
+
+The functional API, the modules, the command line, the shipped tables and the tests all derive from `names()` and `get()`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fewbit.errors import ActivationError
+from fewbit.record import Activation, Array, DerivativeShape, from_callable
+
+if TYPE_CHECKING:
+    import torch
+
+
+def names() -> list[str]:
+    """Names of all registered activations, in order of registration."""
+    return list(_REGISTRY)
+
+
+def get(activation: str | Activation, /, **parameters: float) -> Activation:
+    """The record of `activation`, a name or a record, with `parameters` replacing its defaults.
+
+    Raises ActivationError for an unknown name (it suggests the nearest), an unknown parameter, or a parameter that is
+    not a finite number.
+    """
+    record = activation if isinstance(activation, Activation) else _look_up(activation)
+    return record.with_parameters(**parameters) if parameters else record
+
+
+def _look_up(name: str) -> Activation:
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "fewbit.register() adds your own"
+    raise ActivationError(f"unknown activation {name!r}; {hint} (`fewbit list` shows all)")
+
+
+def register(
+    name: str,
+    function: Callable[..., torch.Tensor],
+    derivative: Callable[..., Array] | None = None,
+    *,
+    parameters: Mapping[str, float] | None = None,
+    jumps: tuple[float, ...] = (),
+    kinks: tuple[float, ...] = (),
+    even: bool = False,
+    module: str | None = None,
+    overwrite: bool = False,
+) -> Activation:
+    """Add your own activation; `fewbit.functional.NAME` and `fewbit.nn.Name` exist from then on.
+
+    name        a Python identifier
+    function    pointwise on tensors: function(x, **parameters) -> tensor of x's shape
+    derivative  f'(x, **parameters) on float64 arrays; left out, torch differentiates `function` in float64
+    parameters  names and default values of numeric parameters
+    jumps       points where f' jumps; kinks: where f' has a corner; even: whether f'(-x) = f'(x)
+    module      name of the module class; by default the name in CamelCase
+    overwrite   replace an activation of the same name, instead of raising
+
+    Returns the record. Raises ActivationError if the name is taken or no identifier, or the function is not pointwise.
+
+    >>> import fewbit
+    >>> snake = fewbit.register("snake", lambda x: x + x.sin() ** 2, overwrite=True)
+    >>> round(float(snake.df(0.0)), 3)
+    1.0
+    """
+    if not name.isidentifier():
+        raise ActivationError(f"the name of an activation must be a Python identifier, got {name!r}")
+    if name in _REGISTRY and not overwrite:
+        raise ActivationError(f"an activation {name!r} exists; pass overwrite=True to replace it")
+    camel = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+    record = replace(
+        from_callable(function, derivative, parameters=parameters),
+        name=name,
+        module=module or camel,
+        shape=DerivativeShape(tuple(jumps), tuple(kinks), even),
+    )
+    _REGISTRY[name] = record
+    return record
+
+
+# The records. At a jump each derivative takes the side that torch's backward takes: `x > 0` where torch tests `x > 0`.
+
+_SIXTH = float(np.float32(1 / 6))  # torch's hardsigmoid backward uses the single-precision sixth, in float64 too
+_SELU_ALPHA = 1.6732632423543772848170429916717
+_SELU_SCALE = 1.0507009873554804934193349852946
+_TANH_GELU = 0.7978845608028654  # sqrt(2 / pi), as in torch's tanh approximation, with 0.044715 below
+
+
+def _cdf(x: Array) -> Array:
+    from scipy.special import ndtr  # imported on use: scipy.special costs 0.3 s, which `fewbit --help` need not pay
+
+    return ndtr(x)
+
+
+def _pdf(x: Array) -> Array:
+    return np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi)
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return 0.5 * x * (1 + np.tanh(_TANH_GELU * (x + 0.044715 * x**3)))
+
+
+def _gelu_tanh_derivative(x: Array) -> Array:
+    t = np.tanh(_TANH_GELU * (x + 0.044715 * x**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _TANH_GELU * (1 + 3 * 0.044715 * x * x)
+
+
+def _swish_derivative(x: Array, beta: float = 1.0) -> Array:
+    """Derivative of x·sigmoid(beta·x)."""
+    s = _sigmoid(beta * x)
+    return s + beta * x * s * (1 - s)
+
+
+def _mish_derivative(x: Array) -> Array:
+    t = np.tanh(np.logaddexp(0.0, x))
+    return t + x * (1 - t * t) * _sigmoid(x)
+
+
+def _elu(x: Array, alpha: float, scale: float = 1.0, rate: float = 1.0) -> Array:
+    return scale * np.where(x > 0, x, alpha * np.expm1(rate * np.minimum(x, 0.0)))
+
+
+def _elu_derivative(x: Array, alpha: float, scale: float = 1.0, rate: float = 1.0) -> Array:
+    return scale * np.where(x > 0, 1.0, alpha * rate * np.exp(rate * np.minimum(x, 0.0)))
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * (1.702 * x).sigmoid()  # torch has no such function: this is the form that CLIP and its ports compute
+
+
+_SMOOTH = DerivativeShape()
+_EVEN = DerivativeShape(even=True)
+_JUMP_AT_0 = DerivativeShape(jumps=(0.0,))
+
+
+def _clip_shape(min_val: float, max_val: float) -> DerivativeShape:
+    return DerivativeShape(jumps=(min_val, max_val), even=min_val == -max_val)
+
+
+def _record(
+    name: str,
+    module: str,
+    f: Callable[..., Array],
+    df: Callable[..., Array],
+    shape: DerivativeShape | Callable[..., DerivativeShape] = _SMOOTH,
+    torch_function: str | Callable[..., torch.Tensor] | None = None,
+    options: Mapping[str, str] | None = None,
+    **parameters: float,
+) -> Activation:
+    function = torch_function or f"torch.nn.functional.{name}"
+    return Activation(name, f, df, function, module, parameters, options or {}, shape)
+
+
+_GELU = "torch.nn.functional.gelu"
+
+_REGISTRY: dict[str, Activation] = {
+    record.name: record
+    for record in (
+        _record("gelu", "GELU", lambda x: x * _cdf(x), lambda x: _cdf(x) + x * _pdf(x), options={"approximate": "none"}),
+        _record("gelu_tanh", "GELU", _gelu_tanh, _gelu_tanh_derivative, torch_function=_GELU, options={"approximate": "tanh"}),
+        _record(
+            "quick_gelu",
+            "QuickGELU",
+            lambda x: x * _sigmoid(1.702 * x),
+            lambda x: _swish_derivative(x, 1.702),
+            torch_function=_quick_gelu,
+        ),
+        _record("silu", "SiLU", lambda x: x * _sigmoid(x), _swish_derivative),
+        _record("mish", "Mish", lambda x: x * np.tanh(np.logaddexp(0.0, x)), _mish_derivative),
+        _record("sigmoid", "Sigmoid", _sigmoid, lambda x: _sigmoid(x) * _sigmoid(-x), _EVEN, torch_function="torch.sigmoid"),
+        _record("tanh", "Tanh", np.tanh, lambda x: 4 * _sigmoid(2 * x) * _sigmoid(-2 * x), _EVEN, torch_function="torch.tanh"),
+        _record("logsigmoid", "LogSigmoid", lambda x: -np.logaddexp(0.0, -x), lambda x: _sigmoid(-x)),
+        _record(
+            "softplus",
+            "Softplus",
+            lambda x, beta, threshold: np.where(beta * x > threshold, x, np.logaddexp(0.0, beta * x) / beta),
+            lambda x, beta, threshold: np.where(beta * x > threshold, 1.0, _sigmoid(beta * x)),
+            lambda beta, threshold: DerivativeShape(jumps=(threshold / beta,)),
+            beta=1.0,
+            threshold=20.0,
+        ),
+        _record(
+            "softsign",
+            "Softsign",
+            lambda x: x / (1 + np.abs(x)),
+            lambda x: (1 + np.abs(x)) ** -2.0,
+            DerivativeShape(kinks=(0.0,), even=True),
+        ),
+        _record("tanhshrink", "Tanhshrink", lambda x: x - np.tanh(x), lambda x: np.tanh(x) ** 2, _EVEN),
+        _record(
+            "elu",
+            "ELU",
+            _elu,
+            _elu_derivative,
+            lambda alpha: DerivativeShape(kinks=(0.0,)) if alpha == 1 else _JUMP_AT_0,
+            alpha=1.0,
+        ),
+        _record(
+            "celu",
+            "CELU",
+            lambda x, alpha: _elu(x, alpha, rate=1 / alpha),
+            lambda x, alpha: _elu_derivative(x, alpha, rate=1 / alpha),
+            DerivativeShape(kinks=(0.0,)),
+            alpha=1.0,
+        ),
+        _record(
+            "selu",
+            "SELU",
+            lambda x: _elu(x, _SELU_ALPHA, _SELU_SCALE),
+            lambda x: _elu_derivative(x, _SELU_ALPHA, _SELU_SCALE),
+            _JUMP_AT_0,
+        ),
+        _record(
+            "hardswish",
+            "Hardswish",
+            lambda x: x * np.clip(x + 3, 0, 6) / 6,
+            lambda x: np.where(x <= -3, 0.0, np.where(x < 3, x / 3 + 0.5, 1.0)),
+            DerivativeShape(jumps=(-3.0, 3.0)),
+        ),
+        _record(
+            "hardsigmoid",
+            "Hardsigmoid",
+            lambda x: np.clip(x + 3, 0, 6) / 6,
+            lambda x: np.where((x > -3) & (x < 3), _SIXTH, 0.0),
+            _clip_shape(-3.0, 3.0),
+        ),
+        _record(
+            "hardtanh",
+            "Hardtanh",
+            lambda x, min_val, max_val: np.clip(x, min_val, max_val),
+            lambda x, min_val, max_val: np.where((x > min_val) & (x < max_val), 1.0, 0.0),
+            _clip_shape,
+            min_val=-1.0,
+            max_val=1.0,
+        ),
+        _record("relu", "ReLU", lambda x: np.maximum(x, 0.0), lambda x: np.where(x > 0, 1.0, 0.0), _JUMP_AT_0),
+        _record(
+            "relu6",
+            "ReLU6",
+            lambda x: np.clip(x, 0.0, 6.0),
+            lambda x: np.where((x > 0) & (x < 6), 1.0, 0.0),
+            _clip_shape(0.0, 6.0),
+        ),
+        _record(
+            "leaky_relu",
+            "LeakyReLU",
+            lambda x, negative_slope: np.where(x > 0, x, negative_slope * x),
+            lambda x, negative_slope: np.where(x > 0, 1.0, negative_slope),
+            _JUMP_AT_0,
+            negative_slope=0.01,
+        ),
+        _record(
+            "softshrink",
+            "Softshrink",
+            lambda x, lambd: np.where(np.abs(x) > lambd, x - np.copysign(lambd, x), 0.0),
+            lambda x, lambd: np.where(np.abs(x) > lambd, 1.0, 0.0),
+            lambda lambd: _clip_shape(-lambd, lambd),
+            lambd=0.5,
+        ),
+        _record(
+            "hardshrink",
+            "Hardshrink",
+            lambda x, lambd: np.where(np.abs(x) > lambd, x, 0.0),
+            lambda x, lambd: np.where(np.abs(x) > lambd, 1.0, 0.0),
+            lambda lambd: _clip_shape(-lambd, lambd),
+            lambd=0.5,
+        ),
+        _record(
+            "threshold",
+            "Threshold",
+            lambda x, threshold, value: np.where(x > threshold, x, value),
+            lambda x, threshold, value: np.where(x > threshold, 1.0, 0.0),
+            lambda threshold, value: DerivativeShape(jumps=(threshold,)),
+            threshold=0.0,
+            value=0.0,
+        ),
+    )
+}
+BUILT_IN: Mapping[str, Activation] = MappingProxyType(dict(_REGISTRY))  # what ships, whatever users register over it

@@ -1,0 +1,97 @@
+"""A pointwise activation that keeps packed codes for backward, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from fewbit import kernels
+from fewbit.errors import InputError
+
+Tensor = torch.Tensor
+
+
+class Coder(NamedTuple):
+    """A code table as tensors, on the device and in the dtype of comparison of the input.
+
+    thresholds (m,) and levels (K,): float64 for float64 inputs, else float32; codes (m+1,) uint8; bits of one code
+    """
+
+    thresholds: Tensor
+    codes: Tensor
+    levels: Tensor
+    bits: int
+
+
+def coded_activation(x: Tensor, forward: Callable[[Tensor], Tensor], coder: Coder, inplace: bool = False) -> Tensor:
+    """forward(x), whose backward multiplies by the level of each x's code instead of by f'(x).
+
+    x        floating-point, any shape and strides
+    forward  the exact operation; with `inplace` it overwrites its argument and returns it
+    Returns  what `forward` returns. Kept for backward: packed codes of ceil(n·bits/8) bytes plus at most 512.
+
+    The gradient can be taken once: differentiating it again raises InputError, since codes carry no second derivative.
+    """
+    return _CodedActivation.apply(x, forward, coder, inplace)  # type: ignore[return-value]
+
+
+class _CodedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], coder: Coder, inplace: bool) -> Tensor:
+        if inplace:  # f is about to overwrite x
+            packed = _encode(x, coder)
+            y = forward(x)
+            ctx.mark_dirty(x)
+        else:
+            y = forward(x)
+            packed = _encode(x, coder)
+        ctx.save_for_backward(packed)
+        ctx.coder, ctx.shape, ctx.order, ctx.dtype = coder, x.shape, _memory_order(x), x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        (packed,) = ctx.saved_tensors
+        flat = grad.permute(ctx.order).reshape(-1)
+        product = kernels.decode(packed, ctx.coder.levels, flat, ctx.coder.bits).to(ctx.dtype)
+        grad_x = product.view([ctx.shape[dim] for dim in ctx.order]).permute(_inverse(ctx.order))
+        if torch.is_grad_enabled():  # create_graph=True
+            grad_x = _Once.apply(grad_x.detach().requires_grad_())
+        return grad_x, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """The identity, for a gradient that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise InputError(
+            "the gradient of a coded activation can be taken once: its codes hold f' but no second derivative; "
+            "for double backward (gradient penalties, Hessians) use torch's own activation"
+        )
+
+
+def _encode(x: Tensor, coder: Coder) -> Tensor:
+    flat = x.permute(_memory_order(x)).reshape(-1)  # a view of a dense tensor, a copy of any other
+    return kernels.encode(flat, coder.thresholds, coder.codes, coder.bits)
+
+
+def _memory_order(x: Tensor) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost: codes follow memory, so that dense inputs need no copy,
+    and the gradient gets the input's memory layout, as torch's own does."""
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda dim: -strides[dim])
+
+
+def _inverse(order: list[int]) -> list[int]:
+    inverse = [0] * len(order)
+    for position, dim in enumerate(order):
+        inverse[dim] = position
+    return inverse

@@ -1,0 +1,289 @@
+"""The `fewbit` command: thin, typed commands over the library. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewbit.errors import ActivationError, DesignError, FewbitError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fewbit.design import CodeTable
+    from fewbit.record import Activation
+
+app = typer.Typer(
+    help="Optimal few-bit codes for the backward pass of activations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tables_app = typer.Typer(help="The shipped tables.", no_args_is_help=True)
+app.add_typer(tables_app, name="tables")
+
+# the base of all usage errors, which typer exports under no name of its own in some versions
+_CommandError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+Bits = Annotated[int, typer.Option(help="Bits of one code, 1 to 8.")]
+Weight = Annotated[str, typer.Option(help="student, normal, uniform, or with arguments: 'normal(mean=0, std=2)'.")]
+Coding = Annotated[str, typer.Option(help="level (intervals share levels) or interval (one level each).")]
+Domain = Annotated[tuple[float, float] | None, typer.Option(help="Low and high end of x.", metavar="LOW HIGH")]
+Parameters = Annotated[list[str] | None, typer.Option("--param", help="A parameter, such as alpha=0.5; may be repeated.")]
+Samples = Annotated[Path | None, typer.Option(help="A .npy file of pre-activations to use as weight.")]
+Name = Annotated[str, typer.Argument(help="An activation of `fewbit list`, or package.module:function on tensors.")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status: 0, 1 for a failure, 2 for wrong usage. Errors take one line on stderr."""
+    arguments = _spread_bits(sys.argv[1:] if argv is None else argv)
+    try:
+        return app(args=arguments, prog_name="fewbit", standalone_mode=False) or 0
+    except _CommandError as error:
+        return _complain(error.format_message(), error.exit_code)
+    except (ActivationError, DesignError) as error:  # a wrong name or a value out of range on the command line
+        return _complain(str(error), 2)
+    except FewbitError as error:
+        return _complain(str(error), 1)
+    except BrokenPipeError:  # the reader of our output has gone: `fewbit list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _complain(f"{error.filename or 'file'}: {error.strerror or error}", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", 130)
+
+
+def _complain(message: str, status: int) -> int:
+    print("fewbit: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _spread_bits(arguments: list[str]) -> list[str]:
+    """`--bits 1 2 3` -> `--bits 1 --bits 2 --bits 3`: options with several values, which typer does not know."""
+    spread: list[str] = []
+    after_bits = False
+    for argument in arguments:
+        if after_bits and argument.lstrip("-").isdigit() and spread[-1] != "--bits":
+            spread.append("--bits")
+        elif argument == "--bits":
+            after_bits = True
+        elif not argument.lstrip("-").isdigit():
+            after_bits = False
+        spread.append(argument)
+    return spread
+
+
+@app.command("list")
+def list_activations() -> None:
+    """All activations, with the error of their shipped tables."""
+    from fewbit import activations, terminal
+    from fewbit.store import SHIPPED_BITS, load_table
+
+    view = terminal.table(("activation", "module", "parameters"), tuple(map(_count_bits, SHIPPED_BITS)))
+    for record in map(activations.get, activations.names()):
+        arguments = {**record.options, **{name: f"{value:g}" for name, value in record.parameters.items()}}
+        shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        errors = [load_table(record, bits).relative_rms for bits in SHIPPED_BITS]
+        view.add_row(record.name, record.module, shown, *(f"{error:.4f}" if error else "exact" for error in errors))
+    terminal.console().print("Relative rms error of the derivative's codes, weight student, level coding\n", view, sep="\n")
+
+
+@app.command()
+def table(
+    name: Name,
+    bits: Bits = 3,
+    weight: Weight = "student",
+    coding: Coding = "level",
+    domain: Domain = None,
+    param: Parameters = None,
+    samples: Samples = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Show the optimal code table of an activation, and write it where --output says."""
+    found = _find_table(_find_activation(name), bits, weight, coding, domain, param, samples)
+    if output:
+        found.save(output)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    _print_table(found)
+    if output:
+        print(f"wrote {output}")
+
+
+@tables_app.command("build")
+def build(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file would change.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; the shipped tables' own if left out.")] = None,
+) -> None:
+    """Design all shipped tables anew."""
+    from rich.progress import track
+
+    from fewbit import activations, terminal
+    from fewbit.errors import TableError
+    from fewbit.store import build_tables, tables_directory
+
+    directory = output or tables_directory()
+    steps = build_tables(directory, check=check)
+    progress = track(steps, "designing", total=len(activations.BUILT_IN), console=terminal.console(stderr=True))
+    changed = [name for name, differs in progress if differs]
+    if check and changed:
+        raise TableError(
+            f"{len(changed)} files in {directory} differ from a new design: {', '.join(changed)}; run `fewbit tables build`"
+        )
+    state = "are as a new design makes them" if not changed else f"written; changed: {', '.join(changed)}"
+    print(f"{len(activations.BUILT_IN)} files in {directory} {state}")
+
+
+@app.command()
+def plot(
+    name: Annotated[str | None, typer.Argument(help="An activation, or package.module:function.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="One or more: --bits 1 2 3 4.")] = None,
+    weight: Weight = "student",
+    coding: Coding = "level",
+    domain: Domain = None,
+    param: Parameters = None,
+    samples: Samples = None,
+    gallery: Annotated[bool, typer.Option("--gallery", help="All activations, at one number of bits.")] = False,
+    errors: Annotated[bool, typer.Option("--errors", help="Error against bits, all activations, both codings.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Picture to write: .png, .svg, .pdf.")] = None,
+) -> None:
+    """Draw f' with the steps of its tables and the error, or an overview of all activations."""
+    if (name is not None) + gallery + errors != 1:
+        raise typer.BadParameter("give an activation's name, or --gallery, or --errors")
+    if gallery and bits and len(bits) > 1:
+        raise typer.BadParameter("--gallery takes one number of bits")
+    from fewbit import plots
+
+    if errors:
+        figure, stem = plots.plot_errors(), "errors"
+    elif gallery:
+        figure, stem = plots.plot_gallery((bits or [3])[0]), "gallery"
+    else:
+        record = _find_activation(str(name))
+        found = [_find_table(record, b, weight, coding, domain, param, samples) for b in bits or (1, 2, 3, 4)]
+        bound = record.with_parameters(**found[0].parameters)
+        figure, stem = plots.plot_tables(bound, found), record.name
+    _show_or_save(figure, output, f"fewbit-{stem}.png")
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 150,
+    bits: Annotated[list[int] | None, typer.Option(help="Runs besides the exact one: --bits 3 1.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, …")] = "cpu",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture of the loss curves.")] = Path("fewbit-demo.png"),
+) -> None:
+    """Train a small GPT on the Python standard library with exact and with coded GELU, side by side."""
+    from fewbit import terminal
+
+    console = terminal.console()
+    console.print(f"Training a small GPT on the Python standard library for {steps} steps")  # before torch takes its time
+    from fewbit.demo import run
+
+    run(steps=steps, bits=bits or [3, 1], device=device, output=output, console=console)
+
+
+def _find_activation(name: str) -> Activation:
+    """The record of a registered name or of `package.module:function`, imported with the working folder on the path."""
+    from fewbit import activations
+    from fewbit.record import from_callable
+
+    if ":" not in name:
+        return activations.get(name)
+    import importlib
+
+    home, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(home), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ActivationError(f"cannot import {name}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return from_callable(function)
+
+
+def _find_table(record, bits, weight, coding, domain, param, samples) -> CodeTable:
+    from fewbit.store import load_table
+
+    if samples is not None:
+        weight = _read_samples(samples)
+    record = record.with_parameters(**_parse_parameters(param or []))
+    return load_table(record, bits, weight=weight, coding=coding, domain=domain)
+
+
+def _read_samples(path: Path):
+    import numpy as np
+
+    try:
+        return np.load(path)
+    except (ValueError, EOFError) as error:
+        raise typer.BadParameter(f"--samples {path} is no .npy file of numbers: {error}") from error
+
+
+def _parse_parameters(texts: list[str]) -> dict[str, float]:
+    values = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            values[name.strip()] = float(number)
+        except ValueError as error:
+            raise typer.BadParameter(f"--param takes NAME=NUMBER, such as alpha=0.5; got {text!r}") from error
+    return values
+
+
+def _print_table(found: CodeTable) -> None:
+    from fewbit import terminal
+
+    label = "".join(f", {name}={value:g}" for name, value in found.parameters.items())
+    view = terminal.table((), ("x above", "up to", "code", "level"))
+    ends = ["-inf", *(f"{threshold:.6f}" for threshold in found.thresholds), "inf"]
+    for low, high, code in zip(ends[:-1], ends[1:], found.codes, strict=True):
+        view.add_row(low, high, str(code), f"{found.levels[0, code]:.6f}")
+    low, high = found.domain or (float("nan"),) * 2
+    terminal.console().print(
+        f"{found.activation}{label}: {_count_bits(found.bits)}, weight {found.weight}, {found.coding} coding\n",
+        view,
+        f"\nmse {found.mse:.6g}, relative rms {found.relative_rms:.6g} on [{low:g}, {high:g}]",
+        sep="\n",
+    )
+
+
+def _count_bits(bits: int) -> str:
+    return "1 bit" if bits == 1 else f"{bits} bits"
+
+
+def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:
+    """Write the figure to `output`; without one, show it in a window, or where there is no display write it to `default`."""
+    if output is None and _has_display():
+        import matplotlib.pyplot as plt
+
+        manager = plt.figure().canvas.manager
+        if manager is not None:
+            manager.canvas.figure = figure
+            figure.set_canvas(manager.canvas)
+            plt.show()
+            return
+    path = output or Path(default)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:  # an ending that matplotlib does not know
+        raise typer.BadParameter(f"--output {path}: {error}") from error
+    print(f"wrote {path}")
+
+
+def _has_display() -> bool:
+    """Whether matplotlib would open a window: it looks for a display and falls back to Agg, which draws into memory."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend(mpl.get_backend())
+    return mpl.get_backend().lower() != "agg"

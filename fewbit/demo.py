@@ -1,0 +1,219 @@
+"""`fewbit demo`: a small GPT on the text of the Python standard library, with exact GELU and with coded GELU, side by side."""
+
+from __future__ import annotations
+
+import statistics
+import sysconfig
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from torch import nn
+
+import fewbit
+from fewbit import terminal
+from fewbit.errors import FewbitError, InputError
+
+Tensor = torch.Tensor
+
+CONTEXT, WIDTH, HEADS, LAYERS, BATCH = 128, 128, 4, 4, 16
+TEXT_BYTES, HELD_OUT_BATCHES, SEED = 4_000_000, 8, 0
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block on (batch, tokens, WIDTH)."""
+
+    def __init__(self, activation: nn.Module):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.act, self.down = nn.Linear(WIDTH, 4 * WIDTH), activation, nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(attended.transpose(1, 2).flatten(-2))
+        return x + self.down(self.act(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Bytes (batch, tokens) int64 to logits (batch, tokens, 256) of the next byte. `bits` None: torch's exact GELU."""
+
+    def __init__(self, bits: int | None):
+        super().__init__()
+        self.embed, self.position = nn.Embedding(256, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        activations = (nn.GELU() if bits is None else fewbit.GELU(bits=bits) for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(Block(activation) for activation in activations)
+        self.gelus = [module for module in self.modules() if isinstance(module, nn.GELU)]
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+@dataclass
+class Run:
+    """One model in training, and what was seen of it."""
+
+    label: str
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    gelu_bytes: int = 0
+    total_bytes: int = 0
+    held_out: float = float("nan")
+
+
+def run(steps: int, bits: list[int], device: str, output: Path, console: Console) -> list[Run]:
+    """Train the exact model and one for each of `bits`, in turn step by step on the same batches; print the outcome.
+
+    Writes the loss curves to `output`. Raises InputError for a device that torch does not have.
+    """
+    place = _device(device)
+    training, held_out = _text(place)
+    runs = [_start(None, place), *(_start(b, place) for b in bits)]
+    sampler = torch.Generator().manual_seed(SEED)
+    with Live(_progress(runs, 0, steps), console=console, refresh_per_second=4) as live:
+        for step in range(steps):
+            batch = _batch(training, sampler)
+            for each in runs:
+                _train_step(each, batch, place)
+            live.update(_progress(runs, step + 1, steps))
+    for each in runs:
+        each.held_out = _evaluate(each.model, held_out)
+    console.print(_outcome(runs))
+    _draw(runs, output)
+    console.print(f"wrote {output}")
+    return runs
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"torch has no device {name!r} here ({str(error).splitlines()[0]}); --device cpu always works"
+        ) from error
+    return device
+
+
+def _text(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bytes of the standard library's modules, uint8: those to train on, and a last twentieth held out."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    content, files = bytearray(), sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py"))
+    for path in files:
+        if "site-packages" not in path.parts and "test" not in path.parts:
+            content += path.read_bytes()
+        if len(content) >= TEXT_BYTES:
+            break
+    if len(content) < 100 * CONTEXT * BATCH:
+        raise FewbitError(f"the demo reads the standard library's source, but {library} holds only {len(content)} bytes of it")
+    data = torch.frombuffer(content[:TEXT_BYTES], dtype=torch.uint8).to(device)
+    cut = len(data) * 19 // 20
+    return data[:cut], data[cut:]
+
+
+def _start(bits: int | None, device: torch.device) -> Run:
+    torch.manual_seed(SEED)
+    model = GPT(bits).to(device)
+    label = "exact" if bits is None else f"{bits} bit" + "s" * (bits > 1)
+    return Run(label, model, torch.optim.AdamW(model.parameters(), lr=2e-3))
+
+
+def _batch(data: Tensor, sampler: torch.Generator) -> Tensor:
+    """Random stretches of the text (BATCH, CONTEXT + 1) int64."""
+    starts = torch.randint(len(data) - CONTEXT - 1, (BATCH,), generator=sampler)
+    return torch.stack([data[start : start + CONTEXT + 1] for start in starts.tolist()]).long()
+
+
+def _loss(model: GPT, batch: Tensor) -> Tensor:
+    logits = model(batch[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def _train_step(each: Run, batch: Tensor, device: torch.device) -> None:
+    if not each.losses:
+        each.gelu_bytes, each.total_bytes = _kept_bytes(each.model, batch)
+    start = time.perf_counter()
+    loss = _loss(each.model, batch)
+    loss.backward()
+    each.optimizer.step()
+    each.optimizer.zero_grad()
+    each.losses.append(loss.item())  # waits for the device
+    each.seconds.append(time.perf_counter() - start)
+
+
+@torch.no_grad()
+def _evaluate(model: GPT, data: Tensor) -> float:
+    sampler = torch.Generator().manual_seed(SEED)
+    return statistics.fmean(_loss(model, _batch(data, sampler)).item() for _ in range(HELD_OUT_BATCHES))
+
+
+def _kept_bytes(model: GPT, batch: Tensor) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for backward: by the GELUs themselves, and in all, parameters apart.
+
+    Counted as torch sees them: the storages of all saved tensors, each once. What a GELU keeps and another operation
+    keeps too counts for both, but once in the total.
+    """
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    total: dict[int, int] = {}
+    by_gelu: dict[int, int] = {}
+
+    def recorder(seen: dict[int, int]):
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                seen[storage.data_ptr()] = total[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    inner = recorder(by_gelu)
+    handles = [gelu.register_forward_pre_hook(lambda *_: inner.__enter__()) for gelu in model.gelus]
+    handles += [gelu.register_forward_hook(lambda *_: inner.__exit__()) for gelu in model.gelus]
+    with recorder({}):
+        loss = _loss(model, batch)  # held until the count is read, so that no storage is freed and its address used again
+    for handle in handles:
+        handle.remove()
+    del loss
+    return sum(by_gelu.values()), sum(total.values())
+
+
+def _progress(runs: list[Run], step: int, steps: int) -> str:
+    losses = ", ".join(f"{each.label} {statistics.fmean(each.losses[-20:]):.3f}" for each in runs if each.losses)
+    filled = 30 * step // steps
+    return f"{'━' * filled}{'╌' * (30 - filled)} step {step} of {steps}\ntraining loss: {losses or '–'}"
+
+
+def _outcome(runs: list[Run]) -> Table:
+    measured = ("held-out\nloss", "against\nexact", "GELUs keep\nMiB", "share of\nexact", "all keep\nMiB")
+    view = terminal.table(("\nGELU",), (*measured, "seconds\na step", "time over\nexact"))
+    exact = runs[0]
+    for each in runs:
+        ratios = [own / base for own, base in zip(each.seconds, exact.seconds, strict=True)]
+        view.add_row(
+            each.label,
+            f"{each.held_out:.4f}",
+            f"{each.held_out / exact.held_out - 1:+.2%}",
+            f"{each.gelu_bytes / 2**20:.2f}",
+            f"{each.gelu_bytes / exact.gelu_bytes:.5f}",
+            f"{each.total_bytes / 2**20:.1f}",
+            f"{statistics.median(each.seconds):.3f}",
+            f"{statistics.median(ratios):.2f}",
+        )
+    return view
+
+
+def _draw(runs: list[Run], output: Path) -> None:
+    from fewbit.plots import plot_losses
+
+    plot_losses({each.label: each.losses for each in runs}).savefig(output, dpi=150)

@@ -1,0 +1,69 @@
+"""design(): from an activation, a number of bits and a weight to the CodeTable of least error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewbit.design.table import CodeTable
+    from fewbit.record import Activation
+
+
+def design(
+    activation: str | Activation | Callable[..., Any],
+    bits: int | None = None,
+    *,
+    weight: Any = "student",
+    coding: str | None = None,
+    channels: tuple[str, ...] = ("derivative",),
+    balance: float = 1.0,
+    levels: int | None = None,
+    domain: tuple[float, float] | None = None,
+    cells: int = 4096,
+    **parameters: float,
+) -> CodeTable:
+    """The code table of least error ∫ w (f' - q)² dx among all with the given bits.
+
+    activation  a registered name, a record, or a pointwise function on tensors
+    bits        of one code, 1 to 8; 3 if neither `bits` nor `levels` is given
+    weight      density of the pre-activation: a text such as "student", "normal(std=2)", "uniform", a function of a float64
+                array, an array of samples, or a Weight
+    coding      "level": each x takes the level nearest to f'(x), and intervals share levels; the default, never worse.
+                "interval": a level for each interval, as published; the default, and the only one, for several channels
+    channels    what backward will read: "derivative" (f'), "value" (f), or both from one code (a joint table)
+    balance     factor with which the squared error of "value" counts against that of "derivative"
+    levels      number of levels, 2 to 256, where it is not 2**bits
+    domain      (low, high) of x over which the error counts, (-10, 10) or the range of the samples; the outermost
+                intervals go on beyond it
+    cells       cells of the grid on which the dynamic program searches before the result is polished off the grid
+    parameters  of the activation, such as alpha=0.5
+
+    The table is the global optimum on the grid (Novikov et al., ICML 2023, section 3, for "interval"; weighted k-means of
+    the values f'(x), solved exactly, for "level"), then moved to the stationary point next to it. Where f' jumps and the
+    jump parts two levels, a threshold sits exactly on it, on the side that torch's backward takes. Thresholds
+    and levels are rounded to 9 significant digits unless the fit is exact.
+
+    Raises DesignError or ActivationError, which say what was wrong and what would be right.
+
+    >>> table = design("relu", bits=1)
+    >>> table.thresholds, table.levels, table.mse
+    (array([0.]), array([[0., 1.]]), 0.0)
+    """
+    from fewbit.design.request import Request  # here, so that `import fewbit` loads neither numpy nor numba
+    from fewbit.design.search import search
+
+    return search(
+        Request.of(
+            activation,
+            bits,
+            weight=weight,
+            coding=coding,
+            channels=channels,
+            balance=balance,
+            levels=levels,
+            domain=domain,
+            cells=cells,
+            **parameters,
+        )
+    )

@@ -1,0 +1,135 @@
+"""What a design is asked for: every argument checked, nothing left open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fewbit import activations
+from fewbit.design.table import CHANNELS, MAX_BITS, CodeTable, check_bits
+from fewbit.errors import DesignError
+from fewbit.record import Activation, from_callable
+from fewbit.weights import Weight, as_weight
+
+CODINGS = ("level", "interval")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A design's arguments, checked; equal requests give equal tables. `Request.of` takes them as users write them."""
+
+    activation: Activation
+    bits: int
+    levels: int
+    weight: Weight
+    coding: str
+    channels: tuple[str, ...]
+    balance: float
+    domain: tuple[float, float]
+    cells: int
+
+    @classmethod
+    def of(
+        cls,
+        activation: str | Activation | Callable[..., Any],
+        bits: int | None = None,
+        *,
+        weight: Any = "student",
+        coding: str | None = None,
+        channels: Any = ("derivative",),
+        balance: float = 1.0,
+        levels: int | None = None,
+        domain: Any = None,
+        cells: int = 4096,
+        **parameters: float,
+    ) -> Request:
+        """See `fewbit.design` for the arguments and the errors."""
+        if callable(activation) and not isinstance(activation, Activation):
+            activation = from_callable(activation)
+        record = activations.get(activation, **parameters)
+        bits, levels = _bits_and_levels(bits, levels)
+        channels, coding = _channels_and_coding(channels, coding)
+        density = as_weight(weight)
+        domain = _domain(density.domain if domain is None else domain)
+        _check_finite(record, domain)
+        return cls(record, bits, levels, density, coding, channels, _balance(balance), domain, _cells(cells))
+
+    def describe(self) -> dict[str, Any]:
+        """What a table of this request says of itself: the entries of CodeTable, other than its arrays and errors."""
+        return {
+            "activation": self.activation.name,
+            "parameters": dict(self.activation.parameters),
+            "bits": self.bits,
+            "weight": str(self.weight),
+            "coding": self.coding,
+            "channels": self.channels,
+            "balance": self.balance,
+            "domain": self.domain,
+        }
+
+    def answered_by(self, table: CodeTable) -> bool:
+        """Whether the table is, by what it says of itself, what this request asks for."""
+        return all(getattr(table, name) == value for name, value in self.describe().items())
+
+
+def _bits_and_levels(bits: int | None, levels: int | None) -> tuple[int, int]:
+    if levels is None:
+        bits = check_bits(3 if bits is None else bits, DesignError)
+        return bits, 2**bits
+    if isinstance(levels, bool) or not isinstance(levels, int | np.integer) or not 2 <= levels <= 2**MAX_BITS:
+        raise DesignError(f"levels must be an integer from 2 to {2**MAX_BITS}, got {levels!r}")
+    needed = int(levels - 1).bit_length()
+    bits = needed if bits is None else check_bits(bits, DesignError)
+    if needed > bits:
+        raise DesignError(f"{levels} levels need {needed} bits, got bits={bits}")
+    return bits, int(levels)
+
+
+def _channels_and_coding(channels: Any, coding: str | None) -> tuple[tuple[str, ...], str]:
+    channels = (channels,) if isinstance(channels, str) else tuple(channels)
+    if not channels or len(set(channels)) != len(channels) or not set(channels) <= set(CHANNELS):
+        raise DesignError(f"channels must be some of {CHANNELS}, each once; got {channels}")
+    coding = coding or ("level" if len(channels) == 1 else "interval")
+    if coding not in CODINGS:
+        raise DesignError(f"coding must be one of {CODINGS}, got {coding!r}")
+    if coding == "level" and len(channels) > 1:
+        raise DesignError("coding 'level' orders x by one function and so takes one channel; use coding='interval' for several")
+    return channels, coding
+
+
+def _balance(balance: Any) -> float:
+    if not isinstance(balance, int | float) or not (balance > 0 and np.isfinite(balance)):
+        raise DesignError(f"balance must be a positive number, got {balance!r}")
+    return float(balance)
+
+
+def _domain(domain: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(end) for end in domain)
+    except (TypeError, ValueError):
+        low = high = np.nan
+    if not (np.isfinite([low, high]).all() and low < high):
+        raise DesignError(f"domain must be two finite numbers (low, high) with low < high, got {domain!r}")
+    return low, high
+
+
+def _cells(cells: Any) -> int:
+    if isinstance(cells, bool) or not isinstance(cells, int | np.integer) or not 2 <= cells <= 1 << 20:
+        raise DesignError(f"cells must be an integer from 2 to {1 << 20}, got {cells!r}")
+    return int(cells)
+
+
+def _check_finite(record: Activation, domain: tuple[float, float]) -> None:
+    x = np.linspace(*domain, 33)
+    try:
+        with np.errstate(all="ignore"):
+            finite = np.all(np.isfinite(record.df(x))) and np.all(np.isfinite(record.f(x)))
+    except ArithmeticError:
+        finite = False
+    if not finite:
+        raise DesignError(
+            f"{record} has no finite value and derivative everywhere on {domain}; change its parameters or the domain"
+        )

@@ -1,0 +1,282 @@
+"""CodeTable: how pre-activations become codes and codes become what backward needs. Its invariants and its JSON form."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewbit.errors import TableError, TableFileError
+
+Array = np.ndarray
+FORMAT = "fewbit-table"
+VERSION = 1
+MAX_BITS = 8
+CHANNELS = ("derivative", "value")
+
+
+@dataclass(frozen=True, eq=False)
+class CodeTable:
+    """A piecewise-constant function of x, stored as thresholds, codes and levels. Immutable.
+
+    x lies in interval i when `thresholds[i-1] < x <= thresholds[i]`, its code is `codes[i]`, and what backward reads for
+    it in channel c is `levels[c, codes[i]]`. NaN lies in the last interval.
+
+    thresholds     (m,) float64, strictly ascending
+    codes          (m+1,) uint8, each below K
+    levels         (channels, K) float64, K <= 2**bits
+    bits           bits of one code, 1 to 8
+    channels       what the rows of levels hold: "derivative" (f') or "value" (f)
+    activation     name of the activation the table is for; None fits any
+    parameters     that activation's parameters
+    weight, coding, domain, balance   how the table was designed
+    errors         (channels,) ∫ w (g - q)² dx with w of mass 1 on the domain; `powers`: ∫ w g² dx
+
+    Raises TableError when an invariant does not hold.
+
+    >>> relu = CodeTable(thresholds=[0.0], codes=[0, 1], levels=[[0.0, 1.0]], bits=1)
+    >>> relu(np.array([-2.0, 0.0, 3.0]))
+    array([0., 0., 1.])
+    """
+
+    thresholds: Array
+    codes: Array
+    levels: Array
+    bits: int
+    channels: tuple[str, ...] = ("derivative",)
+    activation: str | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    weight: str | None = None
+    coding: str | None = None
+    domain: tuple[float, float] | None = None
+    balance: float = 1.0
+    errors: tuple[float, ...] | None = None
+    powers: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        check_bits(self.bits, TableError)
+        thresholds, levels = _floats("thresholds", self.thresholds, 1), _floats("levels", self.levels, 2)
+        codes = _codes(self.codes)
+        _check_shapes(thresholds, codes, levels, self.bits, tuple(self.channels))
+        for name, array in (("thresholds", thresholds), ("codes", codes), ("levels", levels)):
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "parameters", dict(self.parameters))
+        for name in ("domain", "errors", "powers"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
+        object.__setattr__(self, "_hash", hash((self.bits, thresholds.tobytes(), codes.tobytes(), levels.tobytes())))
+
+    @property
+    def mse(self) -> float | tuple[float, ...]:
+        """∫ w (g - q)² dx, w of mass 1 on the domain: a float, or for several channels a tuple. NaN when not designed."""
+        return self._one_or_all(self.errors or (np.nan,) * len(self.channels))
+
+    @property
+    def relative_rms(self) -> float | tuple[float, ...]:
+        """sqrt(mse / ∫ w g² dx), shaped as `mse`; 0 where the power is 0 too."""
+        if self.errors is None or self.powers is None:
+            return self._one_or_all((np.nan,) * len(self.channels))
+        ratios = (error / power if error else 0.0 for error, power in zip(self.errors, self.powers, strict=True))
+        return self._one_or_all(tuple(float(np.sqrt(ratio)) for ratio in ratios))
+
+    @property
+    def even(self) -> bool:
+        """Whether the code depends on |x| alone: the thresholds mirror each other, each interval on the side of larger |x|."""
+        mirrored = np.nextafter(-self.thresholds[::-1], -np.inf)
+        half = self.thresholds.size // 2
+        same = np.array_equal(self.thresholds[:half], mirrored[:half]) and self.thresholds.size % 2 == 0
+        return same and np.array_equal(self.codes, self.codes[::-1])
+
+    def _one_or_all(self, values: tuple[float, ...]) -> float | tuple[float, ...]:
+        return values[0] if len(values) == 1 else values
+
+    def encode(self, x: Any) -> Array:
+        """Codes of x: uint8, same shape."""
+        return self.codes[np.searchsorted(self.thresholds, np.asarray(x), side="left")]
+
+    def __call__(self, x: Any) -> Array:
+        """What backward reads at x, float64: x's shape, or (channels, *x.shape) for several channels."""
+        values = self.levels[:, self.encode(x)]
+        return values[0] if len(self.channels) == 1 else values
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, CodeTable) and self.to_dict() == other.to_dict())
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        label = "".join(f" {name}={value:g}" for name, value in self.parameters.items())
+        parts = [f"{self.activation or 'custom'}{label}", f"{self.bits} bits", "+".join(self.channels)]
+        parts += [part for part in (self.weight, self.coding) if part]
+        parts.append(f"{self.thresholds.size + 1} intervals, {self.levels.shape[1]} levels")
+        if self.errors is not None:
+            rms = self.relative_rms if isinstance(self.relative_rms, tuple) else (self.relative_rms,)
+            parts.append("relative rms " + ", ".join(f"{value:.3g}" for value in rms))
+        return f"CodeTable({', '.join(parts)})"
+
+    def __copy__(self) -> CodeTable:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> CodeTable:
+        return self
+
+    def __reduce__(self):
+        return CodeTable.from_dict, (self.to_dict(),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: plain numbers, strings and lists."""
+        return {
+            "activation": self.activation,
+            "parameters": dict(self.parameters),
+            "bits": self.bits,
+            "coding": self.coding,
+            "weight": self.weight,
+            "domain": self.domain and list(self.domain),
+            "channels": list(self.channels),
+            "balance": self.balance,
+            "errors": self.errors and list(self.errors),
+            "powers": self.powers and list(self.powers),
+            "thresholds": self.thresholds.tolist(),
+            "codes": self.codes.tolist(),
+            "levels": self.levels.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> CodeTable:
+        """The inverse of `to_dict`. Raises TableError for missing or unknown entries and broken invariants."""
+        known = set(cls.__dataclass_fields__)
+        if set(entries) != known:
+            missing, unknown = sorted(known - set(entries)), sorted(set(entries) - known)
+            raise TableError(f"a table has the entries {', '.join(sorted(known))}; missing {missing}, unknown {unknown}")
+        try:
+            return cls(**entries)
+        except (TypeError, AttributeError) as error:
+            raise TableError(f"an entry of the table has the wrong type: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the table to `path` as JSON, atomically: the file is there whole or not at all. OSError as from open()."""
+        write_atomically(Path(path), dump_tables([self]))
+
+    @classmethod
+    def load(cls, path: str | Path) -> CodeTable:
+        """Read a file that `save` wrote. Raises TableFileError, which names the file and the remedy, for any other."""
+        tables = read_tables(Path(path))
+        if len(tables) != 1:
+            raise TableFileError(f"{path} holds {len(tables)} tables, not one; load_table() picks one of a shipped file")
+        return tables[0]
+
+
+def check_bits(bits: Any, error: type[Exception]) -> int:
+    """`bits` itself if it is an integer from 1 to 8; else raises `error`."""
+    if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= MAX_BITS:
+        raise error(f"bits must be an integer from 1 to {MAX_BITS}, got {bits!r}")
+    return int(bits)
+
+
+def _floats(name: str, values: Any, dimensions: int) -> Array:
+    try:
+        array = np.array(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TableError(f"{name} must be numbers: {error}") from error
+    if array.ndim != dimensions or not np.all(np.isfinite(array)):
+        raise TableError(f"{name} must be finite and have {dimensions} dimension(s), got shape {array.shape}: {values}")
+    return array
+
+
+def _codes(values: Any) -> Array:
+    codes = np.asarray(values)
+    if codes.ndim != 1 or codes.dtype.kind not in "iu" or codes.size == 0 or codes.min() < 0 or codes.max() > 255:
+        raise TableError(f"codes must be a non-empty list of integers from 0 to 255, got {values}")
+    return codes.astype(np.uint8)
+
+
+def _check_shapes(thresholds: Array, codes: Array, levels: Array, bits: int, channels: tuple[str, ...]) -> None:
+    if not np.all(np.diff(thresholds) > 0):
+        at = int(np.argmax(~(np.diff(thresholds) > 0)))
+        raise TableError(
+            f"thresholds must ascend strictly, but thresholds[{at}] = {thresholds[at]!r} is followed by "
+            f"{thresholds[at + 1]!r}; sort them and drop repetitions"
+        )
+    if codes.size != thresholds.size + 1:
+        raise TableError(
+            f"m thresholds part m+1 intervals with a code each, got {thresholds.size} thresholds, {codes.size} codes"
+        )
+    if not channels or len(set(channels)) != len(channels) or not set(channels) <= set(CHANNELS):
+        raise TableError(f"channels must be some of {CHANNELS}, each once; got {channels}")
+    if levels.shape[0] != len(channels):
+        raise TableError(f"levels must have a row for each of the channels {channels}, got shape {levels.shape}")
+    if not 1 <= levels.shape[1] <= 2**bits:
+        raise TableError(f"{bits} bits hold at most {2**bits} levels, got {levels.shape[1]}")
+    if codes.max() >= levels.shape[1]:
+        raise TableError(f"each code must have a level: got code {codes.max()} with {levels.shape[1]} levels")
+
+
+def read_tables(path: Path) -> list[CodeTable]:
+    """All tables of a file. Raises TableFileError, which names the file and the remedy, if there is none or it is damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TableFileError(f"cannot read table file {path}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise TableFileError(f"{path} is no fewbit table file: it is not text") from error
+    return parse_tables(text, str(path))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under its final name only when it is complete; OSError as from open()."""
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary:
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def dump_tables(tables: list[CodeTable]) -> str:
+    """The text of a table file: one line for each entry of each table, so that changes read well in a diff."""
+    blocks = (
+        "  {\n" + ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in table.to_dict().items()) + "\n  }"
+        for table in tables
+    )
+    return f'{{\n "format": "{FORMAT}",\n "version": {VERSION},\n "tables": [\n' + ",\n".join(blocks) + "\n ]\n}\n"
+
+
+def parse_tables(text: str, origin: str) -> list[CodeTable]:
+    """The inverse of `dump_tables`. Raises TableFileError, naming `origin`, for anything that is not such a text."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise TableFileError(f"{origin} is not valid JSON, perhaps cut short ({error}); delete it or write it anew") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tables"), list):
+        raise TableFileError(f'{origin} is no fewbit table file: it lacks "format": "{FORMAT}" and its tables')
+    if content.get("version") != VERSION:
+        raise TableFileError(
+            f"{origin} has version {content.get('version')!r}, this fewbit reads version {VERSION}; "
+            "upgrade fewbit or design the table anew"
+        )
+    try:
+        return [CodeTable.from_dict(entries) for entries in content["tables"]]
+    except TableError as error:
+        raise TableFileError(f"{origin} holds a broken table: {error}; design it anew") from error

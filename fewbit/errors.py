@@ -1,0 +1,25 @@
+"""The exceptions that fewbit raises on purpose: each message states the rule, what was got, and the remedy."""
+
+
+class FewbitError(Exception):
+    """Base of every error that fewbit raises on purpose."""
+
+
+class ActivationError(FewbitError, LookupError):
+    """An activation, or one of its parameters, that the registry does not know or cannot use."""
+
+
+class DesignError(FewbitError, ValueError):
+    """A request for a table that no design can meet: bits, weight, coding, channels or domain out of range."""
+
+
+class TableError(FewbitError, ValueError):
+    """A code table that breaks an invariant or does not fit the operation it was given to."""
+
+
+class TableFileError(TableError):
+    """A table file that is missing, damaged, of another format, or of a newer version."""
+
+
+class InputError(FewbitError, TypeError):
+    """A tensor of a kind that coded activations do not take, or a derivative that codes cannot give."""

@@ -1,0 +1,80 @@
+"""The module drop-ins: torch's classes and constructors, plus `bits`, `table` and `inplace`.
+
+`fewbit.GELU(approximate="tanh", bits=3)` and its siblings: each a subclass of torch's own module, made from the registry when
+first asked for. They hold no parameters or buffers beyond torch's, so `state_dict` keys stay the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+
+from fewbit import activations, functional
+from fewbit.activations import Activation
+from fewbit.design.table import CodeTable
+
+Tensor = torch.Tensor
+
+
+class CodedActivation(torch.nn.Module):
+    """Base of all module drop-ins.
+
+    bits   of one code, or None for the table's, or else 3
+    table  the CodeTable given, or None for the shipped one
+    """
+
+    name: str  # of the activation in the registry
+    bits: int | None
+    table: CodeTable | None
+    inplace: bool
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = inspect.signature(type(self)).bind(*args, **kwargs)
+        given.apply_defaults()
+        values = dict(given.arguments)
+        self_only = {name: values.pop(name) for name in ("inplace", "bits", "table")}
+        super().__init__(**values)
+        for name, value in {**values, **self_only}.items():
+            setattr(self, name, value)
+        functional.check_arguments(self.record(), self.bits, self.table)
+
+    def record(self) -> Activation:
+        """The activation's record at this module's parameters, which are torch's attributes (alpha, negative_slope, …)."""
+        return functional.bound_record(activations.get(self.name), vars(self))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.apply(self.record(), input, self.bits, self.table, self.inplace)
+
+    def extra_repr(self) -> str:
+        own = f"table={self.table!r}" if self.table is not None else f"bits={self.bits or functional.DEFAULT_BITS}"
+        return ", ".join(filter(None, (super().extra_repr(), own)))
+
+
+def __getattr__(name: str) -> type[CodedActivation]:
+    for record in map(activations.get, activations.names()):
+        if record.module == name:
+            return _module_class(record)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *(activations.get(name).module for name in activations.names())])
+
+
+@cache
+def _module_class(record: Activation) -> type[CodedActivation]:
+    """The class `fewbit.nn.Name` for a record: a subclass of torch's class of that name where there is one."""
+    torch_class = getattr(torch.nn, record.module, torch.nn.Module)
+    taken = functional.arguments(record).values()
+    described = f"torch.nn.{record.module}" if torch_class is not torch.nn.Module else f"The module of {record.torch_name}"
+    contents = {
+        "__module__": __name__,
+        "__qualname__": record.module,
+        "__doc__": functional.describe(record, f"{described}: exact forward, backward from codes of a few bits an element."),
+        "__signature__": inspect.Signature(list(taken)),
+        "name": record.name,
+    }
+    return type(record.module, (CodedActivation, torch_class), contents)

@@ -1,0 +1,157 @@
+"""Figures of activations and their tables. matplotlib lives here only; functions give a Figure and leave showing to others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fewbit import activations
+from fewbit.design.request import CODINGS
+from fewbit.design.table import CodeTable
+from fewbit.record import Activation
+from fewbit.store import SHIPPED_BITS, load_table
+
+_EXACT, _CODED, _ERROR = "0.15", "tab:red", "tab:red"  # dark grey against mid red: apart in colour and in print
+_ERROR_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5)
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+}
+
+
+def plot_tables(record: Activation, tables: Sequence[CodeTable]) -> Figure:
+    """f' with the steps of each table, and the error below, the tables side by side."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(1.2 + 3.1 * len(tables), 5.6), layout="constrained")
+        axes = figure.subplots(2, len(tables), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
+        span = _span(tables)
+        for (top, bottom), table in zip(axes.T, tables, strict=True):
+            _draw_steps(top, record, table, span)
+            _draw_error(bottom, record, table, span)
+            sizes = f"{_count(table.levels.shape[1], 'level')}, {_count(table.codes.size, 'interval')}"
+            top.set_title(f"{_count(table.bits, 'bit')}: {sizes}\nrelative rms error {table.relative_rms:.3g}")
+        axes[0, 0].set_ylabel("derivative")
+        axes[1, 0].set_ylabel("coded − exact")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        between = "\n" if len(tables) == 1 else ", "
+        figure.suptitle(f"{record}: f' and its {tables[0].coding} codes{between}weight {tables[0].weight}")
+    return figure
+
+
+def plot_gallery(bits: int = 3) -> Figure:
+    """f' of every registered activation with the steps of its default table."""
+    records = [activations.get(name) for name in activations.names()]
+    with mpl.rc_context(_STYLE):
+        columns = 5
+        rows = -(-len(records) // columns)
+        figure = Figure(figsize=(2.6 * columns, 2.0 * rows + 0.4), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
+        for axis, record in zip(axes.flat, records, strict=False):
+            table = load_table(record, bits)
+            _draw_steps(axis, record, table, (-7.0, 7.0))
+            error = "exact" if table.mse == 0 else f"{table.relative_rms:.3f}"
+            axis.set_title(f"{record.name}  ({error})")
+        for axis in axes.flat[len(records) :]:
+            axis.set_axis_off()
+        last = len(records) - (rows - 1) * columns
+        for axis in axes[-2, last:]:
+            axis.tick_params(labelbottom=True)
+        for axis in [*axes[-1, :last], *axes[-2, last:]]:
+            axis.set_xlabel("pre-activation x")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower right", fontsize=9)
+        figure.suptitle(f"Derivatives and their {bits}-bit codes; in brackets the relative rms error, weight student")
+    return figure
+
+
+def plot_errors() -> Figure:
+    """Relative rms error against bits for every built-in activation, both codings, at the default weight."""
+    errors = {name: {coding: _errors(name, coding) for coding in CODINGS} for name in activations.BUILT_IN}
+    exact = [name for name, by_coding in errors.items() if max(by_coding["level"]) == 0]
+    coded = sorted((name for name in errors if name not in exact), key=lambda name: -errors[name]["level"][-1])
+    with mpl.rc_context(_STYLE):
+        columns = 5
+        rows = -(-len(coded) // columns)
+        figure = Figure(figsize=(2.4 * columns, 2.2 * rows + 0.9), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axis, name in zip(axes.flat, coded, strict=False):
+            axis.semilogy(SHIPPED_BITS, errors[name]["interval"], "s--", color="0.55", label="interval coding", markersize=4)
+            axis.semilogy(SHIPPED_BITS, errors[name]["level"], "o-", color="0.1", label="level coding", markersize=4)
+            axis.set_title(name)
+            axis.set_xticks(SHIPPED_BITS)
+            axis.set_yticks(_ERROR_TICKS, [f"{tick:g}" for tick in _ERROR_TICKS])
+            axis.minorticks_off()
+            axis.grid(axis="y", color="0.9", which="major")
+        for axis in axes.flat[len(coded) :]:
+            axis.set_axis_off()
+        figure.supxlabel("bits of one code")
+        figure.supylabel("relative rms error of the derivative")
+        axes[0, 0].legend(loc="upper right", fontsize=7)
+        listed = ", ".join(exact)
+        figure.suptitle(f"Error against bits, weight student. Exact with 1 bit in level coding: {listed}", fontsize=9)
+    return figure
+
+
+def plot_losses(curves: dict[str, Sequence[float]], smoothing: int = 20) -> Figure:
+    """Training loss against steps, a line for each run, smoothed by a trailing mean over `smoothing` steps."""
+    styles = ("-", "--", ":", "-.")
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axis = figure.subplots()
+        for i, (label, losses) in enumerate(curves.items()):
+            smooth = [np.mean(losses[max(0, k + 1 - smoothing) : k + 1]) for k in range(len(losses))]
+            axis.plot(range(1, len(losses) + 1), smooth, styles[i % 4], label=label, linewidth=1.6, color=f"C{i}")
+        axis.set_xlabel("step")
+        axis.set_ylabel(f"training loss, nats per byte (mean of {smoothing} steps)")
+        axis.set_title("A small GPT on the Python standard library")
+        axis.legend()
+    return figure
+
+
+def _draw_steps(axis: Axes, record: Activation, table: CodeTable, span: tuple[float, float]) -> None:
+    x = _dense(table, span)
+    axis.plot(x, _broken(record, x), color=_EXACT, linewidth=2.2, alpha=0.55, label="exact f'")
+    axis.plot(x, table(x), color=_CODED, linewidth=1.2, label="coded")
+    axis.set_xlim(span)
+
+
+def _draw_error(axis: Axes, record: Activation, table: CodeTable, span: tuple[float, float]) -> None:
+    x = _dense(table, span)
+    axis.axhline(0.0, color="0.8", linewidth=0.8)
+    axis.plot(x, table(x) - record.df(x), color=_ERROR, linewidth=1.0)
+    axis.set_xlabel("pre-activation x")
+
+
+def _dense(table: CodeTable, span: tuple[float, float]) -> np.ndarray:
+    """A fine grid with a point on either side of every threshold, so that steps come out upright."""
+    return np.unique(np.concatenate([np.linspace(*span, 2001), table.thresholds, table.thresholds + 1e-9]))
+
+
+def _broken(record: Activation, x: np.ndarray) -> np.ndarray:
+    """f'(x) with a gap at each jump."""
+    y = record.df(x)
+    y[np.isin(x, record.derivative_shape.jumps)] = np.nan
+    return y
+
+
+def _span(tables: Sequence[CodeTable]) -> tuple[float, float]:
+    """From -6 to 6, or as far out as thresholds lie, within the domain."""
+    low, high = tables[0].domain or (-10.0, 10.0)
+    reach = max([6.0, *(1.15 * np.abs(table.thresholds).max(initial=0.0) for table in tables)])
+    return max(low, -reach), min(high, reach)
+
+
+def _errors(name: str, coding: str) -> list[float]:
+    return [float(load_table(name, bits, coding=coding).relative_rms) for bits in SHIPPED_BITS]  # type: ignore[arg-type]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,161 @@
+"""Where tables come from: the shipped files, then the user's cache, then a design.
+
+Shipped files hold every built-in activation at its default parameters, at the bits, weights and codings named below. The
+cache lies in `FEWBIT_CACHE_DIR`, or where the platform keeps a user's caches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewbit import activations
+from fewbit.design import design
+from fewbit.design.request import CODINGS, Request
+from fewbit.design.table import VERSION, CodeTable, dump_tables, read_tables, write_atomically
+from fewbit.errors import TableFileError
+from fewbit.record import Activation
+from fewbit.weights import NAMES as WEIGHTS
+
+SHIPPED_BITS = (1, 2, 3, 4)
+DEFAULT_BITS = 3
+
+
+def load_table(
+    activation: str | Activation | Callable[..., Any],
+    bits: int = DEFAULT_BITS,
+    *,
+    weight: Any = "student",
+    coding: str | None = None,
+    channels: tuple[str, ...] = ("derivative",),
+    balance: float = 1.0,
+    domain: tuple[float, float] | None = None,
+    **parameters: Any,
+) -> CodeTable:
+    """The table that `fewbit.design` with these arguments gives: shipped, from the cache, or designed now and cached.
+
+    The arguments are those of `fewbit.design`. Parameters are part of what is looked up: `load_table("elu", 3, alpha=0.5)`.
+    A weight given as a function has no lasting name: its table is designed at each call and not cached.
+
+    Raises DesignError or ActivationError as `design` does, and TableFileError when a shipped file is damaged. A damaged file
+    in the cache is designed anew, and a cache that cannot be written is passed over; each with a warning.
+
+    >>> load_table("gelu", bits=3)
+    CodeTable(gelu, 3 bits, derivative, student, level, 10 intervals, 8 levels, relative rms 0.0641)
+    """
+    request = Request.of(
+        activation, bits, weight=weight, coding=coding, channels=channels, balance=balance, domain=domain, **parameters
+    )
+    return _load(request) if request.weight.reusable else _search(request)
+
+
+@lru_cache(maxsize=1024)
+def _load(request: Request) -> CodeTable:
+    if request.activation == activations.BUILT_IN.get(request.activation.name):
+        for table in _shipped(request.activation.name):
+            if request.answered_by(table):
+                return table
+    return _from_cache(request)
+
+
+@cache
+def _shipped(name: str) -> tuple[CodeTable, ...]:
+    path = tables_directory() / f"{name}.json"
+    return tuple(read_tables(path)) if path.exists() else ()
+
+
+def tables_directory() -> Path:
+    """The folder of the shipped tables: inside the package once installed, beside it in a source tree."""
+    inside = Path(__file__).parent / "tables"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "tables"
+
+
+def cache_directory() -> Path:
+    """The folder of tables designed on this machine; it need not exist."""
+    if chosen := os.environ.get("FEWBIT_CACHE_DIR"):
+        return Path(chosen)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("fewbit", appauthor=False))
+
+
+def cache_path(request: Request) -> Path:
+    """The cache file of a request. Its name carries a digest of all that shapes the table: also of f and f' themselves,
+    sampled, so that a user's activation that changed under its old name is designed anew."""
+    x = np.linspace(*request.domain, 129)
+    samples = [f"{value:.9g}" for value in (*request.activation.df(x), *request.activation.f(x))]
+    key = json.dumps([VERSION, request.describe(), samples], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return cache_directory() / f"{request.activation.name}-{request.bits}bit-{digest}.json"
+
+
+def _from_cache(request: Request) -> CodeTable:
+    path = cache_path(request)
+    if path.exists():
+        try:
+            table = CodeTable.load(path)
+            if request.answered_by(table):
+                return table
+            raise TableFileError(f"{path} holds another table than its name says")
+        except TableFileError as error:
+            warnings.warn(f"designing the table anew: {error}", stacklevel=4)
+    table = _search(request)
+    _write_to_cache(path, table)
+    return table
+
+
+def _search(request: Request) -> CodeTable:
+    from fewbit.design.search import search  # here, since shipped tables need no numba
+
+    return search(request)
+
+
+def _write_to_cache(path: Path, table: CodeTable) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.save(path)
+    except OSError as error:
+        _warn_once(
+            f"tables designed here are not kept: cannot write to the cache {path.parent} ({error.strerror}); "
+            "set FEWBIT_CACHE_DIR to a writable folder"
+        )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+def shipped_text(name: str) -> str:
+    """The text of the shipped file of a built-in activation, designed anew."""
+    record = activations.BUILT_IN[name]
+    return dump_tables(
+        [
+            design(record, bits, weight=weight, coding=coding)
+            for weight in WEIGHTS
+            for coding in CODINGS
+            for bits in SHIPPED_BITS
+        ]
+    )
+
+
+def build_tables(directory: Path, *, check: bool = False) -> Iterator[tuple[str, bool]]:
+    """Design every shipped file anew, one a step: yields the activation's name and whether its file differed.
+
+    With `check` nothing is written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in activations.BUILT_IN:
+        path, text = directory / f"{name}.json", shipped_text(name)
+        differs = not path.exists() or path.read_text(encoding="utf-8") != text
+        if differs and not check:
+            write_atomically(path, text)
+        yield name, differs

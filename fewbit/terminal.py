@@ -1,0 +1,21 @@
+"""How tables look in the terminal: one style, narrow enough for 80 columns."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that colours nothing by itself."""
+    return Console(stderr=stderr, highlight=False)
+
+
+def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    """An empty table with columns aligned left, then columns aligned right."""
+    view = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+    for names, side in ((left, "left"), (right, "right")):
+        for name in names:
+            view.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    return view

@@ -1,0 +1,223 @@
+"""Weights: probability densities of the pre-activation x, under which a table's error is minimised.
+
+A weight has one textual form, the same in `design(weight=...)`, on the command line and in table files:
+`uniform`, `normal`, `normal(mean=1, std=2)`, `student`, `student(df=5)`. Densities need not be normalised:
+the design divides by the mass on its domain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from fewbit.errors import DesignError
+
+Array = np.ndarray
+DEFAULT_DOMAIN = (-10.0, 10.0)
+
+
+class Weight:
+    """A density over the pre-activation; subclasses say which."""
+
+    domain: tuple[float, float] = DEFAULT_DOMAIN
+
+    def density(self, x: Array) -> Array:
+        """The density at x, up to a constant factor; same shape as x."""
+        raise NotImplementedError
+
+    def edges(self, domain: tuple[float, float], cells: int) -> Array:
+        """Ascending edges of the cells into which a design divides `domain`; (cells + 1,) unless the weight has its own."""
+        return np.linspace(*domain, cells + 1)
+
+    @property
+    def reusable(self) -> bool:
+        """Whether `str(self)` names the density completely, so that a table designed under it can be stored and found again."""
+        return True
+
+
+class _Parametric(Weight):
+    def __str__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name):.17g}" for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        return _name(type(self)) + (f"({', '.join(changed)})" if changed else "")
+
+
+@dataclass(frozen=True)
+class Uniform(_Parametric):
+    """Constant on the domain: the weight of Novikov et al. (ICML 2023)."""
+
+    def density(self, x: Array) -> Array:
+        return np.ones_like(x)
+
+
+@dataclass(frozen=True)
+class Normal(_Parametric):
+    """Normal density."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self):
+        _require_positive(self, std=self.std)
+
+    def density(self, x: Array) -> Array:
+        return np.exp(-0.5 * ((x - self.mean) / self.std) ** 2)
+
+
+@dataclass(frozen=True)
+class Student(_Parametric):
+    """Student's t density with `df` degrees of freedom: the default, since its heavy tails serve many input scales."""
+
+    df: float = 3.0
+    mean: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self):
+        _require_positive(self, df=self.df, scale=self.scale)
+
+    def density(self, x: Array) -> Array:
+        z = (x - self.mean) / self.scale
+        return (1 + z * z / self.df) ** (-0.5 * (self.df + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram(Weight):
+    """A density that is constant between `bin_edges` (n+1,) and proportional to `counts` (n,) over the bins' widths."""
+
+    bin_edges: Array
+    counts: Array
+
+    def __post_init__(self):
+        edges, counts = np.array(self.bin_edges, np.float64), np.array(self.counts, np.float64)
+        if edges.ndim != 1 or counts.shape != (edges.size - 1,) or edges.size < 2:
+            raise DesignError(f"a histogram needs edges (n+1,) and counts (n,), n >= 1; got {edges.shape} and {counts.shape}")
+        if not np.all(np.isfinite(edges)) or not np.all(np.diff(edges) > 0):
+            raise DesignError("the edges of a histogram must be finite and ascending")
+        if not np.all(np.isfinite(counts)) or np.any(counts < 0) or not counts.sum() > 0:
+            raise DesignError("the counts of a histogram must be finite, none negative, and not all zero")
+        edges.flags.writeable = counts.flags.writeable = False
+        object.__setattr__(self, "bin_edges", edges)
+        object.__setattr__(self, "counts", counts)
+
+    @classmethod
+    def of(cls, samples: Any, bins: int = 4096) -> Histogram:
+        """The histogram of an array of pre-activations of any shape.
+
+        Bins are equally wide in arcsinh(x), so that they stay narrow around zero however far the outliers lie.
+        """
+        x = np.asarray(samples)
+        if x.dtype.kind not in "fiu" or x.size == 0:
+            raise DesignError(f"samples must be a non-empty real array, got dtype {x.dtype} with {x.size} elements")
+        x = np.arcsinh(x.astype(np.float64).ravel())
+        if not np.all(np.isfinite(x)):
+            raise DesignError(f"samples must be finite; {np.count_nonzero(~np.isfinite(x))} of {x.size} are not")
+        low, high = x.min(), x.max()
+        margin = 1e-6 * max(1.0, abs(low), abs(high))
+        counts, edges = np.histogram(x, bins, (low - margin, high + margin))
+        return cls(np.sinh(edges), counts)
+
+    @property
+    def domain(self) -> tuple[float, float]:  # type: ignore[override]
+        return float(self.bin_edges[0]), float(self.bin_edges[-1])
+
+    def density(self, x: Array) -> Array:
+        inner = (x >= self.bin_edges[0]) & (x <= self.bin_edges[-1])
+        bin_index = np.clip(np.searchsorted(self.bin_edges, x, side="right") - 1, 0, self.counts.size - 1)
+        return np.where(inner, (self.counts / np.diff(self.bin_edges))[bin_index], 0.0)
+
+    def edges(self, domain: tuple[float, float], cells: int) -> Array:
+        inner = self.bin_edges[(self.bin_edges > domain[0]) & (self.bin_edges < domain[1])]
+        sparse = np.linspace(*domain, max(cells - inner.size, 1) + 1)
+        return np.union1d(sparse, inner)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Histogram) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __str__(self) -> str:
+        digest = hashlib.sha256(self.bin_edges.tobytes() + self.counts.tobytes()).hexdigest()[:16]
+        return f"histogram({self.counts.size} bins, sha256 {digest})"
+
+
+@dataclass(frozen=True)
+class Custom(Weight):
+    """A density given as a function of a float64 array."""
+
+    function: Callable[[Array], Array]
+
+    def density(self, x: Array) -> Array:
+        return np.broadcast_to(np.asarray(self.function(x), np.float64), np.shape(x))
+
+    @property
+    def reusable(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"custom({getattr(self.function, '__qualname__', type(self.function).__name__)})"
+
+
+_NAMED = {"student": Student, "normal": Normal, "uniform": Uniform}
+NAMES = tuple(_NAMED)
+
+
+def _name(kind: type[Weight]) -> str:
+    return next(name for name, named in _NAMED.items() if named is kind)
+
+
+def as_weight(weight: Any) -> Weight:
+    """A Weight from what users write: a Weight, its text, a density function, or an array of samples.
+
+    >>> str(as_weight("normal(std=2)"))
+    'normal(std=2)'
+    >>> str(as_weight("student(df=3)"))
+    'student'
+
+    Raises DesignError for anything else.
+    """
+    if isinstance(weight, Weight):
+        return weight
+    if isinstance(weight, str):
+        return _parse(weight)
+    if callable(weight):
+        return Custom(weight)  # type: ignore[arg-type]
+    if isinstance(weight, np.ndarray | list | tuple):
+        return Histogram.of(weight)
+    if hasattr(weight, "detach"):  # a tensor, of any dtype and device
+        weight = weight.detach().cpu().double()
+    if hasattr(weight, "__array__"):
+        return Histogram.of(np.asarray(weight))
+    raise DesignError(
+        f"weight must be one of {', '.join(NAMES)}, a density function, or an array of samples; got {type(weight).__name__}"
+    )
+
+
+def _parse(text: str) -> Weight:
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
+    name, arguments = match.groups() if match else (None, None)
+    if name not in _NAMED:
+        raise DesignError(f"weight must be one of {', '.join(NAMES)}, such as 'normal(mean=0, std=2)'; got {text!r}")
+    kind = _NAMED[name]
+    known = [f.name for f in fields(kind)]
+    values = {}
+    for part in filter(str.strip, (arguments or "").split(",")):
+        key, _, number = (piece.strip() for piece in part.partition("="))
+        try:
+            values[key] = float(number)
+        except ValueError:
+            key = part.strip()
+        if key not in known:
+            takes = ", ".join(f"{each}=NUMBER" for each in known) or "no arguments"
+            raise DesignError(f"weight {name!r} takes {takes}; got {part.strip()!r} in {text!r}")
+    return kind(**values)
+
+
+def _require_positive(weight: Weight, **values: float) -> None:
+    for name, value in values.items():
+        if not (value > 0 and np.isfinite(value)):
+            raise DesignError(f"weight {_name(type(weight))!r}: {name} must be a positive number, got {value!r}")

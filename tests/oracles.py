@@ -1,0 +1,76 @@
+"""Independent, naive code that the tests hold the library against. Nothing here calls what it checks."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numba import njit
+
+
+def cell_moments(df, density, edges):
+    """∫ w, ∫ w f', ∫ w f'² over each cell, w normalised: a 40-point midpoint rule, (cells,) each."""
+    fractions = (np.arange(40) + 0.5) / 40
+    x = edges[:-1, None] + np.diff(edges)[:, None] * fractions
+    w = density(x) * np.diff(edges)[:, None] / 40
+    w = w / w.sum()
+    g = df(x)
+    return w.sum(1), (w * g).sum(1), (w * g * g).sum(1)
+
+
+@njit(cache=True)
+def quadratic_program(mass, first, second, count):
+    """The least error of splitting points 0..n-1 into at most k runs, for k = 1..count: every split tried, O(count · n²)."""
+    n = mass.size
+    m, f, s = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
+    for i in range(n):
+        m[i + 1], f[i + 1], s[i + 1] = m[i] + mass[i], f[i] + first[i], s[i] + second[i]
+    best = np.full((count + 1, n + 1), np.inf)
+    best[:, 0] = 0.0
+    for k in range(1, count + 1):
+        for j in range(1, n + 1):
+            for i in range(j):
+                inside = m[j] - m[i]
+                error = s[j] - s[i]
+                if inside > 0:
+                    error -= (f[j] - f[i]) ** 2 / inside
+                if best[k - 1, i] + error < best[k, j]:
+                    best[k, j] = best[k - 1, i] + error
+    return best[1:, n]
+
+
+def group_error(values, weights):
+    """Weighted squared distance of values (channels, n) to their weighted mean."""
+    if weights.sum() == 0:
+        return 0.0
+    mean = (values * weights).sum(1) / weights.sum()
+    return float((weights * (values - mean[:, None]) ** 2).sum())
+
+
+def brute_force_runs(values, weights, count):
+    """Least error over every split of n points in order into at most `count` runs."""
+    n = weights.size
+    errors = []
+    for inner in itertools.chain.from_iterable(itertools.combinations(range(1, n), r) for r in range(count)):
+        cuts = [0, *inner, n]
+        errors.append(sum(group_error(values[:, a:b], weights[a:b]) for a, b in itertools.pairwise(cuts)))
+    return min(errors)
+
+
+def brute_force_clusters(values, weights, count):
+    """Least error over every assignment of n scalars to `count` clusters, contiguous or not."""
+    n = weights.size
+    best = np.inf
+    for labels in itertools.product(range(count), repeat=n):
+        labels = np.array(labels)
+        error = sum(group_error(values[None, labels == k], weights[labels == k]) for k in set(labels.tolist()))
+        best = min(best, error)
+    return best
+
+
+def dense_mse(table, df, density, points=2_000_001):
+    """∫ w (f' - table)² by a midpoint rule over the table's domain, w normalised."""
+    low, high = table.domain
+    x = low + (high - low) * (np.arange(points) + 0.5) / points
+    w = density(x)
+    return float((w * (df(x) - table(x)) ** 2).sum() / w.sum())
