@@ -208,6 +208,8 @@ def _find_activation(name: str) -> Activation:
         raise ActivationError(f"cannot import {name}: {error}") from error
     finally:
         sys.path.pop(0)
+    if not callable(function):
+        raise ActivationError(f"{name} is no function on tensors, but a {type(function).__name__}")
     return from_callable(function)
 
 
@@ -242,15 +244,16 @@ def _parse_parameters(texts: list[str]) -> dict[str, float]:
 
 def _print_table(found: CodeTable) -> None:
     from fewbit import terminal
+    from fewbit.record import label
 
-    label = "".join(f", {name}={value:g}" for name, value in found.parameters.items())
+    title = label(found.activation or "custom", found.parameters)
     view = terminal.table((), ("x above", "up to", "code", "level"))
     ends = ["-inf", *(f"{threshold:.6f}" for threshold in found.thresholds), "inf"]
     for low, high, code in zip(ends[:-1], ends[1:], found.codes, strict=True):
         view.add_row(low, high, str(code), f"{found.levels[0, code]:.6f}")
     low, high = found.domain or (float("nan"),) * 2
     terminal.console().print(
-        f"{found.activation}{label}: {_count_bits(found.bits)}, weight {found.weight}, {found.coding} coding\n",
+        f"{title}: {_count_bits(found.bits)}, weight {found.weight}, {found.coding} coding\n",
         view,
         f"\nmse {found.mse:.6g}, relative rms {found.relative_rms:.6g} on [{low:g}, {high:g}]",
         sep="\n",

@@ -191,7 +191,7 @@ def _kept_bytes(model: GPT, batch: Tensor) -> tuple[int, int]:
 def _progress(runs: list[Run], step: int, steps: int) -> str:
     losses = ", ".join(f"{each.label} {statistics.fmean(each.losses[-20:]):.3f}" for each in runs if each.losses)
     filled = 30 * step // steps
-    return f"{'━' * filled}{'╌' * (30 - filled)} step {step} of {steps}\ntraining loss: {losses or '–'}"
+    return f"{'━' * filled}{'╌' * (30 - filled)} step {step} of {steps}\ntraining loss: {losses or '–'}\n"
 
 
 def _outcome(runs: list[Run]) -> Table:

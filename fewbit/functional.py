@@ -19,6 +19,7 @@ from fewbit.activations import Activation
 from fewbit.autograd.activation import Coder, coded_activation
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import ActivationError, DesignError, InputError, TableError
+from fewbit.record import label
 from fewbit.store import DEFAULT_BITS, SHIPPED_BITS, load_table
 
 Tensor = torch.Tensor
@@ -53,6 +54,10 @@ def apply(
     forward = record.forward_inplace if inplace else record.forward
     if not (torch.is_grad_enabled() and x.requires_grad):
         return forward(x)
+    if inplace and any(t.is_leaf for t in (x, x._base) if t is not None):
+        raise InputError(
+            f"{record.name} cannot overwrite a leaf that requires a gradient, nor a view of one; pass inplace=False"
+        )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     coder = _coder(table or _own_table(record, bits or DEFAULT_BITS), x.device, dtype)
     return coded_activation(x, forward, coder, inplace)
@@ -89,10 +94,9 @@ def _check_table(record: Activation, bits: int | None, table: CodeTable) -> None
     if bits is not None and bits != table.bits:
         raise TableError(f"bits={bits} contradicts the table, which has {table.bits}; leave bits out")
     if table.activation not in (None, record.name) or (table.activation and table.parameters != dict(record.parameters)):
-        wanted = f"{record.name} {dict(record.parameters) or ''}".strip()
         raise TableError(
-            f"the table is for {table.activation} {dict(table.parameters) or ''}, not for {wanted}; design one for it, or set "
-            "the table's activation to None with dataclasses.replace if that is what you mean"
+            f"the table is for {label(table.activation, table.parameters)}, not for {record}; design one for it, or set the "
+            "table's activation to None with dataclasses.replace if that is what you mean"
         )
 
 

@@ -27,6 +27,7 @@ class CodedActivation(torch.nn.Module):
     """
 
     name: str  # of the activation in the registry
+    _of_torch: bool  # whether torch has a module of this name, whose constructor takes torch's arguments
     bits: int | None
     table: CodeTable | None
     inplace: bool
@@ -34,10 +35,9 @@ class CodedActivation(torch.nn.Module):
     def __init__(self, *args: Any, **kwargs: Any):
         given = inspect.signature(type(self)).bind(*args, **kwargs)
         given.apply_defaults()
-        values = dict(given.arguments)
-        self_only = {name: values.pop(name) for name in ("inplace", "bits", "table")}
-        super().__init__(**values)
-        for name, value in {**values, **self_only}.items():
+        ours = ("inplace", "bits", "table")
+        super().__init__(**{name: value for name, value in given.arguments.items() if self._of_torch and name not in ours})
+        for name, value in given.arguments.items():
             setattr(self, name, value)
         functional.check_arguments(self.record(), self.bits, self.table)
 
@@ -49,8 +49,11 @@ class CodedActivation(torch.nn.Module):
         return functional.apply(self.record(), input, self.bits, self.table, self.inplace)
 
     def extra_repr(self) -> str:
+        torchs = (
+            super().extra_repr() if self._of_torch else ", ".join(f"{p}={getattr(self, p)}" for p in self.record().parameters)
+        )
         own = f"table={self.table!r}" if self.table is not None else f"bits={self.bits or functional.DEFAULT_BITS}"
-        return ", ".join(filter(None, (super().extra_repr(), own)))
+        return ", ".join(filter(None, (torchs, own)))
 
 
 def __getattr__(name: str) -> type[CodedActivation]:
@@ -76,5 +79,6 @@ def _module_class(record: Activation) -> type[CodedActivation]:
         "__doc__": functional.describe(record, f"{described}: exact forward, backward from codes of a few bits an element."),
         "__signature__": inspect.Signature(list(taken)),
         "name": record.name,
+        "_of_torch": torch_class is not torch.nn.Module,
     }
     return type(record.module, (CodedActivation, torch_class), contents)

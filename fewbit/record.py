@@ -122,7 +122,16 @@ class Activation:
         return self.f(x)
 
     def __str__(self) -> str:
-        return self.name + "".join(f" {name}={value:g}" for name, value in self.parameters.items())
+        return label(self.name, self.parameters)
+
+
+def label(name: str, parameters: Mapping[str, float]) -> str:
+    """How messages and titles name an activation.
+
+    >>> label("hardtanh", {"min_val": -1.0, "max_val": 1.0})
+    'hardtanh min_val=-1 max_val=1'
+    """
+    return " ".join([name, *(f"{key}={value:g}" for key, value in parameters.items())])
 
 
 def _takes_inplace(call: Callable[..., Any]) -> bool:

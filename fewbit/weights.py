@@ -42,7 +42,8 @@ class Weight:
 
 class _Parametric(Weight):
     def __str__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name):.17g}" for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        given = {f.name: float(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]
+        changed = [f"{name}={repr(value).removesuffix('.0')}" for name, value in given.items()]
         return _name(type(self)) + (f"({', '.join(changed)})" if changed else "")
 
 

@@ -74,3 +74,20 @@ def dense_mse(table, df, density, points=2_000_001):
     x = low + (high - low) * (np.arange(points) + 0.5) / points
     w = density(x)
     return float((w * (df(x) - table(x)) ** 2).sum() / w.sum())
+
+
+def lookup(x, thresholds, codes):
+    """Code of each x: that of the first interval whose upper threshold x does not exceed; NaN and the rest take the last."""
+    below = x[:, None] <= thresholds[None, :]
+    return codes[np.where(below.any(1), below.argmax(1) if thresholds.size else 0, thresholds.size)]
+
+
+def pack(codes, bits, words):
+    """Packed codes by their definition: whole words as Python integers, cut into bytes."""
+    lanes = np.zeros((8, words), np.uint8)
+    lanes.reshape(-1)[: codes.size] = codes
+    packed = np.zeros((bits, words), np.uint8)
+    for i in range(words):
+        word = sum(int(code) << (lane * bits) for lane, code in enumerate(lanes[:, i]))
+        packed[:, i] = list(word.to_bytes(bits, "little"))
+    return packed.reshape(-1)

@@ -13,6 +13,6 @@ if [ "$(cat "$root/.venv/stamp" 2>/dev/null)" != "$stamp" ] || ! "$root/.venv/bi
     echo "Installing fewbit into $root/.venv (a few minutes the first time) ..." >&2
     rm -rf "$root/.venv"
     "$python" -m venv "$root/.venv" || exit 1
-    "$root/.venv/bin/python" -m pip install --quiet --constraint "$root/tools/constraints.txt" --editable "$root[test]" || exit 1
+    "$root/.venv/bin/python" -m pip install --quiet --quiet --constraint "$root/tools/constraints.txt" --editable "$root[test]" || exit 1
     printf '%s' "$stamp" > "$root/.venv/stamp"
 fi

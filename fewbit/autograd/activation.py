@@ -48,16 +48,19 @@ class _CodedActivation(torch.autograd.Function):
             y = forward(x)
             packed = _encode(x, coder)
         ctx.save_for_backward(packed)
-        ctx.coder, ctx.shape, ctx.order, ctx.dtype = coder, x.shape, _memory_order(x), x.dtype
+        ctx.coder, ctx.shape, ctx.stride, ctx.dtype = coder, x.shape, x.stride(), x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         (packed,) = ctx.saved_tensors
-        flat = grad.permute(ctx.order).reshape(-1)
+        order = _memory_order(ctx.stride)
+        flat = grad.permute(order).reshape(-1)
         product = kernels.decode(packed, ctx.coder.levels, flat, ctx.coder.bits).to(ctx.dtype)
-        grad_x = product.view([ctx.shape[dim] for dim in ctx.order]).permute(_inverse(ctx.order))
+        grad_x = product.view([ctx.shape[dim] for dim in order]).permute(_inverse(order))
+        if grad.stride() != grad_x.stride():
+            grad_x = _as_torch_lays_out(grad_x, grad, ctx.stride)
         if torch.is_grad_enabled():  # create_graph=True
             grad_x = _Once.apply(grad_x.detach().requires_grad_())
         return grad_x, None, None, None
@@ -79,15 +82,14 @@ class _Once(torch.autograd.Function):
 
 
 def _encode(x: Tensor, coder: Coder) -> Tensor:
-    flat = x.permute(_memory_order(x)).reshape(-1)  # a view of a dense tensor, a copy of any other
+    """Codes follow memory, not the logical order, so that dense inputs of any strides are read without a copy."""
+    flat = x.permute(_memory_order(x.stride())).reshape(-1)
     return kernels.encode(flat, coder.thresholds, coder.codes, coder.bits)
 
 
-def _memory_order(x: Tensor) -> list[int]:
-    """The dimensions from the outermost in memory to the innermost: codes follow memory, so that dense inputs need no copy,
-    and the gradient gets the input's memory layout, as torch's own does."""
-    strides = x.stride()
-    return sorted(range(x.dim()), key=lambda dim: -strides[dim])
+def _memory_order(stride: tuple[int, ...]) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost."""
+    return sorted(range(len(stride)), key=lambda dim: -stride[dim])
 
 
 def _inverse(order: list[int]) -> list[int]:
@@ -95,3 +97,12 @@ def _inverse(order: list[int]) -> list[int]:
     for position, dim in enumerate(order):
         inverse[dim] = position
     return inverse
+
+
+def _as_torch_lays_out(grad_x: Tensor, grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """grad_x with the strides that torch's own backward, an operation on grad and x, would give its result."""
+    x = torch.empty_strided(grad.shape, stride, device="meta")
+    strides = torch.mul(torch.empty_strided(grad.shape, grad.stride(), device="meta"), x).stride()
+    if strides == grad_x.stride():
+        return grad_x
+    return torch.empty_strided(grad_x.shape, strides, dtype=grad_x.dtype, device=grad_x.device).copy_(grad_x)

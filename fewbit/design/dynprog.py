@@ -31,7 +31,7 @@ def optimal_runs(values: Array, weights: Array, count: int) -> Array:
 
 
 def optimal_clusters(values: Array, weights: Array, count: int) -> Array:
-    """Cut points of the best clustering of ascending `values` (n,) into at most `count` clusters; otherwise as `optimal_runs`."""
+    """Cut points of the best clustering of ascending `values` (n,) into at most `count` clusters; else as `optimal_runs`."""
     argmin = _cluster_program(*_prefix_sums(values[None], weights), count)
     return _cuts(argmin)
 

@@ -57,14 +57,14 @@ def _finish(grid: Grid, request: Request, thresholds: Array, codes: Array) -> tu
     thresholds = _tidy_thresholds(grid, request.activation, thresholds, request.coding)
     levels = grid.mean_by(thresholds, codes, levels.shape[1])
     if np.any(grid.error(thresholds, codes, levels) > 0):
-        levels = _rounded(levels)
+        levels = _tidied(levels)
     return _without_repetitions(thresholds, codes, levels)
 
 
 def _tidy_thresholds(grid: Grid, record: Activation, thresholds: Array, coding: str) -> Array:
     """Round thresholds; put those at jumps on torch's side; mirror those of an even function."""
     at_jump = np.isin(thresholds, grid.jumps)
-    tidy = np.where(at_jump, thresholds, _rounded(thresholds))
+    tidy = np.where(at_jump, thresholds, _tidied(thresholds))
     for i in np.flatnonzero(at_jump):
         below, at, above = (record.df(x) for x in (np.nextafter(tidy[i], -np.inf), tidy[i], np.nextafter(tidy[i], np.inf)))
         if abs(at - above) < abs(at - below):  # torch counts the jump itself to the right: x <= threshold must fail there
@@ -77,7 +77,13 @@ def _tidy_thresholds(grid: Grid, record: Activation, thresholds: Array, coding: 
 
 
 def _rounded(values: Array) -> Array:
+    """To 9 significant digits."""
     return np.array([float(f"{value:.{_DIGITS}g}") for value in values.ravel()]).reshape(values.shape)
+
+
+def _tidied(values: Array) -> Array:
+    """To 9 significant digits and to 1e-12: a threshold that ought to be 0 is 0."""
+    return _rounded(np.round(values, 12)) + 0.0  # + 0.0: no negative zero
 
 
 def _without_repetitions(thresholds: Array, codes: Array, levels: Array) -> tuple[Array, Array, Array]:

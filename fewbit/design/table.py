@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fewbit.errors import TableError, TableFileError
+from fewbit.record import label
 
 Array = np.ndarray
 FORMAT = "fewbit-table"
@@ -69,9 +70,11 @@ class CodeTable:
             object.__setattr__(self, name, array)
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "parameters", dict(self.parameters))
-        for name in ("domain", "errors", "powers"):
+        for name, size in (("domain", 2), ("errors", levels.shape[0]), ("powers", levels.shape[0])):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
+                object.__setattr__(self, name, tuple(_floats(name, getattr(self, name), 1).tolist()))
+                if len(getattr(self, name)) != size:
+                    raise TableError(f"{name} must be {size} number(s), got {getattr(self, name)}")
         object.__setattr__(self, "_hash", hash((self.bits, thresholds.tobytes(), codes.tobytes(), levels.tobytes())))
 
     @property
@@ -114,8 +117,7 @@ class CodeTable:
         return self._hash  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        label = "".join(f" {name}={value:g}" for name, value in self.parameters.items())
-        parts = [f"{self.activation or 'custom'}{label}", f"{self.bits} bits", "+".join(self.channels)]
+        parts = [label(self.activation or "custom", self.parameters), f"{self.bits} bits", "+".join(self.channels)]
         parts += [part for part in (self.weight, self.coding) if part]
         parts.append(f"{self.thresholds.size + 1} intervals, {self.levels.shape[1]} levels")
         if self.errors is not None:
@@ -154,12 +156,16 @@ class CodeTable:
     def from_dict(cls, entries: Mapping[str, Any]) -> CodeTable:
         """The inverse of `to_dict`. Raises TableError for missing or unknown entries and broken invariants."""
         known = set(cls.__dataclass_fields__)
+        if not isinstance(entries, Mapping):
+            raise TableError(f"a table has named entries, got {entries!r}")
         if set(entries) != known:
             missing, unknown = sorted(known - set(entries)), sorted(set(entries) - known)
             raise TableError(f"a table has the entries {', '.join(sorted(known))}; missing {missing}, unknown {unknown}")
         try:
             return cls(**entries)
-        except (TypeError, AttributeError) as error:
+        except TableError:
+            raise
+        except (TypeError, ValueError) as error:
             raise TableError(f"an entry of the table has the wrong type: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -203,8 +209,8 @@ def _check_shapes(thresholds: Array, codes: Array, levels: Array, bits: int, cha
     if not np.all(np.diff(thresholds) > 0):
         at = int(np.argmax(~(np.diff(thresholds) > 0)))
         raise TableError(
-            f"thresholds must ascend strictly, but thresholds[{at}] = {thresholds[at]!r} is followed by "
-            f"{thresholds[at + 1]!r}; sort them and drop repetitions"
+            f"thresholds must ascend strictly, but thresholds[{at}] = {float(thresholds[at])} is followed by "
+            f"{float(thresholds[at + 1])}; sort them and drop repetitions"
         )
     if codes.size != thresholds.size + 1:
         raise TableError(

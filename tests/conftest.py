@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fewbit import activations, store
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory):
+    """No test reads or writes the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWBIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """An empty cache folder, and nothing of it remembered in memory before or after."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FEWBIT_CACHE_DIR", str(folder))
+    for memory in (store._load, store._warn_once):
+        memory.cache_clear()
+    yield folder
+    for memory in (store._load, store._warn_once):
+        memory.cache_clear()
+
+
+@pytest.fixture(params=activations.names())
+def record(request):
+    """Every built-in activation in turn."""
+    return activations.get(request.param)
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """Activations registered in the test are gone after it."""
+    monkeypatch.setattr(activations, "_REGISTRY", dict(activations._REGISTRY))

@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+import torch
+
+from fewbit import activations
+from fewbit.errors import ActivationError
+
+# each parameter moved off its default, to see that it has its effect
+VARIANTS = [
+    ("softplus", {"beta": 2.5, "threshold": 4.0}),
+    ("elu", {"alpha": 0.5}),
+    ("celu", {"alpha": 0.25}),  # exact in float32, through which torch passes alpha in celu's backward
+    ("hardtanh", {"min_val": -0.25, "max_val": 3.0}),
+    ("leaky_relu", {"negative_slope": -0.4}),
+    ("softshrink", {"lambd": 1.25}),
+    ("hardshrink", {"lambd": 2.0}),
+    ("threshold", {"threshold": 0.7, "value": -3.0}),
+]
+ALL = [activations.get(name) for name in activations.names()] + [activations.get(name, **values) for name, values in VARIANTS]
+
+
+def torch_value_and_derivative(record, x):
+    leaf = torch.tensor(x, requires_grad=True)
+    y = record.forward(leaf)
+    (gradient,) = torch.autograd.grad(y.sum(), leaf)
+    return y.detach().numpy(), gradient.numpy()
+
+
+@pytest.mark.parametrize("record", ALL, ids=str)
+def test_agrees_with_torch(record, rng):
+    x = np.concatenate([np.linspace(-12, 12, 20_001), rng.normal(0, 4, 20_000)])
+    y, gradient = torch_value_and_derivative(record, x)
+    np.testing.assert_allclose(record.f(x), y, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(record.df(x), gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("record", ALL, ids=str)
+def test_follows_torch_at_jumps_and_kinks(record):
+    shape = record.derivative_shape
+    x = np.array([*shape.jumps, *shape.kinks, 0.0])
+    y, gradient = torch_value_and_derivative(record, x)
+    np.testing.assert_array_equal(record.f(x), y)
+    np.testing.assert_array_equal(record.df(x), gradient)
+
+
+@pytest.mark.parametrize("record", ALL, ids=str)
+def test_jumps_are_where_the_derivative_jumps_and_nowhere_else(record):
+    h = 1e-9
+    for jump in record.derivative_shape.jumps:
+        step = abs(record.df(np.array(jump + h)) - record.df(np.array(jump - h)))
+        assert step > (1e-10 if record.name == "softplus" else 1e-3)  # softplus: where torch goes over to the identity
+    x = np.linspace(-11.0, 11.0, 8191)
+    at_jump = np.min(np.abs(x[:, None] - np.array([*record.derivative_shape.jumps, np.inf])), axis=1) < 2 * h
+    steps = np.abs(record.df(x + h) - record.df(x - h))[~at_jump]
+    assert steps.max() < 1e-6
+
+
+@pytest.mark.parametrize("record", ALL, ids=str)
+def test_even_says_whether_the_derivative_is_even(record):
+    x = np.linspace(0.013, 9.0, 1000)
+    even = bool(np.allclose(record.df(x), record.df(-x), rtol=1e-12, atol=1e-12))
+    assert even == record.derivative_shape.even
+
+
+def test_kinks_are_listed():
+    assert activations.get("softsign").derivative_shape.kinks == (0.0,)
+    assert activations.get("elu").derivative_shape.kinks == (0.0,)
+    assert activations.get("elu", alpha=0.5).derivative_shape.jumps == (0.0,)
+
+
+def test_all_of_the_issue_are_there():
+    wanted = """gelu gelu_tanh quick_gelu silu mish sigmoid tanh logsigmoid softplus softsign tanhshrink elu celu selu hardswish
+    hardsigmoid hardtanh relu relu6 leaky_relu softshrink hardshrink threshold"""
+    assert set(activations.BUILT_IN) == set(wanted.split())
+
+
+@pytest.mark.parametrize("record", ALL, ids=str)
+def test_in_place_form_equals_the_other(record):
+    x = torch.randn(50)
+    expected = record.forward(x)
+    overwritten = record.forward_inplace(x)
+    assert overwritten is x
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("geluu", {}, "unknown activation 'geluu'; did you mean 'gelu'"),
+        ("SiLU", {}, "did you mean 'silu'"),
+        ("zzz", {}, r"fewbit.register\(\) adds your own"),
+        ("gelu", {"alpha": 1.0}, "gelu has no parameter 'alpha'; its parameters: none"),
+        ("elu", {"beta": 1.0}, "elu has no parameter 'beta'; its parameters: alpha"),
+        ("elu", {"alpha": float("nan")}, "elu: parameter alpha must be a finite number, got nan"),
+        ("elu", {"alpha": "much"}, "elu: parameter alpha must be a finite number, got 'much'"),
+    ],
+)
+def test_wrong_requests(name, parameters, message):
+    with pytest.raises(ActivationError, match=message):
+        activations.get(name, **parameters)
+
+
+def test_records_compare_by_what_they_compute():
+    assert activations.get("elu", alpha=1.0) == activations.get("elu")
+    assert activations.get("elu", alpha=0.5) != activations.get("elu")
+    assert hash(activations.get("elu", alpha=1.0)) == hash(activations.get("elu"))
+
+
+@pytest.mark.usefixtures("own_registry")
+class TestRegister:
+    def test_derivative_by_autograd(self):
+        record = activations.register("snake", lambda x: x + x.sin() ** 2)
+        x = np.linspace(-5, 5, 101)
+        np.testing.assert_allclose(record.df(x), 1 + np.sin(2 * x), atol=1e-14)
+        assert activations.get("snake") is record
+        assert record.module == "Snake"
+
+    def test_own_derivative_and_parameters(self):
+        record = activations.register(
+            "scaled_relu",
+            lambda x, slope: slope * x.relu(),
+            lambda x, slope: np.where(x > 0, slope, 0.0),
+            parameters={"slope": 2.0},
+            jumps=(0.0,),
+        )
+        assert record.module == "ScaledRelu"
+        assert record.df(np.array([-1.0, 1.0])).tolist() == [0.0, 2.0]
+        assert activations.get("scaled_relu", slope=3.0).df(np.array(1.0)) == 3.0
+
+    def test_taken_name(self):
+        with pytest.raises(ActivationError, match="'gelu' exists; pass overwrite=True"):
+            activations.register("gelu", torch.sin)
+
+    def test_name_must_be_an_identifier(self):
+        with pytest.raises(ActivationError, match="must be a Python identifier, got 'my act'"):
+            activations.register("my act", torch.sin)
+
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            (lambda x: x - x.cumsum(0), "must be pointwise"),
+            (lambda x: x.sum(), "must be pointwise"),
+            (lambda x: x.detach(), "differentiably; on 13 points it raised RuntimeError"),
+            (lambda x: [1.0], "differentiably; on 13 points it raised AttributeError"),
+        ],
+    )
+    def test_functions_that_are_none(self, function, message):
+        with pytest.raises(ActivationError, match=message):
+            activations.register("bad", function)
+        assert "bad" not in activations.names()

@@ -1,0 +1,177 @@
+"""The command line: an argv -> outcome table, and the pictures and files it writes."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fewbit
+from fewbit import activations, cli, store
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def no_window(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--help"], ["list", "table", "tables", "plot", "demo"]),
+        (["list"], ["gelu_tanh", "min_val=-1, max_val=1", "0.0641", "exact"]),
+        (["table", "gelu"], ["gelu: 3 bits, weight student, level coding", "-2.477302", "1.097579", "relative rms 0.06407"]),
+        (["table", "elu", "--param", "alpha=0.5", "--bits", 1], ["elu alpha=0.5: 1 bit", "0.000000"]),
+        (["table", "tanh", "--coding", "interval", "--weight", "normal(std=2)"], ["weight normal(std=2), interval coding"]),
+        (["table", "silu", "--domain", -4, 5], ["on [-4, 5]"]),
+        (["table", "torch:sin", "--bits", 1], ["sin: 1 bit"]),
+        (["tables", "--help"], ["build"]),
+    ],
+    ids=str,
+)
+def test_prints(capsys, argv, parts):
+    status, out, err = run(capsys, *argv)
+    assert (status, err) == (0, "")
+    for part in parts:
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["table", "geluu"], 2, "unknown activation 'geluu'; did you mean 'gelu'?"),
+        (["table", "gelu", "--bits", 9], 2, "bits must be an integer from 1 to 8, got 9"),
+        (["table", "gelu", "--bits", "x"], 2, "--bits"),
+        (["table", "gelu", "--coding", "levle"], 2, "coding must be one of"),
+        (["table", "gelu", "--weight", "gauss"], 2, "weight must be one of student, normal, uniform"),
+        (["table", "gelu", "--domain", 3, 1], 2, "domain must be two finite numbers"),
+        (["table", "gelu", "--param", "alpha"], 2, "--param takes NAME=NUMBER, such as alpha=0.5; got 'alpha'"),
+        (["table", "gelu", "--param", "bits=2"], 2, "gelu has no parameter 'bits'"),
+        (["table", "celu", "--param", "alpha=0"], 2, "celu alpha=0 has no finite value"),
+        (["table", "no.such:thing"], 2, "cannot import no.such:thing"),
+        (["table", "torch:nothing"], 2, "cannot import torch:nothing"),
+        (["table", "torch:cumsum"], 2, "cumsum must map a float64 tensor"),
+        (["table", "torch:pi"], 2, "torch:pi is no function"),
+        (["table", "gelu", "--samples", "/no/such.npy"], 1, "/no/such.npy: No such file or directory"),
+        (["table", "gelu", "--output", "/no/such/folder.json"], 1, "/no/such/folder.json: No such file or directory"),
+        (["table"], 2, "Missing argument"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["plot"], 2, "give an activation's name, or --gallery, or --errors"),
+        (["plot", "gelu", "--gallery"], 2, "give an activation's name, or --gallery, or --errors"),
+        (["plot", "--gallery", "--bits", 1, 2], 2, "--gallery takes one number of bits"),
+        (["plot", "gelu", "-o", "/no/such/p.png"], 1, "/no/such/p.png: No such file or directory"),
+        (["plot", "gelu", "-o", "picture.xyz"], 2, "Format 'xyz' is not supported"),
+        (["demo", "--steps", 0], 2, "--steps"),
+        (["demo", "--bits", 9], 2, "bits must be an integer from 1 to 8, got 9"),
+        (["demo", "--device", "abacus"], 1, "torch has no device 'abacus' here"),
+    ],
+    ids=str,
+)
+def test_errors_take_one_line(capsys, argv, status, message):
+    found, out, err = run(capsys, *argv)
+    assert found == status
+    assert err.startswith("fewbit: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+
+
+def test_json_is_the_table(capsys):
+    status, out, _ = run(capsys, "table", "gelu", "--bits", 2, "--json")
+    assert status == 0
+    assert fewbit.CodeTable.from_dict(json.loads(out)) == fewbit.load_table("gelu", 2)
+
+
+def test_output_is_a_table_file(capsys, tmp_path):
+    path = tmp_path / "t.json"
+    assert run(capsys, "table", "gelu", "--output", path)[1].endswith(f"wrote {path}\n")
+    assert fewbit.CodeTable.load(path) == fewbit.load_table("gelu", 3)
+
+
+def test_samples(capsys, tmp_path, rng):
+    samples = rng.normal(size=1000)
+    np.save(tmp_path / "x.npy", samples)
+    _, out, _ = run(capsys, "table", "gelu", "--samples", tmp_path / "x.npy", "--json")
+    assert fewbit.CodeTable.from_dict(json.loads(out)) == fewbit.design("gelu", 3, weight=samples)
+    (tmp_path / "bad.npy").write_text("words")
+    status, _, err = run(capsys, "table", "gelu", "--samples", tmp_path / "bad.npy")
+    assert status == 2
+    assert "bad.npy is no .npy file of numbers" in err
+
+
+def test_a_function_of_ones_own(capsys, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def square(x):\n    return x * x\n")
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "table", "mine:square", "--bits", 1)
+    assert status == 0
+    assert "square: 1 bit" in out
+
+
+def test_build_and_check(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "BUILT_IN", {"relu": activations.get("relu")})
+    assert run(capsys, "tables", "build", "--output", tmp_path)[0] == 0
+    assert (tmp_path / "relu.json").read_text() == (store.tables_directory() / "relu.json").read_text()
+    status, out, _ = run(capsys, "tables", "build", "--check", "--output", tmp_path)
+    assert status == 0
+    assert "as a new design makes them" in out
+    (tmp_path / "relu.json").write_text("{}")
+    status, _, err = run(capsys, "tables", "build", "--check", "--output", tmp_path)
+    assert status == 1
+    assert "1 files in" in err
+    assert "relu; run `fewbit tables build`" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["gelu"], "fewbit-gelu.png"),
+        (["elu", "--bits", "2", "--param", "alpha=0.5"], "fewbit-elu.png"),
+        (["--gallery"], "fewbit-gallery.png"),
+        (["--errors"], "fewbit-errors.png"),
+        (["gelu", "--bits", "1", "3", "-o", "own.svg"], "own.svg"),
+    ],
+)
+def test_plots_name_the_file_they_wrote(capsys, argv, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "plot", *argv)
+    assert (status, out, err) == (0, f"wrote {name}\n", "")
+    assert (tmp_path / name).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("given", "spread"),
+    [
+        (["plot", "gelu", "--bits", "1", "2", "3"], ["plot", "gelu", "--bits", "1", "--bits", "2", "--bits", "3"]),
+        (["plot", "--bits", "1", "--bits", "2", "-o", "7"], ["plot", "--bits", "1", "--bits", "2", "-o", "7"]),
+        (["table", "gelu", "--bits", "3", "--domain", "-5", "5"], ["table", "gelu", "--bits", "3", "--domain", "-5", "5"]),
+        (["demo", "--bits", "3", "1", "--steps", "5"], ["demo", "--bits", "3", "--bits", "1", "--steps", "5"]),
+    ],
+    ids=str,
+)
+def test_bits_with_several_values(given, spread):
+    assert cli._spread_bits(given) == spread
+
+
+def test_help_is_quick():
+    """Median of five fresh processes, against the half second promised."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "fewbit", "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert sorted(seconds)[2] < 0.5
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    code = f"{sys.executable} -m fewbit list | head -1"
+    result = subprocess.run(code, shell=True, capture_output=True, text=True)
+    assert result.stderr == ""
+    assert len(result.stdout.splitlines()) == 1

@@ -1,0 +1,49 @@
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from fewbit import demo
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo") / "curves.png"
+    text = io.StringIO()
+    runs = demo.run(3, [3, 1], "cpu", output, Console(file=text, width=80))
+    return runs, output, text.getvalue()
+
+
+def test_runs_start_from_the_same_weights_and_see_the_same_batches(finished):
+    exact, three, one = finished[0]
+    assert [run.label for run in finished[0]] == ["exact", "3 bits", "1 bit"]
+    assert exact.losses[0] == three.losses[0] == one.losses[0]  # forward is exact
+    assert exact.losses[-1] != three.losses[-1]
+    assert exact.losses[-1] == pytest.approx(three.losses[-1], rel=0.01)
+
+
+def test_bytes(finished):
+    exact, three, one = finished[0]
+    elements = demo.LAYERS * demo.BATCH * demo.CONTEXT * 4 * demo.WIDTH
+    assert exact.gelu_bytes == 4 * elements
+    assert three.gelu_bytes == 3 * elements // 8
+    assert one.gelu_bytes == elements // 8
+    assert exact.total_bytes - three.total_bytes == exact.gelu_bytes - three.gelu_bytes
+
+
+def test_what_is_shown(finished):
+    _, output, text = finished
+    assert output.read_bytes().startswith(b"\x89PNG")
+    for part in ("3 bits", "0.09375", "16.00", "step 3 of 3", f"wrote {output}"[:20]):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_total_counts_shared_storages_once():
+    model = demo.GPT(None)
+    batch = torch.randint(256, (2, 17))
+    gelu, total = demo._kept_bytes(model, batch)
+    assert gelu == 4 * demo.LAYERS * 2 * 16 * 4 * demo.WIDTH
+    unit = 4 * 2 * 16 * demo.WIDTH
+    assert 15 * demo.LAYERS * unit < total < 20 * demo.LAYERS * unit

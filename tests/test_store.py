@@ -1,0 +1,199 @@
+import json
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import fewbit
+from fewbit import activations, store
+from fewbit.design.request import CODINGS, Request
+from fewbit.errors import DesignError, TableFileError
+from fewbit.weights import NAMES
+
+REQUEST = {"activation": "elu", "bits": 2, "alpha": 0.5}
+
+
+def cached_file(folder):
+    (path,) = folder.glob("*.json")
+    return path
+
+
+@pytest.mark.parametrize("name", ["tanh", "relu6", "hardswish"])
+def test_shipped_files_are_what_a_design_gives(name):
+    assert store.shipped_text(name) == (store.tables_directory() / f"{name}.json").read_text()
+
+
+@pytest.mark.slow
+def test_all_shipped_files_are_what_a_design_gives():
+    assert [name for name, differs in store.build_tables(store.tables_directory(), check=True) if differs] == []
+
+
+def test_everything_promised_is_shipped(record, empty_cache):
+    for weight in NAMES:
+        for coding in CODINGS:
+            for bits in store.SHIPPED_BITS:
+                table = fewbit.load_table(record.name, bits, weight=weight, coding=coding)
+                assert (table.activation, table.bits, table.weight, table.coding) == (record.name, bits, weight, coding)
+    assert not empty_cache.exists()
+
+
+def test_build_writes_only_what_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "BUILT_IN", {name: activations.get(name) for name in ("relu", "threshold")})
+    assert list(store.build_tables(tmp_path / "new")) == [("relu", True), ("threshold", True)]
+    (tmp_path / "new" / "relu.json").write_text("{}")
+    assert list(store.build_tables(tmp_path / "new", check=True)) == [("relu", True), ("threshold", False)]
+    assert (tmp_path / "new" / "relu.json").read_text() == "{}"
+    assert list(store.build_tables(tmp_path / "new")) == [("relu", True), ("threshold", False)]
+
+
+def test_designed_on_a_miss_and_found_again(empty_cache, monkeypatch):
+    table = fewbit.load_table(**REQUEST)
+    assert table == fewbit.design(**REQUEST)
+    path = cached_file(empty_cache)
+    assert path.name.startswith("elu-2bit-")
+    store._load.cache_clear()
+    monkeypatch.setattr(store, "_search", lambda request: pytest.fail("designed again"))
+    assert fewbit.load_table(**REQUEST) == table
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"alpha": 0.25}, {"bits": 3}, {"weight": "normal"}, {"coding": "interval"}, {"domain": (-3, 3)}, {"channels": "value"}],
+)
+def test_all_arguments_are_part_of_the_key(change, empty_cache):
+    first, second = fewbit.load_table(**REQUEST), fewbit.load_table(**{**REQUEST, **change})
+    assert first != second
+    assert second == fewbit.design(**{**REQUEST, **change})
+    assert len(list(empty_cache.glob("*.json"))) == 2
+
+
+def test_samples_are_a_key_too(empty_cache):
+    samples = [[0.1, -0.2, 0.3], [0.4, 0.5, -0.6]]
+    assert fewbit.load_table("gelu", 1, weight=samples) == fewbit.load_table("gelu", 1, weight=samples)
+    fewbit.load_table("gelu", 1, weight=[0.1, 0.2])
+    assert len(list(empty_cache.glob("*.json"))) == 2
+
+
+def test_a_function_as_weight_is_not_cached(empty_cache):
+    assert fewbit.load_table("gelu", 1, weight=lambda x: x * 0 + 1).weight.startswith("custom")
+    assert not empty_cache.exists()
+
+
+@pytest.mark.usefixtures("own_registry")
+class TestOwnActivations:
+    def test_changed_under_its_old_name(self, empty_cache):
+        activations.register("mine", torch.tanh)
+        before = fewbit.load_table("mine", 2)
+        activations.register("mine", torch.sigmoid, overwrite=True)
+        after = fewbit.load_table("mine", 2)
+        assert before != after
+        assert after == fewbit.design("mine", 2)
+        assert len(list(empty_cache.glob("*.json"))) == 2
+
+    def test_the_shipped_table_is_not_taken_for_a_replacement(self, empty_cache):
+        shipped = fewbit.load_table("gelu", 2)
+        activations.register("gelu", torch.tanh, overwrite=True)
+        assert fewbit.load_table("gelu", 2).levels.tolist() != shipped.levels.tolist()
+        assert empty_cache.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "newer", "empty", "other table", "binary"])
+def test_a_damaged_cache_file_is_designed_anew(damage, empty_cache):
+    table = fewbit.load_table(**REQUEST)
+    path = cached_file(empty_cache)
+    text = path.read_text()
+    other = fewbit.design("silu", 1)
+    damaged = {
+        "truncated": text[: len(text) // 2],
+        "foreign": json.dumps({"model": "resnet"}),
+        "newer": text.replace('"version": 1', '"version": 2'),
+        "empty": "",
+    }
+    if damage == "other table":
+        other.save(path)
+    elif damage == "binary":
+        path.write_bytes(b"\xff\x00")
+    else:
+        path.write_text(damaged[damage])
+    store._load.cache_clear()
+    with pytest.warns(UserWarning, match=f"designing the table anew: .*{path.name}"):
+        assert fewbit.load_table(**REQUEST) == table
+    assert path.read_text() == text
+
+
+def test_a_damaged_shipped_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "gelu.json").write_text("{")
+    monkeypatch.setattr(store, "tables_directory", lambda: tmp_path)
+    store._load.cache_clear()
+    store._shipped.cache_clear()
+    try:
+        with pytest.raises(
+            TableFileError, match=r"gelu.json is not valid JSON, perhaps cut short .*; delete it or write it anew"
+        ):
+            fewbit.load_table("gelu", 3)
+    finally:
+        store._shipped.cache_clear()
+
+
+def test_a_cache_that_cannot_be_written_warns_once(tmp_path, monkeypatch, empty_cache):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FEWBIT_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match=r"cannot write to the cache .*; set FEWBIT_CACHE_DIR to a writable folder") as seen:
+        for alpha in (0.5, 0.6):
+            assert fewbit.load_table("elu", 2, alpha=alpha) == fewbit.design("elu", 2, alpha=alpha)
+    assert len(seen) == 1
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write into read-only folders")
+def test_a_read_only_cache(empty_cache):
+    empty_cache.mkdir()
+    empty_cache.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.warns(UserWarning, match="cannot write to the cache"):
+        fewbit.load_table(**REQUEST)
+
+
+def test_a_full_disk(empty_cache, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(sys.modules["fewbit.design.table"], "write_atomically", full)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        fewbit.load_table(**REQUEST)
+    assert list(empty_cache.iterdir()) == []
+
+
+def test_two_processes_at_once(empty_cache):
+    code = "import fewbit; print(fewbit.load_table('elu', 4, alpha=0.7, coding='interval').mse)"
+    environment = {**os.environ, "FEWBIT_CACHE_DIR": str(empty_cache)}
+
+    def run(_):
+        return subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True)
+
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(run, range(2)))
+    assert [result.stderr for result in results] == ["", ""]
+    assert results[0].stdout == results[1].stdout != ""
+    assert len(list(empty_cache.iterdir())) == 1  # no temporary file is left
+
+
+def test_cache_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEWBIT_CACHE_DIR", str(tmp_path))
+    assert store.cache_directory() == tmp_path
+    monkeypatch.delenv("FEWBIT_CACHE_DIR")
+    assert store.cache_directory().name == "fewbit"
+
+
+def test_wrong_requests_fail_before_anything_is_written(empty_cache):
+    with pytest.raises(DesignError, match="got 9"):
+        fewbit.load_table("gelu", 9)
+    assert not empty_cache.exists()
+
+
+def test_requests_describe_their_tables():
+    request = Request.of("elu", 2, alpha=0.5, weight="normal(std=2)", domain=(-4, 4))
+    assert request.answered_by(fewbit.design("elu", 2, alpha=0.5, weight="normal(std=2)", domain=(-4, 4)))
+    assert not request.answered_by(fewbit.design("elu", 2, alpha=0.5, weight="normal(std=2)"))
