@@ -1,3 +1,4 @@
+import itertools
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ def error_of(cuts, values, weights):
     assert cuts[0] == 0
     assert cuts[-1] == weights.size
     assert np.all(np.diff(cuts) > 0)
-    return sum(oracles.group_error(values[:, a:b], weights[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    return sum(oracles.group_error(values[:, a:b], weights[a:b]) for a, b in itertools.pairwise(cuts))
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from fewbit import packing
@@ -21,13 +23,13 @@ def test_lanes_cover_every_element_once(n, bits):
     spans = [packing.lane_span(n, lane, word_count) for lane in range(packing.LANES)]
     assert spans[0][0] == 0
     assert spans[-1][1] == n
-    assert all(before[1] == after[0] for before, after in zip(spans, spans[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
     assert all(0 <= stop - start <= word_count for start, stop in spans)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_fields_are_the_bytes_of_the_word(bits):
-    """Against the definition: bits 8p to 8p + 7 of the sum of code << (lane · bits), for codes of all ones, a lane at a time."""
+    """Against the definition: bits 8p to 8p + 7 of the sum of code << (lane · bits), a lane of all ones at a time."""
     for lane in range(packing.LANES):
         word = (2**bits - 1) << (lane * bits)
         fields = {field.plane: field.shift for field in packing.fields(bits, lane)}

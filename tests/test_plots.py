@@ -13,7 +13,7 @@ from fewbit import activations, plots
 
 
 def boxes_of_texts(figure):
-    """Where titles, axis labels and legends come to lie: (text, box) for each. Tick labels apart: matplotlib hides some unseen."""
+    """Where titles, axis labels and legends lie: (text, box) for each. Not tick labels: matplotlib has some beyond the axes."""
     FigureCanvasAgg(figure).draw()
     legends = [text for legend in figure.findobj(Legend) for text in legend.get_texts()]
     titles = [text for axis in figure.axes for text in (axis.title, axis.xaxis.label, axis.yaxis.label)]

@@ -1,4 +1,4 @@
-"""Time the dynamic programs of fewbit.design against the plain vectorised numpy one, in one run: `python tools/bench_design.py`.
+"""Time the dynamic programs of fewbit.design against the plain vectorised numpy one: `python tools/bench_design.py`.
 
 Each pair is timed in turn, five times, on the same 4096 points; the figures are medians, with the least and the largest ratio.
 """
