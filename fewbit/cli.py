@@ -203,7 +203,7 @@ def _find_activation(name: str) -> Activation:
     home, _, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(home), attribute)
+        function: Any = getattr(importlib.import_module(home), attribute)
     except (ImportError, AttributeError) as error:
         raise ActivationError(f"cannot import {name}: {error}") from error
     finally:
