@@ -203,14 +203,14 @@ def _find_activation(name: str) -> Activation:
     home, _, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        function: Any = getattr(importlib.import_module(home), attribute)
+        function = getattr(importlib.import_module(home), attribute)
     except (ImportError, AttributeError) as error:
         raise ActivationError(f"cannot import {name}: {error}") from error
     finally:
         sys.path.pop(0)
     if not callable(function):
         raise ActivationError(f"{name} is no function on tensors, but a {type(function).__name__}")
-    return from_callable(function)
+    return from_callable(function)  # type: ignore[arg-type]
 
 
 def _find_table(record, bits, weight, coding, domain, param, samples) -> CodeTable:
