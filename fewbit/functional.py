@@ -16,9 +16,10 @@ import torch
 
 from fewbit import activations
 from fewbit.activations import Activation
-from fewbit.autograd.activation import Coder, coded_activation
+from fewbit.autograd.activation import coded_activation
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import ActivationError, DesignError, InputError, TableError
+from fewbit.kernels import Coder
 from fewbit.record import label
 from fewbit.store import DEFAULT_BITS, SHIPPED_BITS, load_table
 

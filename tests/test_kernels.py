@@ -1,5 +1,9 @@
 """Every backend against naive code, bit by bit."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import oracles
 import pytest
@@ -7,86 +11,177 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewbit import packing
-from fewbit.kernels import reference
+import fewbit
+from fewbit import functional, kernels, packing
+from fewbit.kernels import Coder, cpu, reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = [0, 1, 7, 8, 9, 1023, 1024, 1025, 5000]
+BACKENDS = [reference, cpu]
 
 
-@pytest.fixture(params=[reference], ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.fixture(params=BACKENDS, ids=lambda module: module.__name__.rpartition(".")[2])
 def backend(request):
     return request.param
 
 
-def random_table(rng, bits, intervals):
-    """Thresholds that float32 holds exactly, codes, levels."""
+def random_coder(rng, bits, intervals, dtype=torch.float32, even=False):
+    """Thresholds that float32 holds exactly, codes and levels, all at random."""
     thresholds = np.unique(rng.normal(0, 2, intervals - 1).astype(np.float32))
     codes = rng.integers(0, 2**bits, thresholds.size + 1).astype(np.uint8)
-    return torch.from_numpy(thresholds), torch.from_numpy(codes), torch.from_numpy(rng.normal(size=2**bits).astype(np.float32))
+    if even:
+        upper = np.unique(np.abs(thresholds))
+        thresholds = np.concatenate([np.nextafter(-upper[::-1], np.float32(-np.inf)), upper])
+        codes = np.concatenate([codes[: upper.size + 1][::-1], codes[1 : upper.size + 1]])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    levels = torch.from_numpy(rng.normal(size=2**bits)).to(wide)
+    return Coder(torch.from_numpy(thresholds).to(wide), torch.from_numpy(codes), levels, bits)
 
 
-def adversarial(thresholds, n, rng):
+def adversarial(coder, n, rng):
     """Values at and next to thresholds, zeros of both signs, infinities, NaN, subnormals, huge and ordinary ones."""
     special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-42, -1e-42, 3e38, -3e38]
-    t = thresholds.numpy()
-    pool = np.concatenate(
-        [special, t, np.nextafter(t, np.float32(np.inf)), np.nextafter(t, np.float32(-np.inf)), rng.normal(0, 3, 50)]
+    t = coder.thresholds.float().numpy()
+    above, below = (np.nextafter(t, np.float32(side)) for side in (np.inf, -np.inf))
+    return torch.from_numpy(
+        rng.choice(np.concatenate([special, t, -t, above, below, rng.normal(0, 3, 50)]), n).astype(np.float32)
     )
-    return torch.from_numpy(rng.choice(pool, n).astype(np.float32))
+
+
+def codes_of(x, coder):
+    return oracles.lookup(x.double().numpy(), coder.thresholds.double().numpy(), coder.codes.numpy())
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("even", [False, True], ids=["", "even"])
 @pytest.mark.parametrize("n", SIZES)
-def test_encode_packs_the_specified_bytes(backend, bits, n, rng):
-    thresholds, codes, _ = random_table(rng, bits, 20)
-    x = adversarial(thresholds, n, rng)
-    packed = backend.encode(x, thresholds, codes, bits)
-    expected = oracles.pack(oracles.lookup(x.numpy(), thresholds.numpy(), codes.numpy()), bits, packing.words(n, bits))
-    assert packed.dtype == torch.uint8
-    np.testing.assert_array_equal(packed.numpy(), expected)
+def test_encode_packs_the_specified_bytes(backend, bits, even, n, rng):
+    for intervals in (1, 9, 32):
+        coder = random_coder(rng, bits, intervals, even=even)
+        x = adversarial(coder, n, rng)
+        packed = backend.encode(x, coder)
+        assert packed.dtype == torch.uint8
+        np.testing.assert_array_equal(packed.numpy(), oracles.pack(codes_of(x, coder), bits, packing.words(n, bits)))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [0, 9, 1025])
 def test_decode_multiplies_by_the_level(backend, bits, dtype, n, rng):
-    thresholds, codes, levels = random_table(rng, bits, 20)
-    x = torch.from_numpy(rng.normal(0, 3, n)).float()
+    coder = random_coder(rng, bits, 20, dtype)
+    x = torch.from_numpy(rng.normal(0, 3, n)).to(dtype)
     grad = torch.from_numpy(rng.normal(size=n)).to(dtype)
-    levels = levels.double() if dtype == torch.float64 else levels
-    product = backend.decode(backend.encode(x, thresholds, codes, bits), levels, grad, bits)
-    code = torch.from_numpy(oracles.lookup(x.numpy(), thresholds.numpy(), codes.numpy()).astype(np.int64))
-    expected = (grad.to(levels.dtype) * levels[code]).to(dtype)
+    product = backend.decode(backend.encode(x, coder), grad, coder)
+    level = coder.levels[torch.from_numpy(codes_of(x, coder).astype(np.int64))]
     assert product.dtype == dtype
-    assert torch.equal(product, expected)
+    assert torch.equal(product, (grad.to(coder.levels.dtype) * level).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inputs_are_compared_in_full_precision(backend, dtype, rng):
+def test_inputs_are_compared_in_full_precision(backend, dtype):
     """A bfloat16 input is widened, not the thresholds narrowed: 1.001 rounds to 1 in bfloat16, and 1 <= 1.001 holds."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    thresholds, codes = torch.tensor([0.999, 1.001], dtype=wide), torch.tensor([0, 1, 2], dtype=torch.uint8)
-    packed = backend.encode(torch.tensor([0.5, 1.0, 2.0], dtype=dtype), thresholds, codes, 2)
     levels = torch.tensor([10.0, 20.0, 30.0], dtype=wide)
-    assert backend.decode(packed, levels, torch.ones(3, dtype=wide), 2).tolist() == [10.0, 20.0, 30.0]
+    coder = Coder(torch.tensor([0.999, 1.001], dtype=wide), torch.tensor([0, 1, 2], dtype=torch.uint8), levels, 2)
+    packed = backend.encode(torch.tensor([0.5, 1.0, 2.0], dtype=dtype), coder)
+    assert backend.decode(packed, torch.ones(3, dtype=wide), coder).tolist() == [10.0, 20.0, 30.0]
 
 
-@settings(max_examples=60, deadline=None)
-@given(bits=st.integers(1, 8), n=st.integers(0, 3000), intervals=st.integers(1, 256), seed=st.integers(0, 2**32 - 1))
-def test_round_trip(bits, n, intervals, seed):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_pattern_of_a_half_width_float(backend, dtype, rng):
+    """All 65,536: encoded by the float it stands for, and multiplied and rounded as torch rounds."""
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    coder = random_coder(rng, 4, 20, dtype)
+    packed = backend.encode(x, coder)
+    np.testing.assert_array_equal(packed.numpy(), reference.encode(x.float(), coder).numpy())
+    expected = (x.float() * coder.levels[torch.from_numpy(codes_of(x, coder).astype(np.int64))]).to(dtype)
+    assert torch.equal(backend.decode(packed, x, coder).nan_to_num(-1.5), expected.nan_to_num(-1.5))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.integers(1, 8),
+    n=st.integers(0, 3000),
+    intervals=st.integers(1, 256),
+    even=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_backends_agree(bits, n, intervals, even, dtype, seed):
     rng = np.random.default_rng(seed)
-    thresholds, codes, levels = random_table(rng, bits, intervals)
-    x = adversarial(thresholds, n, rng)
-    packed = reference.encode(x, thresholds, codes, bits)
-    code = oracles.lookup(x.numpy(), thresholds.numpy(), codes.numpy()).astype(np.int64)
-    assert torch.equal(reference.decode(packed, levels, torch.ones(n), bits), levels[torch.from_numpy(code)])
+    coder = random_coder(rng, bits, intervals, dtype, even)
+    x, grad = adversarial(coder, n, rng).to(dtype), torch.from_numpy(rng.normal(size=n)).to(dtype)
+    packed = reference.encode(x, coder)
+    assert torch.equal(cpu.encode(x, coder), packed)
+    assert torch.equal(cpu.decode(packed, grad, coder), reference.decode(packed, grad, coder))
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 7, 8])
+def test_three_million_elements_in_threads(bits, rng):
+    coder = random_coder(rng, bits, 31)
+    x, grad = adversarial(coder, 3_000_001, rng), torch.randn(3_000_001)
+    packed = reference.encode(x, coder)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(cpu.encode(x, coder), packed)
+            assert torch.equal(cpu.decode(packed, grad, coder), reference.decode(packed, grad, coder))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_even_tables_compare_magnitudes():
+    for name in ("tanh", "sigmoid", "softsign", "hardtanh", "hardshrink"):
+        for dtype in (torch.float32, torch.float64):
+            table = fewbit.load_table(name, 4)
+            constants = functional._coder(table, torch.device("cpu"), dtype).cpu_constants
+            assert constants.fold
+            assert constants.thresholds.size <= 16
+    assert not functional._coder(fewbit.load_table("gelu", 4), torch.device("cpu"), torch.float32).cpu_constants.fold
+
+
+def test_who_serves_what():
+    x = torch.zeros(3)
+    assert kernels._backend(x) is cpu
+    assert kernels._backend(x.to("meta")) is reference
+    assert kernels._backend(torch.nn.Parameter(x)) is reference
+
+
+def test_negated_views_are_read_as_what_they_stand_for(backend):
+    x = torch._neg_view(torch.tensor([1.0, -2.0, 3.0]))  # what `.conj().imag` gives
+    assert x.is_neg()
+    coder = Coder(torch.tensor([0.0]), torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([5.0, 7.0]), 1)
+    assert backend.decode(backend.encode(x, coder), torch.ones(3), coder).tolist() == [5.0, 7.0, 5.0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [1, 3, 4, 8])
-def test_three_million_elements(backend, bits, rng):
-    thresholds, codes, _ = random_table(rng, bits, 31)
-    x = adversarial(thresholds, 3_000_000, rng)
-    expected = oracles.pack(oracles.lookup(x.numpy(), thresholds.numpy(), codes.numpy()), bits, packing.words(x.numel(), bits))
-    np.testing.assert_array_equal(backend.encode(x, thresholds, codes, bits).numpy(), expected)
+def test_a_fork_makes_threads_of_its_own():
+    code = """
+import os, torch
+from fewbit.functional import gelu
+def work():
+    x = torch.linspace(-3, 3, 1 << 21, requires_grad=True)
+    gelu(x, bits=3).sum().backward()
+    return x.grad
+torch.set_num_threads(2)
+expected = work()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # OpenMP's own threads do not outlive a fork, whoever calls it
+    from fewbit.kernels import cpu
+    cpu._pool(os.getpid()).submit(int).result(timeout=10)
+    os._exit(0 if torch.equal(work(), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_a_cache_of_kernels_that_cannot_be_written(tmp_path):
+    """A source tree that is read-only to this user: numba turns to the user's cache folder, or compiles in memory."""
+    code = "import torch, fewbit; fewbit.functional.gelu(torch.ones(9, requires_grad=True)).sum().backward(); print('ok')"
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout == "ok\n", result.stderr

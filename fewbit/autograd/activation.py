@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fewbit import kernels
 from fewbit.errors import InputError
+from fewbit.kernels import Coder
 
 Tensor = torch.Tensor
-
-
-class Coder(NamedTuple):
-    """A code table as tensors, on the device and in the dtype of comparison of the input.
-
-    thresholds (m,) and levels (K,): float64 for float64 inputs, else float32; codes (m+1,) uint8; bits of one code
-    """
-
-    thresholds: Tensor
-    codes: Tensor
-    levels: Tensor
-    bits: int
 
 
 def coded_activation(x: Tensor, forward: Callable[[Tensor], Tensor], coder: Coder, inplace: bool = False) -> Tensor:
@@ -57,7 +46,7 @@ class _CodedActivation(torch.autograd.Function):
         (packed,) = ctx.saved_tensors
         order = _memory_order(ctx.stride)
         flat = grad.permute(order).reshape(-1)
-        product = kernels.decode(packed, ctx.coder.levels, flat, ctx.coder.bits).to(ctx.dtype)
+        product = kernels.decode(packed, flat, ctx.coder).to(ctx.dtype)
         grad_x = product.view([ctx.shape[dim] for dim in order]).permute(_inverse(order))
         if grad.stride() != grad_x.stride():
             grad_x = _as_torch_lays_out(grad_x, grad, ctx.stride)
@@ -84,7 +73,7 @@ class _Once(torch.autograd.Function):
 def _encode(x: Tensor, coder: Coder) -> Tensor:
     """Codes follow memory, not the logical order, so that dense inputs of any strides are read without a copy."""
     flat = x.permute(_memory_order(x.stride())).reshape(-1)
-    return kernels.encode(flat, coder.thresholds, coder.codes, coder.bits)
+    return kernels.encode(flat, coder)
 
 
 def _memory_order(stride: tuple[int, ...]) -> list[int]:

@@ -1,5 +1,32 @@
-"""Encode and decode. One backend per file, all under the contract of `fewbit.kernels.reference`."""
+"""Encode and decode: one backend per file, all under the contract of `fewbit.kernels.reference`."""
 
-from fewbit.kernels.reference import decode, encode
+from __future__ import annotations
 
-__all__ = ["decode", "encode"]
+from types import ModuleType
+
+import torch
+
+from fewbit.kernels import reference
+from fewbit.kernels.coder import Coder
+
+__all__ = ["Coder", "decode", "encode"]
+
+
+def encode(x: torch.Tensor, coder: Coder) -> torch.Tensor:
+    """Packed codes (packed_bytes(n, bits),) uint8 of x (n,); see `fewbit.kernels.reference.encode`."""
+    return _backend(x).encode(x, coder)
+
+
+def decode(packed: torch.Tensor, grad: torch.Tensor, coder: Coder) -> torch.Tensor:
+    """grad (n,) times the levels of the packed codes; see `fewbit.kernels.reference.decode`."""
+    return _backend(grad).decode(packed, grad, coder)
+
+
+def _backend(tensor: torch.Tensor) -> ModuleType:
+    """Compiled kernels for plain tensors on the CPU; torch operations for all else: other devices, subclasses, tracing."""
+    if tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
+        from fewbit.kernels import cpu  # here, since it loads numba
+
+        if cpu.supports(tensor):
+            return cpu
+    return reference
