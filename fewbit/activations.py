@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,13 +25,19 @@ def names() -> list[str]:
     return list(_REGISTRY)
 
 
-def get(activation: str | Activation, /, **parameters: float) -> Activation:
-    """The record of `activation`, a name or a record, with `parameters` replacing its defaults.
+def get(activation: str | Activation | Callable[..., Any], /, **parameters: float) -> Activation:
+    """The record of `activation`, with `parameters` replacing its defaults.
+
+    activation  a registered name, a record, one of `fewbit.functional`, or a pointwise function on tensors
 
     Raises ActivationError for an unknown name (it suggests the nearest), an unknown parameter, or a parameter that is
     not a finite number.
     """
-    record = activation if isinstance(activation, Activation) else _look_up(activation)
+    record = getattr(activation, "record", activation)  # the drop-ins carry theirs
+    if callable(record) and not isinstance(record, Activation):
+        record = from_callable(record)  # type: ignore[arg-type]
+    elif not isinstance(record, Activation):
+        record = _look_up(record)
     return record.with_parameters(**parameters) if parameters else record
 
 
@@ -72,15 +78,18 @@ def register(
     >>> round(float(snake.df(0.0)), 3)
     1.0
     """
-    if not name.isidentifier():
-        raise ActivationError(f"the name of an activation must be a Python identifier, got {name!r}")
+    if not name.isidentifier() or name.startswith("_"):
+        raise ActivationError(f"the name of an activation must be a Python identifier without leading underscore, got {name!r}")
+    if reserved := sorted(_RESERVED.intersection(parameters or ())):
+        raise ActivationError(f"{name}: a parameter cannot have the name of an argument that all activations take: {reserved}")
     if name in _REGISTRY and not overwrite:
         raise ActivationError(f"an activation {name!r} exists; pass overwrite=True to replace it")
+    replaced = _REGISTRY[name].module if name in _REGISTRY else None
     camel = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
     record = replace(
         from_callable(function, derivative, parameters=parameters),
         name=name,
-        module=module or camel,
+        module=module or replaced or camel,
         shape=DerivativeShape(tuple(jumps), tuple(kinks), even),
     )
     _REGISTRY[name] = record
@@ -166,6 +175,20 @@ def _record(
 
 _GELU = "torch.nn.functional.gelu"
 
+_RESERVED = {
+    "input",
+    "inplace",
+    "bits",
+    "table",
+    "activation",
+    "weight",
+    "coding",
+    "channels",
+    "balance",
+    "levels",
+    "domain",
+    "cells",
+}
 _REGISTRY: dict[str, Activation] = {
     record.name: record
     for record in (
@@ -212,7 +235,7 @@ _REGISTRY: dict[str, Activation] = {
             "celu",
             "CELU",
             lambda x, alpha: _elu(x, alpha, rate=1 / alpha),
-            lambda x, alpha: _elu_derivative(x, alpha, rate=1 / alpha),
+            lambda x, alpha: _elu_derivative(x, alpha, rate=1 / float(np.float32(alpha))),  # torch's backward rounds alpha so
             DerivativeShape(kinks=(0.0,)),
             alpha=1.0,
         ),

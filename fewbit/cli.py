@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewbit.constants import CODINGS, DEFAULT_BITS, DEFAULT_WEIGHT, SHIPPED_BITS
 from fewbit.errors import ActivationError, DesignError, FewbitError
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
     from fewbit.design import CodeTable
@@ -43,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status: 0, 1 for a failure, 2 for wrong usage. Errors take one line on stderr."""
     arguments = _spread_bits(sys.argv[1:] if argv is None else argv)
     try:
-        return app(args=arguments, prog_name="fewbit", standalone_mode=False) or 0
+        return app(args=arguments or ["--help"], prog_name="fewbit", standalone_mode=False) or 0
     except _CommandError as error:
         return _complain(error.format_message(), error.exit_code)
     except (ActivationError, DesignError) as error:  # a wrong name or a value out of range on the command line
@@ -65,16 +68,16 @@ def _complain(message: str, status: int) -> int:
 
 
 def _spread_bits(arguments: list[str]) -> list[str]:
-    """`--bits 1 2 3` -> `--bits 1 --bits 2 --bits 3`: options with several values, which typer does not know."""
+    """`plot gelu --bits 1 2 3` -> `plot gelu --bits 1 --bits 2 --bits 3`: several values of an option, unknown to typer."""
+    if arguments[:1] not in (["plot"], ["demo"]):
+        return arguments
     spread: list[str] = []
     after_bits = False
     for argument in arguments:
-        if after_bits and argument.lstrip("-").isdigit() and spread[-1] != "--bits":
+        number = argument.lstrip("-").isdigit()
+        if after_bits and number and spread[-1] != "--bits":
             spread.append("--bits")
-        elif argument == "--bits":
-            after_bits = True
-        elif not argument.lstrip("-").isdigit():
-            after_bits = False
+        after_bits = argument == "--bits" or (after_bits and number)
         spread.append(argument)
     return spread
 
@@ -83,7 +86,7 @@ def _spread_bits(arguments: list[str]) -> list[str]:
 def list_activations() -> None:
     """All activations, with the error of their shipped tables."""
     from fewbit import activations, terminal
-    from fewbit.store import SHIPPED_BITS, load_table
+    from fewbit.store import load_table
 
     view = terminal.table(("activation", "module", "parameters"), tuple(map(_count_bits, SHIPPED_BITS)))
     for record in map(activations.get, activations.names()):
@@ -97,9 +100,9 @@ def list_activations() -> None:
 @app.command()
 def table(
     name: Name,
-    bits: Bits = 3,
-    weight: Weight = "student",
-    coding: Coding = "level",
+    bits: Bits = DEFAULT_BITS,
+    weight: Weight = DEFAULT_WEIGHT,
+    coding: Coding = CODINGS[0],
     domain: Domain = None,
     param: Parameters = None,
     samples: Samples = None,
@@ -146,8 +149,8 @@ def build(
 def plot(
     name: Annotated[str | None, typer.Argument(help="An activation, or package.module:function.")] = None,
     bits: Annotated[list[int] | None, typer.Option(help="One or more: --bits 1 2 3 4.")] = None,
-    weight: Weight = "student",
-    coding: Coding = "level",
+    weight: Weight = DEFAULT_WEIGHT,
+    coding: Coding = CODINGS[0],
     domain: Domain = None,
     param: Parameters = None,
     samples: Samples = None,
@@ -158,17 +161,18 @@ def plot(
     """Draw f' with the steps of its tables and the error, or an overview of all activations."""
     if (name is not None) + gallery + errors != 1:
         raise typer.BadParameter("give an activation's name, or --gallery, or --errors")
-    if gallery and bits and len(bits) > 1:
-        raise typer.BadParameter("--gallery takes one number of bits")
+    shaped = weight != DEFAULT_WEIGHT or coding != CODINGS[0] or domain or param or samples
+    if (gallery or errors) and (shaped or (errors and bits) or len(bits or []) > 1):
+        raise typer.BadParameter("--gallery takes one --bits, --errors none, and neither of them other options of the table")
     from fewbit import plots
 
     if errors:
         figure, stem = plots.plot_errors(), "errors"
     elif gallery:
-        figure, stem = plots.plot_gallery((bits or [3])[0]), "gallery"
+        figure, stem = plots.plot_gallery((bits or [DEFAULT_BITS])[0]), "gallery"
     else:
         record = _find_activation(str(name))
-        found = [_find_table(record, b, weight, coding, domain, param, samples) for b in bits or (1, 2, 3, 4)]
+        found = [_find_table(record, b, weight, coding, domain, param, samples) for b in bits or SHIPPED_BITS]
         bound = record.with_parameters(**found[0].parameters)
         figure, stem = plots.plot_tables(bound, found), record.name
     _show_or_save(figure, output, f"fewbit-{stem}.png")
@@ -184,6 +188,7 @@ def demo(
     """Train a small GPT on the Python standard library with exact and with coded GELU, side by side."""
     from fewbit import terminal
 
+    _check_picture(output)
     console = terminal.console()
     console.print(f"Training a small GPT on the Python standard library for {steps} steps")  # before torch takes its time
     from fewbit.demo import run
@@ -204,8 +209,8 @@ def _find_activation(name: str) -> Activation:
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(home), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ActivationError(f"cannot import {name}: {error}") from error
+    except Exception as error:  # whatever the module does on import
+        raise ActivationError(f"cannot import {name}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
     if not callable(function):
@@ -213,7 +218,16 @@ def _find_activation(name: str) -> Activation:
     return from_callable(function)  # type: ignore[arg-type]
 
 
-def _find_table(record, bits, weight, coding, domain, param, samples) -> CodeTable:
+def _find_table(
+    record: Activation,
+    bits: int,
+    weight: Any,
+    coding: str,
+    domain: tuple[float, float] | None,
+    param: list[str] | None,
+    samples: Path | None,
+) -> CodeTable:
+    """The table that the options of `table` and `plot` ask for."""
     from fewbit.store import load_table
 
     if samples is not None:
@@ -222,12 +236,18 @@ def _find_table(record, bits, weight, coding, domain, param, samples) -> CodeTab
     return load_table(record, bits, weight=weight, coding=coding, domain=domain)
 
 
-def _read_samples(path: Path):
+def _read_samples(path: Path) -> np.ndarray:
+    import zipfile
+
     import numpy as np
 
     try:
-        return np.load(path)
-    except (ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            samples = np.load(file)
+        if not isinstance(samples, np.ndarray):
+            raise ValueError("it holds several arrays")
+        return samples
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise typer.BadParameter(f"--samples {path} is no .npy file of numbers: {error}") from error
 
 
@@ -276,17 +296,30 @@ def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:
             plt.show()
             return
     path = output or Path(default)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:  # an ending that matplotlib does not know
-        raise typer.BadParameter(f"--output {path}: {error}") from error
+    _check_picture(path)
+    figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
 
+def _check_picture(path: Path) -> None:
+    """Raise before any work is done if no picture can be written to `path`."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise typer.BadParameter(f"--output {path} must end in one of {', '.join(sorted(known))}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
+
+
 def _has_display() -> bool:
-    """Whether matplotlib would open a window: it looks for a display and falls back to Agg, which draws into memory."""
+    """Whether matplotlib opens windows here: it looks for a display, and without one falls back to drawing into memory."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
+    from matplotlib.backends.registry import BackendFilter, backend_registry
 
-    plt.switch_backend(mpl.get_backend())
-    return mpl.get_backend().lower() != "agg"
+    try:
+        plt.switch_backend(mpl.get_backend())
+    except (ImportError, ValueError):  # MPLBACKEND names one that is not there
+        return False
+    return mpl.get_backend().lower() in backend_registry.list_builtin(BackendFilter.INTERACTIVE)

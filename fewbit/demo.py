@@ -91,14 +91,14 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
         each.held_out = _evaluate(each.model, held_out)
     console.print(_outcome(runs))
     _draw(runs, output)
-    console.print(f"wrote {output}")
+    console.print(f"wrote {output}", markup=False, soft_wrap=True)
     return runs
 
 
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
             f"torch has no device {name!r} here ({str(error).splitlines()[0]}); --device cpu always works"

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from fewbit import activations, functional
+from fewbit import activations, drop_in
 from fewbit.activations import Activation
+from fewbit.constants import DEFAULT_BITS
 from fewbit.design.table import CodeTable
 
 Tensor = torch.Tensor
@@ -39,21 +40,22 @@ class CodedActivation(torch.nn.Module):
         super().__init__(**{name: value for name, value in given.arguments.items() if self._of_torch and name not in ours})
         for name, value in given.arguments.items():
             setattr(self, name, value)
-        functional.check_arguments(self.record(), self.bits, self.table)
+        drop_in.check_arguments(self.record(), self.bits, self.table)
 
     def record(self) -> Activation:
         """The activation's record at this module's parameters, which are torch's attributes (alpha, negative_slope, …)."""
-        return functional.bound_record(activations.get(self.name), vars(self))
+        return drop_in.bound_record(activations.get(self.name), vars(self))
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.apply(self.record(), input, self.bits, self.table, self.inplace)
+        return drop_in.apply(self.record(), input, self.bits, self.table, self.inplace)
 
     def extra_repr(self) -> str:
         torchs = (
             super().extra_repr() if self._of_torch else ", ".join(f"{p}={getattr(self, p)}" for p in self.record().parameters)
         )
-        own = f"table={self.table!r}" if self.table is not None else f"bits={self.bits or functional.DEFAULT_BITS}"
-        return ", ".join(filter(None, (torchs, own)))
+        own = f"table={self.table!r}" if self.table is not None else f"bits={self.bits or DEFAULT_BITS}"
+        inplace = "inplace=True" if self.inplace and "inplace" not in torchs else ""
+        return ", ".join(filter(None, (torchs, inplace, own)))
 
 
 def __getattr__(name: str) -> type[CodedActivation]:
@@ -70,13 +72,13 @@ def __dir__() -> list[str]:
 @cache
 def _module_class(record: Activation) -> type[CodedActivation]:
     """The class `fewbit.nn.Name` for a record: a subclass of torch's class of that name where there is one."""
-    torch_class = getattr(torch.nn, record.module, torch.nn.Module)
-    taken = functional.arguments(record).values()
+    torch_class = getattr(torch.nn, record.module, torch.nn.Module) if record.name in activations.BUILT_IN else torch.nn.Module
+    taken = drop_in.arguments(record).values()
     described = f"torch.nn.{record.module}" if torch_class is not torch.nn.Module else f"The module of {record.torch_name}"
     contents = {
         "__module__": __name__,
         "__qualname__": record.module,
-        "__doc__": functional.describe(record, f"{described}: exact forward, backward from codes of a few bits an element."),
+        "__doc__": drop_in.describe(record, f"{described}: exact forward, backward from codes of a few bits an element."),
         "__signature__": inspect.Signature(list(taken)),
         "name": record.name,
         "_of_torch": torch_class is not torch.nn.Module,

@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fewbit import activations
-from fewbit.design.request import CODINGS
+from fewbit.constants import CODINGS, DEFAULT_BITS, DEFAULT_DOMAIN, SHIPPED_BITS
 from fewbit.design.table import CodeTable
 from fewbit.record import Activation
-from fewbit.store import SHIPPED_BITS, load_table
+from fewbit.store import load_table
 
-_EXACT, _CODED, _ERROR = "0.15", "tab:red", "tab:red"  # dark grey against mid red: apart in colour and in print
+_EXACT, _CODED = "0.15", "tab:red"  # in grey print they differ by width: 2.2 and 1.2 points
 _ERROR_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5)
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -46,7 +46,7 @@ def plot_tables(record: Activation, tables: Sequence[CodeTable]) -> Figure:
     return figure
 
 
-def plot_gallery(bits: int = 3) -> Figure:
+def plot_gallery(bits: int = DEFAULT_BITS) -> Figure:
     """f' of every registered activation with the steps of its default table."""
     records = [activations.get(name) for name in activations.names()]
     with mpl.rc_context(_STYLE):
@@ -126,7 +126,7 @@ def _draw_steps(axis: Axes, record: Activation, table: CodeTable, span: tuple[fl
 def _draw_error(axis: Axes, record: Activation, table: CodeTable, span: tuple[float, float]) -> None:
     x = _dense(table, span)
     axis.axhline(0.0, color="0.8", linewidth=0.8)
-    axis.plot(x, table(x) - record.df(x), color=_ERROR, linewidth=1.0)
+    axis.plot(x, table(x) - record.df(x), color=_CODED, linewidth=1.0)
     axis.set_xlabel("pre-activation x")
 
 
@@ -144,7 +144,7 @@ def _broken(record: Activation, x: np.ndarray) -> np.ndarray:
 
 def _span(tables: Sequence[CodeTable]) -> tuple[float, float]:
     """From -6 to 6, or as far out as thresholds lie, within the domain."""
-    low, high = tables[0].domain or (-10.0, 10.0)
+    low, high = tables[0].domain or DEFAULT_DOMAIN
     reach = max([6.0, *(1.15 * np.abs(table.thresholds).max(initial=0.0) for table in tables)])
     return max(low, -reach), min(high, reach)
 

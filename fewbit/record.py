@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,6 +59,10 @@ class Activation:
     options: Mapping[str, str] = field(default_factory=dict)
     shape: DerivativeShape | Callable[..., DerivativeShape] = DerivativeShape()
 
+    def __post_init__(self):
+        object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
     def f(self, x: Array) -> Array:
         """f(x) in float64; same shape as x."""
         return np.asarray(self.function(np.asarray(x, np.float64), **self.parameters))
@@ -73,19 +78,22 @@ class Activation:
             if name not in values:
                 known = ", ".join(values) or "none"
                 raise ActivationError(f"{self.name} has no parameter {name!r}; its parameters: {known}")
-            values[name] = _finite_number(self.name, name, value)
+            values[name] = finite_number(self.name, name, value)
         return replace(self, parameters=values)
 
     @cached_property
     def derivative_shape(self) -> DerivativeShape:
         """Jumps, kinks and evenness of f' at these parameters; jumps and kinks ascend, each point once."""
-        shape = self.shape if isinstance(self.shape, DerivativeShape) else self.shape(**self.parameters)
+        try:
+            shape = self.shape if isinstance(self.shape, DerivativeShape) else self.shape(**self.parameters)
+        except ArithmeticError:  # parameters at which there is no derivative either, which a design then reports
+            shape = DerivativeShape()
         return replace(shape, jumps=tuple(sorted(set(shape.jumps))), kinks=tuple(sorted(set(shape.kinks))))
 
     @property
     def torch_name(self) -> str:
         """Dotted name of torch's function, or the user's function's name."""
-        return self.torch_function if isinstance(self.torch_function, str) else self.torch_function.__name__.strip("_")
+        return self.torch_function if isinstance(self.torch_function, str) else _name_of(self.torch_function).strip("_")
 
     @cached_property
     def forward(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -110,7 +118,7 @@ class Activation:
 
     @cached_property
     def _identity(self) -> tuple:
-        return self.name, self.function, self.derivative, tuple(self.parameters.items())
+        return self.name, self.function, self.derivative, tuple(self.parameters.items()), self.derivative_shape
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Activation) and self._identity == other._identity
@@ -134,6 +142,10 @@ def label(name: str, parameters: Mapping[str, float]) -> str:
     return " ".join([name, *(f"{key}={value:g}" for key, value in parameters.items())])
 
 
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def _takes_inplace(call: Callable[..., Any]) -> bool:
     try:
         return "inplace" in inspect.signature(call).parameters
@@ -148,7 +160,7 @@ def from_callable(
     parameters: Mapping[str, float] | None = None,
 ) -> Activation:
     """A record, not registered, for a pointwise function on tensors; see `register` for the arguments."""
-    name = getattr(function, "__name__", type(function).__name__)
+    name = _name_of(function)
 
     def value(x: Array, **parameters: float) -> Array:
         import torch
@@ -165,7 +177,7 @@ def from_callable(
             (gradient,) = torch.autograd.grad(output.sum(), leaf)
         return gradient.numpy()
 
-    values = {key: _finite_number(name, key, number) for key, number in (parameters or {}).items()}
+    values = {key: finite_number(name, key, number) for key, number in (parameters or {}).items()}
     record = Activation(name, value, derivative or by_autograd, function, name, values)
     _check_pointwise(record)
     return record
@@ -175,8 +187,8 @@ def _check_pointwise(record: Activation) -> None:
     x = np.linspace(-3.1, 2.9, 13)
     try:
         for at in (record.f, record.df):
-            forward, backward = at(x), at(x[::-1])
-            if forward.shape != x.shape or not np.allclose(forward, backward[::-1], 1e-9, 1e-12, equal_nan=True):
+            whole, part = at(x), at(x[4::-1])  # other neighbours, in another order
+            if whole.shape != x.shape or not np.allclose(whole[4::-1], part, 1e-9, 1e-12, equal_nan=True):
                 raise ActivationError(
                     f"{record.name} must be pointwise: element i of the output from element i of the input alone"
                 )
@@ -189,7 +201,8 @@ def _check_pointwise(record: Activation) -> None:
         ) from error
 
 
-def _finite_number(activation: str, name: str, value: Any) -> float:
+def finite_number(activation: str, name: str, value: Any) -> float:
+    """The value of a parameter as a float; ActivationError, naming both, if it is none or not finite."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -6,6 +6,7 @@ cache lies in `FEWBIT_CACHE_DIR`, or where the platform keeps a user's caches.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,22 +19,19 @@ from typing import Any
 import numpy as np
 
 from fewbit import activations
+from fewbit.constants import CODINGS, DEFAULT_BITS, DEFAULT_WEIGHT, SHIPPED_BITS, WEIGHTS
 from fewbit.design import design
-from fewbit.design.request import CODINGS, Request
+from fewbit.design.request import Request
 from fewbit.design.table import VERSION, CodeTable, dump_tables, read_tables, write_atomically
 from fewbit.errors import TableFileError
 from fewbit.record import Activation
-from fewbit.weights import NAMES as WEIGHTS
-
-SHIPPED_BITS = (1, 2, 3, 4)
-DEFAULT_BITS = 3
 
 
 def load_table(
     activation: str | Activation | Callable[..., Any],
     bits: int = DEFAULT_BITS,
     *,
-    weight: Any = "student",
+    weight: Any = DEFAULT_WEIGHT,
     coding: str | None = None,
     channels: tuple[str, ...] = ("derivative",),
     balance: float = 1.0,
@@ -51,9 +49,8 @@ def load_table(
     >>> load_table("gelu", bits=3)
     CodeTable(gelu, 3 bits, derivative, student, level, 10 intervals, 8 levels, relative rms 0.0641)
     """
-    request = Request.of(
-        activation, bits, weight=weight, coding=coding, channels=channels, balance=balance, domain=domain, **parameters
-    )
+    record = activations.get(activation, **parameters)
+    request = Request.of(record, bits, weight=weight, coding=coding, channels=channels, balance=balance, domain=domain)
     return _load(request) if request.weight.reusable else _search(request)
 
 
@@ -90,16 +87,16 @@ def cache_directory() -> Path:
 def cache_path(request: Request) -> Path:
     """The cache file of a request. Its name carries a digest of all that shapes the table: also of f and f' themselves,
     sampled, so that a user's activation that changed under its old name is designed anew."""
-    x = np.linspace(*request.domain, 129)
+    x, shape = np.linspace(*request.domain, 129), dataclasses.astuple(request.activation.derivative_shape)
     samples = [f"{value:.9g}" for value in (*request.activation.df(x), *request.activation.f(x))]
-    key = json.dumps([VERSION, request.describe(), samples], sort_keys=True)
+    key = json.dumps([VERSION, request.describe(), shape, samples], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return cache_directory() / f"{request.activation.name}-{request.bits}bit-{digest}.json"
 
 
 def _from_cache(request: Request) -> CodeTable:
     path = cache_path(request)
-    if path.exists():
+    if os.path.exists(path):  # unlike path.exists(), False for a folder that may not be searched
         try:
             table = CodeTable.load(path)
             if request.answered_by(table):
@@ -131,7 +128,7 @@ def _write_to_cache(path: Path, table: CodeTable) -> None:
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+    warnings.warn(message, stacklevel=6)
 
 
 def shipped_text(name: str) -> str:
@@ -152,7 +149,8 @@ def build_tables(directory: Path, *, check: bool = False) -> Iterator[tuple[str,
 
     With `check` nothing is written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    if not check:
+        directory.mkdir(parents=True, exist_ok=True)
     for name in activations.BUILT_IN:
         path, text = directory / f"{name}.json", shipped_text(name)
         differs = not path.exists() or path.read_text(encoding="utf-8") != text

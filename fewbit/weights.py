@@ -15,32 +15,45 @@ from typing import Any
 
 import numpy as np
 
+from fewbit.constants import DEFAULT_DOMAIN, WEIGHTS
 from fewbit.errors import DesignError
 
 Array = np.ndarray
-DEFAULT_DOMAIN = (-10.0, 10.0)
 
 
 class Weight:
     """A density over the pre-activation; subclasses say which."""
 
     domain: tuple[float, float] = DEFAULT_DOMAIN
+    reusable: bool = False  # whether str(self) names the density completely, so that its tables can be stored and found again
 
     def density(self, x: Array) -> Array:
         """The density at x, up to a constant factor; same shape as x."""
         raise NotImplementedError
 
     def edges(self, domain: tuple[float, float], cells: int) -> Array:
-        """Ascending edges of the cells into which a design divides `domain`; (cells + 1,) unless the weight has its own."""
-        return np.linspace(*domain, cells + 1)
+        """Ascending edges of the cells into which a design divides `domain`.
+
+        (cells + 1,) equally spaced; where such cells are too wide for the features of activations, around 0, or for
+        those of the weight, edges that are dense there and spread outwards join them.
+        """
+        edges = np.linspace(*domain, cells + 1)
+        for center, scale in {(0.0, 1.0), self.feature}:
+            if edges[1] - edges[0] > scale / 64:
+                ends = np.arcsinh((np.array(domain) - center) / scale)
+                inner = center + scale * np.sinh(np.linspace(ends[0], ends[1], cells + 1))[1:-1]
+                edges = np.union1d(edges, np.clip(inner, *domain))
+        return edges
 
     @property
-    def reusable(self) -> bool:
-        """Whether `str(self)` names the density completely, so that a table designed under it can be stored and found again."""
-        return True
+    def feature(self) -> tuple[float, float]:
+        """Where the density varies most, and over which distance."""
+        return 0.0, 1.0
 
 
 class _Parametric(Weight):
+    reusable = True
+
     def __str__(self) -> str:
         given = {f.name: float(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]
         changed = [f"{name}={repr(value).removesuffix('.0')}" for name, value in given.items()]
@@ -65,6 +78,10 @@ class Normal(_Parametric):
     def __post_init__(self):
         _require_positive(self, std=self.std)
 
+    @property
+    def feature(self) -> tuple[float, float]:
+        return float(self.mean), float(self.std)
+
     def density(self, x: Array) -> Array:
         return np.exp(-0.5 * ((x - self.mean) / self.std) ** 2)
 
@@ -80,6 +97,10 @@ class Student(_Parametric):
     def __post_init__(self):
         _require_positive(self, df=self.df, scale=self.scale)
 
+    @property
+    def feature(self) -> tuple[float, float]:
+        return float(self.mean), float(self.scale)
+
     def density(self, x: Array) -> Array:
         z = (x - self.mean) / self.scale
         return (1 + z * z / self.df) ** (-0.5 * (self.df + 1))
@@ -91,6 +112,7 @@ class Histogram(Weight):
 
     bin_edges: Array
     counts: Array
+    reusable = True
 
     def __post_init__(self):
         edges, counts = np.array(self.bin_edges, np.float64), np.array(self.counts, np.float64)
@@ -155,16 +177,12 @@ class Custom(Weight):
     def density(self, x: Array) -> Array:
         return np.broadcast_to(np.asarray(self.function(x), np.float64), np.shape(x))
 
-    @property
-    def reusable(self) -> bool:
-        return False
-
     def __str__(self) -> str:
         return f"custom({getattr(self.function, '__qualname__', type(self.function).__name__)})"
 
 
 _NAMED = {"student": Student, "normal": Normal, "uniform": Uniform}
-NAMES = tuple(_NAMED)
+assert tuple(_NAMED) == WEIGHTS  # the command line names them without importing this module
 
 
 def _name(kind: type[Weight]) -> str:
@@ -194,7 +212,7 @@ def as_weight(weight: Any) -> Weight:
     if hasattr(weight, "__array__"):
         return Histogram.of(np.asarray(weight))
     raise DesignError(
-        f"weight must be one of {', '.join(NAMES)}, a density function, or an array of samples; got {type(weight).__name__}"
+        f"weight must be one of {', '.join(WEIGHTS)}, a density function, or an array of samples; got {type(weight).__name__}"
     )
 
 
@@ -202,7 +220,7 @@ def _parse(text: str) -> Weight:
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
     name, arguments = match.groups() if match else (None, None)
     if name not in _NAMED:
-        raise DesignError(f"weight must be one of {', '.join(NAMES)}, such as 'normal(mean=0, std=2)'; got {text!r}")
+        raise DesignError(f"weight must be one of {', '.join(WEIGHTS)}, such as 'normal(mean=0, std=2)'; got {text!r}")
     kind = _NAMED[name]
     known = [f.name for f in fields(kind)]
     values = {}

@@ -1,7 +1,10 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
 
+import fewbit
 from fewbit import activations
 from fewbit.errors import ActivationError
 
@@ -9,7 +12,7 @@ from fewbit.errors import ActivationError
 VARIANTS = [
     ("softplus", {"beta": 2.5, "threshold": 4.0}),
     ("elu", {"alpha": 0.5}),
-    ("celu", {"alpha": 0.25}),  # exact in float32, through which torch passes alpha in celu's backward
+    ("celu", {"alpha": 0.3}),
     ("hardtanh", {"min_val": -0.25, "max_val": 3.0}),
     ("leaky_relu", {"negative_slope": -0.4}),
     ("softshrink", {"lambd": 1.25}),
@@ -100,6 +103,15 @@ def test_wrong_requests(name, parameters, message):
         activations.get(name, **parameters)
 
 
+def test_records_are_frozen():
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        activations.get("elu").parameters["alpha"] = 7.0  # type: ignore[index]
+
+
+def test_drop_ins_stand_for_their_activation():
+    assert activations.get(fewbit.functional.silu) is activations.get("silu")
+
+
 def test_records_compare_by_what_they_compute():
     assert activations.get("elu", alpha=1.0) == activations.get("elu")
     assert activations.get("elu", alpha=0.5) != activations.get("elu")
@@ -132,14 +144,30 @@ class TestRegister:
             activations.register("gelu", torch.sin)
 
     def test_name_must_be_an_identifier(self):
-        with pytest.raises(ActivationError, match="must be a Python identifier, got 'my act'"):
+        with pytest.raises(ActivationError, match="must be a Python identifier without leading underscore, got 'my act'"):
             activations.register("my act", torch.sin)
+
+    def test_reserved_parameters(self):
+        with pytest.raises(ActivationError, match=r"an argument that all activations take: \['bits'\]"):
+            activations.register("mine", lambda x, bits: x * bits, parameters={"bits": 2.0})
+
+    def test_a_replacement_keeps_the_module_name(self):
+        record = activations.register("gelu", torch.nn.functional.gelu, overwrite=True)
+        assert record.module == "GELU"
+
+    @pytest.mark.parametrize("function", [functools.partial(torch.nn.functional.elu, alpha=2.0), torch.nn.ELU(2.0)])
+    def test_any_callable(self, function):
+        record = activations.register("mine", function)
+        assert record.df(np.array([1.0, -1.0])) == pytest.approx([1.0, 2 / np.e])
+        assert record.torch_name in ("partial", "ELU")
 
     @pytest.mark.parametrize(
         ("function", "message"),
         [
             (lambda x: x - x.cumsum(0), "must be pointwise"),
             (lambda x: x.sum(), "must be pointwise"),
+            (lambda x: x.softmax(0), "must be pointwise"),
+            (lambda x: x - x.mean(), "must be pointwise"),
             (lambda x: x.detach(), "differentiably; on 13 points it raised RuntimeError"),
             (lambda x: [1.0], "differentiably; on 13 points it raised AttributeError"),
         ],

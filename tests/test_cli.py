@@ -66,16 +66,26 @@ def test_prints(capsys, argv, parts):
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["plot"], 2, "give an activation's name, or --gallery, or --errors"),
         (["plot", "gelu", "--gallery"], 2, "give an activation's name, or --gallery, or --errors"),
-        (["plot", "--gallery", "--bits", 1, 2], 2, "--gallery takes one number of bits"),
-        (["plot", "gelu", "-o", "/no/such/p.png"], 1, "/no/such/p.png: No such file or directory"),
-        (["plot", "gelu", "-o", "picture.xyz"], 2, "Format 'xyz' is not supported"),
+        (["plot", "--gallery", "--bits", 1, 2], 2, "--gallery takes one --bits, --errors none"),
+        (["plot", "gelu", "-o", "/no/such/p.png"], 1, "/no/such: No such folder"),
+        (["plot", "--errors", "--weight", "uniform"], 2, "neither of them other options of the table"),
+        (["plot", "--errors", "--bits", 2], 2, "--errors none"),
+        (["demo", "-o", "curves.xyz"], 2, "curves.xyz must end in one of"),
+        (["demo", "-o", "/no/such/curves.png"], 1, "/no/such: No such folder"),
+        (["demo", "--device", "meta"], 1, "torch has no device 'meta' here"),
+        (["table", "gelu", "--bits", 3, 4], 2, "unexpected extra argument"),
+        (["table", ":f"], 2, "cannot import :f"),
+        (["table", "broken:f"], 2, "cannot import broken:f: SyntaxError"),
+        (["plot", "gelu", "-o", "picture.xyz"], 2, "picture.xyz must end in one of"),
         (["demo", "--steps", 0], 2, "--steps"),
         (["demo", "--bits", 9], 2, "bits must be an integer from 1 to 8, got 9"),
         (["demo", "--device", "abacus"], 1, "torch has no device 'abacus' here"),
     ],
     ids=str,
 )
-def test_errors_take_one_line(capsys, argv, status, message):
+def test_errors_take_one_line(capsys, argv, status, message, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("def f(:")
+    monkeypatch.chdir(tmp_path)
     found, out, err = run(capsys, *argv)
     assert found == status
     assert err.startswith("fewbit: ")
@@ -101,10 +111,12 @@ def test_samples(capsys, tmp_path, rng):
     np.save(tmp_path / "x.npy", samples)
     _, out, _ = run(capsys, "table", "gelu", "--samples", tmp_path / "x.npy", "--json")
     assert fewbit.CodeTable.from_dict(json.loads(out)) == fewbit.design("gelu", 3, weight=samples)
-    (tmp_path / "bad.npy").write_text("words")
-    status, _, err = run(capsys, "table", "gelu", "--samples", tmp_path / "bad.npy")
-    assert status == 2
-    assert "bad.npy is no .npy file of numbers" in err
+    np.savez(tmp_path / "several.npy", a=samples)
+    for content in (b"words", b"PK\x03\x04", b"", (tmp_path / "several.npy.npz").read_bytes()):
+        (tmp_path / "bad.npy").write_bytes(content)
+        status, _, err = run(capsys, "table", "gelu", "--samples", tmp_path / "bad.npy")
+        assert status == 2
+        assert "bad.npy is no .npy file of numbers" in err
 
 
 def test_a_function_of_ones_own(capsys, tmp_path, monkeypatch):
@@ -149,6 +161,7 @@ def test_plots_name_the_file_they_wrote(capsys, argv, name, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("given", "spread"),
     [
+        (["table", "gelu", "--bits", "3", "4"], ["table", "gelu", "--bits", "3", "4"]),
         (["plot", "gelu", "--bits", "1", "2", "3"], ["plot", "gelu", "--bits", "1", "--bits", "2", "--bits", "3"]),
         (["plot", "--bits", "1", "--bits", "2", "-o", "7"], ["plot", "--bits", "1", "--bits", "2", "-o", "7"]),
         (["table", "gelu", "--bits", "3", "--domain", "-5", "5"], ["table", "gelu", "--bits", "3", "--domain", "-5", "5"]),
@@ -158,6 +171,18 @@ def test_plots_name_the_file_they_wrote(capsys, argv, name, tmp_path, monkeypatc
 )
 def test_bits_with_several_values(given, spread):
     assert cli._spread_bits(given) == spread
+
+
+def test_a_backend_without_windows_gets_a_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.get_backend", lambda: "pdf")
+    assert run(capsys, "plot", "relu", "--bits", 1) == (0, "wrote fewbit-relu.png\n", "")
+
+
+def test_without_a_command_it_shows_help(capsys):
+    status, out, err = run(capsys)
+    assert (status, err) == (0, "")
+    assert "Commands" in out
 
 
 def test_help_is_quick():

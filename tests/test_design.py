@@ -184,6 +184,18 @@ class TestWeights:
         assert narrow.domain == (-1.0, 1.0)
         assert narrow.mse < fewbit.design("gelu", 3).mse
 
+    @pytest.mark.parametrize(("std", "domain"), [(3e-4, None), (1e-3, None), (0.05, (-50, 50)), (1.0, (-1e5, 1e5))])
+    def test_narrow_weights_on_wide_domains(self, std, domain, rng):
+        table = fewbit.design("gelu", 3, weight=f"normal(std={std})", domain=domain)
+        x = rng.normal(0, std, 200_000)
+        error = np.mean((table(x) - activations.get("gelu").df(x)) ** 2)
+        assert error == pytest.approx(table.mse, rel=0.02)
+        assert table.mse == pytest.approx(fewbit.design("gelu", 3, weight=x).mse, rel=0.05)
+
+    def test_functions_too_narrow_for_the_cells(self):
+        with pytest.raises(DesignError, match="is too narrow for the cells of"):
+            fewbit.design("gelu", 3, weight=lambda x: np.exp(-((x / 1e-3) ** 2)))
+
     def test_mass_in_two_islands(self):
         def islands(x):
             return np.where(np.abs(np.abs(x) - 2) < 0.5, 1.0, 0.0)

@@ -37,6 +37,11 @@ def saved_tensors(function):
     return result, saved
 
 
+def strides_that_matter(tensor):
+    """The strides of all dimensions with more than one element."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
 def expected_gradient(table, x, grad):
     """table(x)·grad, multiplied in float32 (float64 for float64) and rounded once."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -86,10 +91,11 @@ def test_no_reference_to_the_input_or_output(record):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["as output", "contiguous", "channels_last", "expanded"])
-def test_layouts_follow_torch(layout, grad_layout):
+@pytest.mark.parametrize("name", ["silu", "relu", "tanh", "tanhshrink", "logsigmoid", "threshold", "quick_gelu"])
+def test_layouts_follow_torch(layout, grad_layout, name):
     base = torch.randn(4, 5, 6, 7)
     found, exact = ([], [])
-    for results, function in ((found, fewbit.functional.silu), (exact, torch.nn.functional.silu)):
+    for results, function in ((found, getattr(fewbit.functional, name)), (exact, activations.get(name).forward)):
         leaf = base.clone().requires_grad_()
         x = LAYOUTS[layout](leaf)
         seen = []
@@ -103,20 +109,20 @@ def test_layouts_follow_torch(layout, grad_layout):
             "expanded": torch.ones(()).expand(y.shape),
         }[grad_layout]
         y.backward(grad)
-        results += [y.stride(), seen[0].stride(), seen[0], leaf.grad]
+        results += [y.stride(), seen[0]]
     assert found[0] == exact[0]
-    assert found[1] == exact[1]
-    torch.testing.assert_close(found[2], exact[2], rtol=0, atol=0.2 * float(exact[2].abs().max()))
-    table = fewbit.load_table("silu", 3)
+    if "expanded" not in (layout, grad_layout):  # for overlapping memory torch's own kernels choose by device
+        assert strides_that_matter(found[1]) == strides_that_matter(exact[1])
+    table = fewbit.load_table(name, 3)
     x = LAYOUTS[layout](base)
     grad = torch.ones(x.shape) if grad_layout == "expanded" else torch.arange(x.numel(), dtype=torch.float32).view(x.shape)
-    assert torch.equal(found[2], expected_gradient(table, x, grad))
+    assert torch.equal(found[1], expected_gradient(table, x, grad))
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference", "no grad wanted"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_without_grad_it_is_torchs_own_operation(record, mode, inplace, monkeypatch):
-    monkeypatch.setattr("fewbit.functional.coded_activation", lambda *_: pytest.fail("coded"))
+    monkeypatch.setattr("fewbit.drop_in.coded_activation", lambda *_: pytest.fail("coded"))
     x = torch.randn(50, requires_grad=mode == "no_grad")
     context = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "no grad wanted": torch.enable_grad}[mode]
     expected = record.forward(x.detach())
@@ -173,6 +179,13 @@ class TestInPlace:
         expected = torch.ones_like(leaf)
         expected[:, 2:5] = expected_gradient(fewbit.load_table("tanh", 3), leaf[:, 2:5], expected[:, 2:5])
         assert torch.equal(leaf.grad, expected)
+
+    @pytest.mark.parametrize("views", [lambda x: x.chunk(2), lambda x: x.split(3), lambda x: x.unbind()])
+    def test_on_one_of_several_views_it_objects_and_writes_nothing(self, views):
+        x = torch.ones(6, requires_grad=True) * 1
+        with pytest.raises(InputError, match="cannot overwrite this view: it is one of several"):
+            fewbit.functional.silu(views(x)[0], inplace=True)
+        assert x.tolist() == [1.0] * 6
 
     def test_on_overlapping_memory_torch_objects(self):
         x = (torch.randn(1, requires_grad=True) * 1).expand(4)
@@ -262,6 +275,12 @@ class TestArguments:
         coded, true = (torch.autograd.grad(value.sum(), x)[0] for value in (y, exact))
         torch.testing.assert_close(coded, true, rtol=0, atol=0.02)
 
+    def test_parameters_are_read_at_each_call(self):
+        x, alpha = -torch.ones(3), torch.tensor(0.5)
+        for value in (0.5, 3.0):
+            alpha.fill_(value)
+            assert torch.equal(fewbit.functional.elu(x, alpha=alpha), torch.nn.functional.elu(x, alpha=value))
+
     def test_positional_inplace_as_in_torch(self):
         x = torch.randn(5)
         assert fewbit.functional.elu(x, 1.0, True) is x
@@ -286,6 +305,8 @@ class TestArguments:
             (lambda f, x: f.relu(x.bool()), InputError, "got torch.bool"),
             (lambda f, x: f.tanh(x.to(torch.complex64)), InputError, "got torch.complex64"),
             (lambda f, x: f.gelu(x.detach().to(torch.float8_e4m3fn)), InputError, "got torch.float8_e4m3fn"),
+            (lambda f, x: f.relu(x.to_sparse()), InputError, "relu can code a dense tensor, got torch.sparse_coo"),
+            (lambda f, x: f.elu(x, alpha=[1.0, 2.0]), ActivationError, "parameter alpha must be a finite number"),
             (lambda f, x: f.gelu([1.0]), InputError, "takes a torch.Tensor, got list"),
             (lambda f, x: f.gelu(x, approximate="erf"), ActivationError, "gelu takes .*'none'.* or .*'tanh'.*, got"),
             (lambda f, x: f.elu(x, alpha="x"), ActivationError, "elu: parameter alpha must be a finite number"),

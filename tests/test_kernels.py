@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fewbit
-from fewbit import functional, kernels, packing
+from fewbit import drop_in, kernels, packing
 from fewbit.kernels import Coder, cpu, reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -135,10 +135,10 @@ def test_even_tables_compare_magnitudes():
     for name in ("tanh", "sigmoid", "softsign", "hardtanh", "hardshrink"):
         for dtype in (torch.float32, torch.float64):
             table = fewbit.load_table(name, 4)
-            constants = functional._coder(table, torch.device("cpu"), dtype).cpu_constants
+            constants = drop_in._coder(table, torch.device("cpu"), dtype).cpu_constants
             assert constants.fold
             assert constants.thresholds.size <= 16
-    assert not functional._coder(fewbit.load_table("gelu", 4), torch.device("cpu"), torch.float32).cpu_constants.fold
+    assert not drop_in._coder(fewbit.load_table("gelu", 4), torch.device("cpu"), torch.float32).cpu_constants.fold
 
 
 def test_who_serves_what():

@@ -111,6 +111,7 @@ def test_parameters_may_change_later():
 
 def test_repr():
     assert repr(fewbit.GELU(approximate="tanh")) == "GELU(approximate='tanh', bits=3)"
+    assert repr(fewbit.Tanh(inplace=True)) == "Tanh(inplace=True, bits=3)"
     assert repr(fewbit.ReLU(inplace=True, bits=1)) == "ReLU(inplace=True, bits=1)"
     table = fewbit.load_table("gelu", 1)
     assert repr(fewbit.GELU(table=table)) == f"GELU(approximate='none', table={table!r})"

@@ -18,11 +18,12 @@ LAYERS = [
     {"plots", "terminal", "models"},
     {"nn"},
     {"functional"},
+    {"drop_in"},
     {"autograd", "store"},
     {"kernels", "design"},
     {"packing", "activations", "weights"},
     {"record"},
-    {"errors"},
+    {"errors", "constants"},
 ]
 MATHEMATICS = {"store", "design", "activations", "weights", "record"}
 MACHINERY = {"autograd", "kernels", "packing"}
@@ -41,6 +42,8 @@ def imports_of(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fewbit."):
             yield node.module.split(".")[1]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "fewbit":
+            yield "nn" if node.attr[0].isupper() else node.attr
 
 
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
@@ -75,6 +78,22 @@ def test_the_mathematics_never_loads_torch(statement):
 def test_shipped_tables_need_no_compiler():
     assert "numba" not in loaded_after("import fewbit; fewbit.load_table('gelu', 3)")
     assert not loaded_after("import fewbit; fewbit.GELU(bits=3)") & {"numba", "matplotlib"}
+
+
+def test_a_second_process_compiles_nothing():
+    code = """
+import torch, fewbit
+from fewbit.design import dynprog
+from fewbit.kernels import cpu
+for coding in ("interval", "level"):
+    fewbit.design("gelu", 2, coding=coding)
+fewbit.functional.gelu(torch.ones(9, requires_grad=True)).sum().backward()
+kernels = (dynprog._run_program, dynprog._cluster_program, cpu._encode, cpu._decode)
+print([(len(kernel.stats.cache_hits), len(kernel.stats.cache_misses)) for kernel in kernels])
+"""
+    for _ in range(2):
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[(1, 0), (1, 0), (1, 0), (1, 0)]\n", result.stderr
 
 
 def test_design_is_the_function_however_it_is_imported():

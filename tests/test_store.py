@@ -5,14 +5,16 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
 import fewbit
 from fewbit import activations, store
-from fewbit.design.request import CODINGS, Request
-from fewbit.errors import DesignError, TableFileError
-from fewbit.weights import NAMES
+from fewbit.constants import CODINGS, WEIGHTS
+from fewbit.design.request import Request
+from fewbit.errors import ActivationError, DesignError, TableFileError
+from fewbit.weights import Weight
 
 REQUEST = {"activation": "elu", "bits": 2, "alpha": 0.5}
 
@@ -33,7 +35,7 @@ def test_all_shipped_files_are_what_a_design_gives():
 
 
 def test_everything_promised_is_shipped(record, empty_cache):
-    for weight in NAMES:
+    for weight in WEIGHTS:
         for coding in CODINGS:
             for bits in store.SHIPPED_BITS:
                 table = fewbit.load_table(record.name, bits, weight=weight, coding=coding)
@@ -71,6 +73,27 @@ def test_all_arguments_are_part_of_the_key(change, empty_cache):
     assert len(list(empty_cache.glob("*.json"))) == 2
 
 
+@pytest.mark.parametrize("extra", [{"levels": 5}, {"cells": 64}])
+def test_arguments_that_no_table_file_records_are_refused(extra, empty_cache):
+    with pytest.raises(ActivationError, match="elu has no parameter"):
+        fewbit.load_table(**REQUEST, **extra)
+    assert not empty_cache.exists()
+
+
+def test_a_weight_of_ones_own_is_not_cached(empty_cache):
+    class Spike(Weight):
+        center = 0.0
+
+        def density(self, x):
+            return np.exp(-((x - self.center) ** 2))
+
+    weight = Spike()
+    before = fewbit.load_table("gelu", 2, weight=weight)
+    weight.center = 3.0
+    assert fewbit.load_table("gelu", 2, weight=weight).levels.tolist() != before.levels.tolist()
+    assert not empty_cache.exists()
+
+
 def test_samples_are_a_key_too(empty_cache):
     samples = [[0.1, -0.2, 0.3], [0.4, 0.5, -0.6]]
     assert fewbit.load_table("gelu", 1, weight=samples) == fewbit.load_table("gelu", 1, weight=samples)
@@ -93,6 +116,15 @@ class TestOwnActivations:
         assert before != after
         assert after == fewbit.design("mine", 2)
         assert len(list(empty_cache.glob("*.json"))) == 2
+
+    def test_jumps_are_part_of_the_key(self, empty_cache):
+        def corner(x):
+            return torch.where(x > 0.013, x, 0.5 * x)
+
+        activations.register("corner", corner)
+        assert fewbit.load_table("corner", 1).mse > 0
+        activations.register("corner", corner, jumps=(0.013,), overwrite=True)
+        assert fewbit.load_table("corner", 1).mse == 0
 
     def test_the_shipped_table_is_not_taken_for_a_replacement(self, empty_cache):
         shipped = fewbit.load_table("gelu", 2)
@@ -120,8 +152,9 @@ def test_a_damaged_cache_file_is_designed_anew(damage, empty_cache):
     else:
         path.write_text(damaged[damage])
     store._load.cache_clear()
-    with pytest.warns(UserWarning, match=f"designing the table anew: .*{path.name}"):
+    with pytest.warns(UserWarning, match=f"designing the table anew: .*{path.name}") as seen:
         assert fewbit.load_table(**REQUEST) == table
+    assert seen[0].filename == __file__  # the warning points at the caller
     assert path.read_text() == text
 
 
@@ -144,7 +177,7 @@ def test_a_cache_that_cannot_be_written_warns_once(tmp_path, monkeypatch, empty_
     monkeypatch.setenv("FEWBIT_CACHE_DIR", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match=r"cannot write to the cache .*; set FEWBIT_CACHE_DIR to a writable folder") as seen:
         tables = [fewbit.load_table("elu", 2, alpha=alpha) for alpha in (0.5, 0.6)]
-    assert len(seen) == 1
+    assert [warning.filename for warning in seen] == [__file__]
     assert tables == [fewbit.design("elu", 2, alpha=alpha) for alpha in (0.5, 0.6)]
 
 
@@ -154,6 +187,16 @@ def test_a_read_only_cache(empty_cache):
     empty_cache.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.warns(UserWarning, match="cannot write to the cache"):
         fewbit.load_table(**REQUEST)
+
+
+def test_a_cache_that_cannot_be_searched(empty_cache, monkeypatch):
+    def forbidden(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(store.os, "stat", forbidden)
+    monkeypatch.setattr(store.Path, "mkdir", forbidden)
+    with pytest.warns(UserWarning, match="cannot write to the cache .*Permission denied"):
+        assert fewbit.load_table(**REQUEST) == fewbit.design(**REQUEST)
 
 
 def test_a_full_disk(empty_cache, monkeypatch):

@@ -1,6 +1,9 @@
+import builtins
 import copy
 import dataclasses
+import io
 import json
+import os
 import pickle
 
 import numpy as np
@@ -73,6 +76,16 @@ def test_immutable():
     assert copy.copy(table) is table
 
 
+def test_parameters_are_frozen_too():
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        fewbit.load_table("elu", 3).parameters["alpha"] = 9.0  # type: ignore[index]
+
+
+def test_numpy_integers_are_integers(tmp_path):
+    simple(bits=np.int64(1)).save(tmp_path / "t.json")
+    assert type(CodeTable.load(tmp_path / "t.json").bits) is int
+
+
 def test_equality_looks_at_everything():
     assert simple() == simple()
     for change in ({"bits": 2}, {"codes": [1, 0, 1]}, {"levels": [[0.25, 0.5]]}, {"activation": "relu"}, {"weight": "normal"}):
@@ -138,6 +151,33 @@ def test_a_failed_save_leaves_nothing(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
 
+@pytest.mark.parametrize("culprit", ["write", "replace"])
+def test_a_save_that_breaks_off_keeps_the_old_file(tmp_path, monkeypatch, culprit):
+    path = tmp_path / "table.json"
+    simple().save(path)
+
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    if culprit == "replace":
+        monkeypatch.setattr(os, "replace", broken)
+    else:
+
+        def half(self, text):
+            io.TextIOWrapper.write(self, text[: len(text) // 2])
+            broken()
+
+        class Full(io.TextIOWrapper):
+            write = half
+
+        monkeypatch.setattr(builtins, "open", lambda name, mode, encoding: Full(io.FileIO(name, mode), encoding))
+    with pytest.raises(OSError, match=r"No space left on device: .*table\.json"):
+        simple(bits=2).save(path)
+    monkeypatch.undo()
+    assert CodeTable.load(path) == simple()
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+
+
 def text_of(**changes):
     content = json.loads(dump_tables([simple()]))
     content.update(changes)
@@ -163,7 +203,14 @@ def table_with(**changes):
         (text_of(tables=[3]), "holds a broken table"),
         (table_with(thresholds=[2.0, -1.0]), "holds a broken table: thresholds must ascend strictly"),
         (table_with(extra=1), r"unknown \['extra'\]"),
-        (table_with(parameters=3), "an entry of the table has the wrong type"),
+        (table_with(parameters=3), "parameters must be named numbers, got 3"),
+        (table_with(parameters={"a": "x"}), "parameter a must be numbers"),
+        (table_with(activation=5), "activation must be a text or None, got 5"),
+        (table_with(balance=-1), "balance must be positive"),
+        (table_with(domain=[5, -5]), "domain must ascend"),
+        (table_with(errors=[-1.0]), "errors and powers cannot be negative"),
+        (table_with(thresholds=[10**400, 1]), "thresholds must be numbers"),
+        ("[" * 100_000, "is not valid JSON"),
         (table_with(errors="many"), "errors must be numbers"),
         (table_with(domain=[1.0]), r"domain must be 2 number\(s\), got \(1.0,\)"),
     ],

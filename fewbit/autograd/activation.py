@@ -14,31 +14,34 @@ from fewbit.kernels import Coder
 Tensor = torch.Tensor
 
 
-def coded_activation(x: Tensor, forward: Callable[[Tensor], Tensor], coder: Coder, inplace: bool = False) -> Tensor:
+def coded_activation(
+    x: Tensor,
+    forward: Callable[[Tensor], Tensor],
+    coder: Coder,
+    forward_inplace: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """forward(x), whose backward multiplies by the level of each x's code instead of by f'(x).
 
-    x        floating-point, any shape and strides
-    forward  the exact operation; with `inplace` it overwrites its argument and returns it
-    Returns  what `forward` returns. Kept for backward: packed codes of ceil(n·bits/8) bytes plus at most 512.
+    x                floating-point, any shape and strides
+    forward          the exact operation
+    forward_inplace  the same, overwriting its argument and returning it; where given, x is overwritten
+    Returns          what the operation returns. Kept for backward: packed codes of ceil(n·bits/8) bytes plus at most 512.
 
     The gradient can be taken once: differentiating it again raises InputError, since codes carry no second derivative.
     """
-    return _CodedActivation.apply(x, forward, coder, inplace)  # type: ignore[return-value]
+    return _CodedActivation.apply(x, forward, coder, forward_inplace)  # type: ignore[return-value]
 
 
 class _CodedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], coder: Coder, inplace: bool) -> Tensor:
-        if inplace:  # f is about to overwrite x
-            packed = _encode(x, coder)
-            y = forward(x)
-            ctx.mark_dirty(x)
-        else:
-            y = forward(x)
-            packed = _encode(x, coder)
+    def forward(ctx: Any, x: Tensor, forward: Callable, coder: Coder, forward_inplace: Callable | None) -> Tensor:
+        packed = _encode(x, coder)  # before f may overwrite x
         ctx.save_for_backward(packed)
-        ctx.coder, ctx.shape, ctx.stride, ctx.dtype = coder, x.shape, x.stride(), x.dtype
-        return y
+        ctx.exact, ctx.coder, ctx.shape, ctx.stride, ctx.dtype = forward, coder, x.shape, x.stride(), x.dtype
+        if forward_inplace is None:
+            return forward(x)
+        ctx.mark_dirty(x)
+        return forward_inplace(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,7 +52,7 @@ class _CodedActivation(torch.autograd.Function):
         product = kernels.decode(packed, flat, ctx.coder).to(ctx.dtype)
         grad_x = product.view([ctx.shape[dim] for dim in order]).permute(_inverse(order))
         if grad.stride() != grad_x.stride():
-            grad_x = _as_torch_lays_out(grad_x, grad, ctx.stride)
+            grad_x = _as_torch_lays_out(grad_x, grad, ctx.stride, ctx.exact)
         if torch.is_grad_enabled():  # create_graph=True
             grad_x = _Once.apply(grad_x.detach().requires_grad_())
         return grad_x, None, None, None
@@ -88,10 +91,17 @@ def _inverse(order: list[int]) -> list[int]:
     return inverse
 
 
-def _as_torch_lays_out(grad_x: Tensor, grad: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """grad_x with the strides that torch's own backward, an operation on grad and x, would give its result."""
-    x = torch.empty_strided(grad.shape, stride, device="meta")
-    strides = torch.mul(torch.empty_strided(grad.shape, grad.stride(), device="meta"), x).stride()
-    if strides == grad_x.stride():
+def _as_torch_lays_out(grad_x: Tensor, grad: Tensor, stride: tuple[int, ...], forward: Callable[[Tensor], Tensor]) -> Tensor:
+    """grad_x with the strides that torch's own backward gives where the layouts of x and grad differ.
+
+    Which of the two it follows depends on the operation: asked of torch on tensors without data.
+    """
+    x = torch.empty_strided(grad.shape, stride, device="meta", requires_grad=True)
+    try:
+        with torch.enable_grad():
+            (like,) = torch.autograd.grad(forward(x), x, torch.empty_strided(grad.shape, grad.stride(), device="meta"))
+    except (RuntimeError, NotImplementedError):  # a user's operation that needs data: any layout is right
         return grad_x
-    return torch.empty_strided(grad_x.shape, strides, dtype=grad_x.dtype, device=grad_x.device).copy_(grad_x)
+    if like.stride() == grad_x.stride():
+        return grad_x
+    return torch.empty_strided(grad_x.shape, like.stride(), dtype=grad_x.dtype, device=grad_x.device).copy_(grad_x)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fewbit.constants import DEFAULT_WEIGHT
+
 if TYPE_CHECKING:
     from fewbit.design.table import CodeTable
     from fewbit.record import Activation
@@ -14,7 +16,7 @@ def design(
     activation: str | Activation | Callable[..., Any],
     bits: int | None = None,
     *,
-    weight: Any = "student",
+    weight: Any = DEFAULT_WEIGHT,
     coding: str | None = None,
     channels: tuple[str, ...] = ("derivative",),
     balance: float = 1.0,

@@ -38,6 +38,10 @@ class Grid:
         total = float(self.integrate(self.edges[:-1], self.edges[1:])[0].sum())
         if not (total > 0 and np.isfinite(total)):
             raise DesignError(f"weight {weight} has no finite mass on the domain {domain}: got {total}; choose another domain")
+        middles = 0.5 * (self.edges[1:] + self.edges[:-1])
+        halved = np.union1d(self.edges, middles)
+        if not np.isclose(self.integrate(halved[:-1], halved[1:])[0].sum(), total, rtol=1e-2):
+            raise DesignError(f"weight {weight} is too narrow for the cells of {domain}; choose a smaller domain or more cells")
         self._total = total
         self.mass, self._first, _ = self.integrate(self.edges[:-1], self.edges[1:])
         self.mean = self.mean_between(self.edges[:-1], self.edges[1:])

@@ -33,7 +33,7 @@ def polish(grid: Grid, thresholds: Array, codes: Array, count: int) -> Array:
     width = np.interp(s, grid.edges[:-1], np.diff(grid.edges))
     for _ in range(_STEPS):
         residual, jacobian = _stationarity(grid, s, codes, count, low, high)
-        step = np.linalg.lstsq(jacobian[np.ix_(free, free)], -residual[free], rcond=None)[0]
+        step = _solve(jacobian[np.ix_(free, free)], -residual[free])
         moved = np.clip(s[free] + np.clip(step, -width[free], width[free]), low[free], high[free])
         done = np.abs(moved - s[free]).max() <= _TOLERANCE * np.abs(grid.edges[[0, -1]]).max()
         s[free] = moved
@@ -42,6 +42,14 @@ def polish(grid: Grid, thresholds: Array, codes: Array, count: int) -> Array:
         if done:
             break
     return s if _error(grid, s, codes, count) <= _error(grid, thresholds, codes, count) else thresholds
+
+
+def _solve(matrix: Array, right: Array) -> Array:
+    """The Newton step; the shortest one where the Jacobian is singular, as on a stretch of constant g."""
+    try:
+        return np.linalg.solve(matrix, right)
+    except np.linalg.LinAlgError:
+        return np.linalg.lstsq(matrix, right, rcond=None)[0]
 
 
 def _error(grid: Grid, thresholds: Array, codes: Array, count: int) -> float:

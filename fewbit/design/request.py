@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from fewbit import activations
-from fewbit.design.table import CHANNELS, MAX_BITS, CodeTable, check_bits
+from fewbit.constants import CHANNELS, CODINGS, DEFAULT_BITS, DEFAULT_WEIGHT, MAX_BITS
+from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError
-from fewbit.record import Activation, from_callable
+from fewbit.record import Activation
 from fewbit.weights import Weight, as_weight
-
-CODINGS = ("level", "interval")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Request:
         activation: str | Activation | Callable[..., Any],
         bits: int | None = None,
         *,
-        weight: Any = "student",
+        weight: Any = DEFAULT_WEIGHT,
         coding: str | None = None,
         channels: Any = ("derivative",),
         balance: float = 1.0,
@@ -47,8 +46,6 @@ class Request:
         **parameters: float,
     ) -> Request:
         """See `fewbit.design` for the arguments and the errors."""
-        if callable(activation) and not isinstance(activation, Activation):
-            activation = from_callable(activation)
         record = activations.get(activation, **parameters)
         bits, levels = _bits_and_levels(bits, levels)
         channels, coding = _channels_and_coding(channels, coding)
@@ -77,7 +74,7 @@ class Request:
 
 def _bits_and_levels(bits: int | None, levels: int | None) -> tuple[int, int]:
     if levels is None:
-        bits = check_bits(3 if bits is None else bits, DesignError)
+        bits = check_bits(DEFAULT_BITS if bits is None else bits, DesignError)
         return bits, 2**bits
     if isinstance(levels, bool) or not isinstance(levels, int | np.integer) or not 2 <= levels <= 2**MAX_BITS:
         raise DesignError(f"levels must be an integer from 2 to {2**MAX_BITS}, got {levels!r}")

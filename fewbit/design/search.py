@@ -12,9 +12,6 @@ from fewbit.design.table import CodeTable
 from fewbit.record import Activation
 
 Array = np.ndarray
-_DIGITS = (
-    9  # of stored numbers: finer than float32 resolves, short enough to read, coarser than rounding noise between machines
-)
 
 
 def search(request: Request) -> CodeTable:
@@ -77,8 +74,8 @@ def _tidy_thresholds(grid: Grid, record: Activation, thresholds: Array, coding: 
 
 
 def _rounded(values: Array) -> Array:
-    """To 9 significant digits."""
-    return np.array([float(f"{value:.{_DIGITS}g}") for value in values.ravel()]).reshape(values.shape)
+    """To 9 significant digits: finer than float32 resolves, short enough to read, coarser than rounding noise."""
+    return np.array([float(f"{value:.9g}") for value in values.ravel()]).reshape(values.shape)
 
 
 def _tidied(values: Array) -> Array:

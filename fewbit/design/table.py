@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from fewbit.constants import CHANNELS, MAX_BITS
 from fewbit.errors import TableError, TableFileError
 from fewbit.record import label
 
 Array = np.ndarray
 FORMAT = "fewbit-table"
 VERSION = 1
-MAX_BITS = 8
-CHANNELS = ("derivative", "value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class CodeTable:
     powers: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        check_bits(self.bits, TableError)
+        object.__setattr__(self, "bits", check_bits(self.bits, TableError))
         thresholds, levels = _floats("thresholds", self.thresholds, 1), _floats("levels", self.levels, 2)
         codes = _codes(self.codes)
         _check_shapes(thresholds, codes, levels, self.bits, tuple(self.channels))
@@ -69,12 +69,20 @@ class CodeTable:
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         object.__setattr__(self, "channels", tuple(self.channels))
-        object.__setattr__(self, "parameters", dict(self.parameters))
+        object.__setattr__(self, "parameters", _parameters(self.parameters))
+        object.__setattr__(self, "balance", _positive("balance", self.balance))
+        for name in ("activation", "weight", "coding"):
+            if not isinstance(getattr(self, name), str | None):
+                raise TableError(f"{name} must be a text or None, got {getattr(self, name)!r}")
         for name, size in (("domain", 2), ("errors", levels.shape[0]), ("powers", levels.shape[0])):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(_floats(name, getattr(self, name), 1).tolist()))
                 if len(getattr(self, name)) != size:
                     raise TableError(f"{name} must be {size} number(s), got {getattr(self, name)}")
+        if self.domain is not None and not self.domain[0] < self.domain[1]:
+            raise TableError(f"domain must ascend, got {self.domain}")
+        if min((*(self.errors or ()), *(self.powers or ())), default=0.0) < 0:
+            raise TableError(f"errors and powers cannot be negative, got {self.errors} and {self.powers}")
         object.__setattr__(self, "_hash", hash((self.bits, thresholds.tobytes(), codes.tobytes(), levels.tobytes())))
 
     @property
@@ -165,7 +173,7 @@ class CodeTable:
             return cls(**entries)
         except TableError:
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise TableError(f"an entry of the table has the wrong type: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -191,11 +199,25 @@ def check_bits(bits: Any, error: type[Exception]) -> int:
 def _floats(name: str, values: Any, dimensions: int) -> Array:
     try:
         array = np.array(values, np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TableError(f"{name} must be numbers: {error}") from error
     if array.ndim != dimensions or not np.all(np.isfinite(array)):
         raise TableError(f"{name} must be finite and have {dimensions} dimension(s), got shape {array.shape}: {values}")
     return array
+
+
+def _parameters(values: Any) -> Mapping[str, float]:
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise TableError(f"parameters must be named numbers, got {values!r}")
+    numbers = {name: float(_floats(f"parameter {name}", value, 0)) for name, value in values.items()}
+    return MappingProxyType(numbers)
+
+
+def _positive(name: str, value: Any) -> float:
+    number = float(_floats(name, value, 0))
+    if number <= 0:
+        raise TableError(f"{name} must be positive, got {value!r}")
+    return number
 
 
 def _codes(values: Any) -> Array:
@@ -238,26 +260,17 @@ def read_tables(path: Path) -> list[CodeTable]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under its final name only when it is complete; OSError as from open()."""
-    temporary = ""
+    """Write a text file under its final name only when it is complete; OSError, naming `path`, as from open()."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        try:
+            with open(temporary, "x", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def dump_tables(tables: list[CodeTable]) -> str:
@@ -273,7 +286,7 @@ def parse_tables(text: str, origin: str) -> list[CodeTable]:
     """The inverse of `dump_tables`. Raises TableFileError, naming `origin`, for anything that is not such a text."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TableFileError(f"{origin} is not valid JSON, perhaps cut short ({error}); delete it or write it anew") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tables"), list):
         raise TableFileError(f'{origin} is no fewbit table file: it lacks "format": "{FORMAT}" and its tables')

@@ -1,0 +1,206 @@
+"""What the functional and the module drop-ins share: the one way from a record and a tensor to a coded activation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewbit import activations
+from fewbit.autograd.activation import coded_activation
+from fewbit.constants import DEFAULT_BITS, SHIPPED_BITS
+from fewbit.design.table import CodeTable, check_bits
+from fewbit.errors import ActivationError, DesignError, InputError, TableError
+from fewbit.kernels import Coder
+from fewbit.record import Activation, finite_number, label
+from fewbit.store import load_table
+
+Tensor = torch.Tensor
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def apply(
+    record: Activation, x: Tensor, bits: int | None = None, table: CodeTable | None = None, inplace: bool = False
+) -> Tensor:
+    """The activation of a record on x: exact, with codes for backward where x needs a gradient.
+
+    x        float16, bfloat16, float32 or float64; any shape, strides and device
+    bits     of one code, 1 to 8: the shipped table with weight "student" and level coding; 3 if no table is given
+    table    a table of your own, instead; it has a "derivative" channel alone
+    inplace  overwrite x, which backward does not need
+    Returns  a tensor of x's shape, and of x's dtype unless autocast says otherwise
+
+    Raises InputError for other dtypes, DesignError for other bits, TableError for a table of another activation.
+    """
+    _check_input(record.name, x)
+    check_arguments(record, bits, table)
+    forward = record.forward_inplace if inplace else record.forward
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return forward(x)
+    _check_for_gradient(record.name, x, inplace)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    coder = _coder(table or _own_table(record, bits or DEFAULT_BITS), x.device, dtype)
+    return coded_activation(x, record.forward, coder, record.forward_inplace if inplace else None)
+
+
+def check_arguments(record: Activation, bits: int | None, table: CodeTable | None) -> None:
+    """Raise DesignError for bad bits, TableError for a table that does not hold the derivative of this activation alone."""
+    if bits is not None:
+        check_bits(bits, DesignError)
+    if table is not None:
+        _check_table(record, bits, table)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _own_table(record: Activation, bits: int) -> CodeTable:
+    return load_table(record, bits)
+
+
+def _check_input(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} takes a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
+    if x.dtype not in _DTYPES:
+        raise InputError(
+            f"{name} takes a float16, bfloat16, float32 or float64 tensor, got {x.dtype}; convert it, for instance with "
+            f"x.float(), or call torch's own operation"
+        )
+
+
+def _check_for_gradient(name: str, x: Tensor, inplace: bool) -> None:
+    """What only coding asks of an input; torch checks in-place operations too, but after they have written."""
+    if x.layout != torch.strided or x.is_nested:
+        raise InputError(
+            f"{name} can code a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}; convert it first"
+        )
+    if not inplace:
+        return
+    if any(tensor.is_leaf for tensor in (x, x._base) if tensor is not None):
+        raise InputError(f"{name} cannot overwrite a leaf that requires a gradient, nor a view of one; pass inplace=False")
+    views: Any = torch._C._autograd  # type: ignore[attr-defined]
+    if x._is_view() and views._get_creation_meta(x) != views.CreationMeta.DEFAULT:
+        raise InputError(
+            f"{name} cannot overwrite this view: it is one of several that a function such as chunk returned, or was made "
+            "without gradients; pass inplace=False"
+        )
+
+
+def _check_table(record: Activation, bits: int | None, table: CodeTable) -> None:
+    if not isinstance(table, CodeTable):
+        raise TableError(f"table must be a fewbit.CodeTable, got {type(table).__name__}; CodeTable.load(path) reads one")
+    if table.channels != ("derivative",):
+        raise TableError(f"{record.name} needs a table with the channel 'derivative' alone, got {table.channels}")
+    if bits is not None and bits != table.bits:
+        raise TableError(f"bits={bits} contradicts the table, which has {table.bits}; leave bits out")
+    if table.activation not in (None, record.name) or (table.activation and table.parameters != dict(record.parameters)):
+        raise TableError(
+            f"the table is for {label(table.activation, table.parameters)}, not for {record}; design one for it, or set the "
+            "table's activation to None with dataclasses.replace if that is what you mean"
+        )
+
+
+@lru_cache(maxsize=256)
+def _coder(table: CodeTable, device: torch.device, dtype: torch.dtype) -> Coder:
+    """The table as tensors. Thresholds are rounded down to float32: for a float32 x, x <= t holds for both or neither."""
+    thresholds = table.thresholds.copy()
+    if dtype == torch.float32:
+        single = thresholds.astype(np.float32)
+        thresholds = np.where(single > thresholds, np.nextafter(single, np.float32(-np.inf)), single)
+    with torch.inference_mode(False):
+        return Coder(
+            torch.as_tensor(thresholds, dtype=dtype, device=device),
+            torch.as_tensor(table.codes.copy(), device=device),
+            torch.as_tensor(table.levels[0].copy(), dtype=dtype, device=device),
+            table.bits,
+        )
+
+
+@cache
+def function(record: Activation) -> Callable[..., Tensor]:
+    """The function `fewbit.functional.NAME` for a record, with torch's signature."""
+    signature = inspect.Signature([inspect.Parameter("input", _POSITIONAL), *arguments(record).values()])
+
+    def drop_in(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and kwargs.keys() <= {"bits", "table", "inplace"}:
+            return apply(record, input, **kwargs)
+        given = signature.bind(input, *args, **kwargs).arguments
+        extras = {name: given.pop(name) for name in ("bits", "table", "inplace") if name in given}
+        return apply(bound_record(record, given), given.pop("input"), **extras)
+
+    drop_in.__name__ = drop_in.__qualname__ = record.name
+    drop_in.__module__ = "fewbit.functional"
+    drop_in.record = record  # type: ignore[attr-defined]
+    drop_in.__signature__ = signature  # type: ignore[attr-defined]
+    drop_in.__doc__ = describe(record, f"{record.torch_name}: exact forward, backward from codes of a few bits an element.")
+    return drop_in
+
+
+def arguments(record: Activation) -> dict[str, inspect.Parameter]:
+    """What a drop-in takes besides its input: torch's own arguments in torch's order, then `inplace`, `bits`, `table`."""
+    own = {**(record.options if _selects_variant(record) else {}), **record.parameters, "inplace": False}
+    taken = {name: inspect.Parameter(name, _POSITIONAL, default=default) for name, default in own.items()}
+    for name in ("bits", "table"):
+        taken[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    return taken
+
+
+def bound_record(record: Activation, given: Mapping[str, Any]) -> Activation:
+    """The record at the numeric parameters and options (such as approximate="tanh") among `given`; the rest is ignored."""
+    if _selects_variant(record):
+        chosen = {**record.options, **{name: given[name] for name in record.options if name in given}}
+        siblings = [
+            sibling for sibling in map(activations.get, activations.names()) if sibling.torch_function == record.torch_function
+        ]
+        match = [sibling for sibling in siblings if sibling.options == chosen]
+        if not match:
+            known = " or ".join(str(dict(sibling.options)) for sibling in siblings)
+            raise ActivationError(f"{record.name} takes {known}, got {chosen}")
+        record = match[0]
+    chosen = [name for name in record.parameters if name in given]
+    return _with_parameters(record, tuple((name, finite_number(record.name, name, given[name])) for name in chosen))
+
+
+@lru_cache(maxsize=256)
+def _with_parameters(record: Activation, values: tuple[tuple[str, float], ...]) -> Activation:
+    return record.with_parameters(**dict(values)) if values else record
+
+
+def _selects_variant(record: Activation) -> bool:
+    return bool(record.options) and record.torch_name.endswith("." + record.name)
+
+
+def describe(record: Activation, summary: str) -> str:
+    """The docstring of a drop-in."""
+    parameters = "".join(f"\n    {name:8} as in torch" for name in (*record.options, *record.parameters))
+    return f"""{summary}
+
+    input    (*), any shape and strides; float16, bfloat16, float32 or float64{parameters}
+    inplace  overwrite the input; backward does not need it
+    bits     of one code, 1 to 8; 3 if no table is given
+    table    a CodeTable of your own, from `fewbit.design`
+    Returns  (*), the exact activation, bit for bit torch's
+
+    Where the input needs a gradient, ceil(n * bits / 8) bytes plus at most 512 are kept for n elements, and no reference to
+    the input; the gradient is the incoming one times table(x). Otherwise this is torch's own operation.
+
+{_describe_table(record)}
+
+    Codes of the derivative: Novikov et al., "Few-bit backward: quantized gradients of activation functions for memory
+    footprint reduction", ICML 2023. Exact forward, backward from codes: Chakrabarti and Moseley, "Backprop with approximate
+    activations for memory-efficient network training", NeurIPS 2019.
+
+    Raises InputError (dtype, double backward), DesignError (bits), TableError (a table of something else).
+    """
+
+
+def _describe_table(record: Activation) -> str:
+    text = f"    Table used: fewbit.load_table({record.name!r}, bits), weight student, level coding"
+    if activations.BUILT_IN.get(record.name) != record:
+        return text + "."
+    tables = [load_table(record, bits) for bits in SHIPPED_BITS]
+    rows = (f"      {table.bits} bits  {table.thresholds.size + 1:3} intervals  {table.relative_rms:.4f}" for table in tables)
+    return text + "; its relative rms error in f':\n" + "\n".join(rows)
