@@ -6,6 +6,7 @@ The functional API, the modules, the command line, the shipped tables and the te
 from __future__ import annotations
 
 import difflib
+import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -35,7 +36,7 @@ def get(activation: str | Activation | Callable[..., Any], /, **parameters: floa
     """
     record = getattr(activation, "record", activation)  # the drop-ins carry theirs
     if callable(record) and not isinstance(record, Activation):
-        record = from_callable(record)  # type: ignore[arg-type]
+        return from_callable(record, parameters=parameters)  # type: ignore[arg-type]
     elif not isinstance(record, Activation):
         record = _look_up(record)
     return record.with_parameters(**parameters) if parameters else record
@@ -66,7 +67,7 @@ def register(
     name        a Python identifier
     function    pointwise on tensors: function(x, **parameters) -> tensor of x's shape
     derivative  f'(x, **parameters) on float64 arrays; left out, torch differentiates `function` in float64
-    parameters  names and default values of numeric parameters
+    parameters  names and default values of numeric parameters; left out, the function's own numeric defaults
     jumps       points where f' jumps; kinks: where f' has a corner; even: whether f'(-x) = f'(x)
     module      name of the module class; by default the name in CamelCase
     overwrite   replace an activation of the same name, instead of raising
@@ -78,17 +79,17 @@ def register(
     >>> round(float(snake.df(0.0)), 3)
     1.0
     """
-    if not name.isidentifier() or name.startswith("_"):
+    if not name.isidentifier() or name.startswith("_") or keyword.iskeyword(name):
         raise ActivationError(f"the name of an activation must be a Python identifier without leading underscore, got {name!r}")
-    if reserved := sorted(_RESERVED.intersection(parameters or ())):
+    record = from_callable(function, derivative, parameters=parameters, name=name)
+    if reserved := sorted(_RESERVED.intersection(record.parameters)):
         raise ActivationError(f"{name}: a parameter cannot have the name of an argument that all activations take: {reserved}")
     if name in _REGISTRY and not overwrite:
         raise ActivationError(f"an activation {name!r} exists; pass overwrite=True to replace it")
     replaced = _REGISTRY[name].module if name in _REGISTRY else None
     camel = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
     record = replace(
-        from_callable(function, derivative, parameters=parameters),
-        name=name,
+        record,
         module=module or replaced or camel,
         shape=DerivativeShape(tuple(jumps), tuple(kinks), even),
     )

@@ -248,7 +248,7 @@ def _read_samples(path: Path) -> np.ndarray:
             raise ValueError("it holds several arrays")
         return samples
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise typer.BadParameter(f"--samples {path} is no .npy file of numbers: {error}") from error
+        raise typer.BadParameter(f"--samples {path} is no .npy file of numbers, as numpy.save writes it") from error
 
 
 def _parse_parameters(texts: list[str]) -> dict[str, float]:

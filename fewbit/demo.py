@@ -87,6 +87,8 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
             for each in runs:
                 _train_step(each, batch, place)
             live.update(_progress(runs, step + 1, steps))
+            if not console.is_terminal and (step + 1) % max(1, steps // 5) == 0 and step + 1 < steps:
+                console.print(_progress(runs, step + 1, steps))  # where nothing can be drawn over, now and then a line
     for each in runs:
         each.held_out = _evaluate(each.model, held_out)
     console.print(_outcome(runs))

@@ -127,7 +127,7 @@ def function(record: Activation) -> Callable[..., Tensor]:
     def drop_in(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not args and kwargs.keys() <= {"bits", "table", "inplace"}:
             return apply(record, input, **kwargs)
-        given = signature.bind(input, *args, **kwargs).arguments
+        given = bind(signature, record.name, input, *args, **kwargs)
         extras = {name: given.pop(name) for name in ("bits", "table", "inplace") if name in given}
         return apply(bound_record(record, given), given.pop("input"), **extras)
 
@@ -137,6 +137,14 @@ def function(record: Activation) -> Callable[..., Tensor]:
     drop_in.__signature__ = signature  # type: ignore[attr-defined]
     drop_in.__doc__ = describe(record, f"{record.torch_name}: exact forward, backward from codes of a few bits an element.")
     return drop_in
+
+
+def bind(signature: inspect.Signature, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments given, by name; TypeError, naming the function, as Python's own."""
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TypeError(f"{name}{signature}: {error}") from None
 
 
 def arguments(record: Activation) -> dict[str, inspect.Parameter]:

@@ -34,11 +34,12 @@ class CodedActivation(torch.nn.Module):
     inplace: bool
 
     def __init__(self, *args: Any, **kwargs: Any):
-        given = inspect.signature(type(self)).bind(*args, **kwargs)
-        given.apply_defaults()
+        signature = inspect.signature(type(self))
+        defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+        given = {**defaults, **drop_in.bind(signature, type(self).__name__, *args, **kwargs)}
         ours = ("inplace", "bits", "table")
-        super().__init__(**{name: value for name, value in given.arguments.items() if self._of_torch and name not in ours})
-        for name, value in given.arguments.items():
+        super().__init__(**{name: value for name, value in given.items() if self._of_torch and name not in ours})
+        for name, value in given.items():
             setattr(self, name, value)
         drop_in.check_arguments(self.record(), self.bits, self.table)
 

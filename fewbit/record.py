@@ -146,6 +146,15 @@ def _name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+def _numeric_defaults(function: Callable[..., Any]) -> dict[str, float]:
+    """Arguments of a function that have a number as default: its parameters."""
+    try:
+        arguments = list(inspect.signature(function).parameters.values())[1:]
+    except ValueError:  # a builtin
+        return {}
+    return {each.name: each.default for each in arguments if type(each.default) in (int, float)}
+
+
 def _takes_inplace(call: Callable[..., Any]) -> bool:
     try:
         return "inplace" in inspect.signature(call).parameters
@@ -158,9 +167,11 @@ def from_callable(
     derivative: Callable[..., Array] | None = None,
     *,
     parameters: Mapping[str, float] | None = None,
+    name: str | None = None,
 ) -> Activation:
     """A record, not registered, for a pointwise function on tensors; see `register` for the arguments."""
-    name = _name_of(function)
+    name = name or _name_of(function)
+    parameters = {**_numeric_defaults(function), **(parameters or {})}
 
     def value(x: Array, **parameters: float) -> Array:
         import torch
@@ -177,7 +188,7 @@ def from_callable(
             (gradient,) = torch.autograd.grad(output.sum(), leaf)
         return gradient.numpy()
 
-    values = {key: finite_number(name, key, number) for key, number in (parameters or {}).items()}
+    values = {key: finite_number(name, key, number) for key, number in parameters.items()}
     record = Activation(name, value, derivative or by_autograd, function, name, values)
     _check_pointwise(record)
     return record

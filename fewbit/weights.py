@@ -164,8 +164,8 @@ class Histogram(Weight):
         return hash(str(self))
 
     def __str__(self) -> str:
-        digest = hashlib.sha256(self.bin_edges.tobytes() + self.counts.tobytes()).hexdigest()[:16]
-        return f"histogram({self.counts.size} bins, sha256 {digest})"
+        digest = hashlib.sha256(self.bin_edges.tobytes() + self.counts.tobytes()).hexdigest()[:12]
+        return f"histogram({self.counts.size} bins, {digest})"
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,15 @@ class TestRegister:
         with pytest.raises(ActivationError, match="must be a Python identifier without leading underscore, got 'my act'"):
             activations.register("my act", torch.sin)
 
+    def test_numeric_defaults_are_parameters(self):
+        def wave(x, a=2.0, inplace=False):
+            return (a * x).sin()
+
+        record = activations.register("wave", wave)
+        assert record.parameters == {"a": 2.0}
+        assert activations.get(wave, a=3.0).df(np.array(0.0)) == 3.0
+        assert activations.get(lambda x, b: x * b, b=4.0).df(np.array(1.0)) == 4.0
+
     def test_reserved_parameters(self):
         with pytest.raises(ActivationError, match=r"an argument that all activations take: \['bits'\]"):
             activations.register("mine", lambda x, bits: x * bits, parameters={"bits": 2.0})

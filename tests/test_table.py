@@ -100,9 +100,9 @@ def test_relative_rms():
 
 
 def test_repr():
-    expected = "CodeTable(gelu, 1 bits, derivative, student, level, 2 intervals, 2 levels, relative rms 0.281)"
+    expected = "CodeTable(gelu, 1 bit, derivative, student, level, 2 intervals, 2 levels, relative rms 0.281)"
     assert repr(fewbit.load_table("gelu", 1)) == expected
-    assert repr(simple()) == "CodeTable(custom, 1 bits, derivative, 3 intervals, 2 levels)"
+    assert repr(simple()) == "CodeTable(custom, 1 bit, derivative, 3 intervals, 2 levels)"
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,25 @@ def coded_activation(
 
     The gradient can be taken once: differentiating it again raises InputError, since codes carry no second derivative.
     """
-    return _CodedActivation.apply(x, forward, coder, forward_inplace)  # type: ignore[return-value]
+    anchor = torch.as_strided_copy(x, (0,), (1,))  # no data, but a place in x's graph, for `_Once`
+    return _CodedActivation.apply(x, anchor, forward, coder, forward_inplace)  # type: ignore[return-value]
 
 
 class _CodedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Callable, coder: Coder, forward_inplace: Callable | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, forward: Callable, coder: Coder, forward_inplace: Callable | None
+    ) -> Tensor:
         packed = _encode(x, coder)  # before f may overwrite x
         ctx.save_for_backward(packed)
-        ctx.exact, ctx.coder, ctx.shape, ctx.stride, ctx.dtype = forward, coder, x.shape, x.stride(), x.dtype
+        ctx.anchor, ctx.exact, ctx.coder, ctx.shape, ctx.stride, ctx.dtype = (
+            anchor,
+            forward,
+            coder,
+            x.shape,
+            x.stride(),
+            x.dtype,
+        )
         if forward_inplace is None:
             return forward(x)
         ctx.mark_dirty(x)
@@ -54,16 +64,17 @@ class _CodedActivation(torch.autograd.Function):
         if grad.stride() != grad_x.stride():
             grad_x = _as_torch_lays_out(grad_x, grad, ctx.stride, ctx.exact)
         if torch.is_grad_enabled():  # create_graph=True
-            grad_x = _Once.apply(grad_x.detach().requires_grad_())
-        return grad_x, None, None, None
+            grad_x = _Once.apply(grad_x, grad, ctx.anchor)
+        return grad_x, None, None, None, None
 
 
 class _Once(torch.autograd.Function):
-    """The identity, for a gradient that cannot be differentiated again."""
+    """The identity on a gradient that cannot be differentiated again, by whatever way: `grad` and `anchor` tie it to the graphs
+    of the incoming gradient and of the input, so that no second derivative passes it by."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
+    def forward(ctx: Any, grad_x: Tensor, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad_x.view_as(grad_x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
@@ -94,14 +105,24 @@ def _inverse(order: list[int]) -> list[int]:
 def _as_torch_lays_out(grad_x: Tensor, grad: Tensor, stride: tuple[int, ...], forward: Callable[[Tensor], Tensor]) -> Tensor:
     """grad_x with the strides that torch's own backward gives where the layouts of x and grad differ.
 
-    Which of the two it follows depends on the operation: asked of torch on tensors without data.
+    Which of the two it follows depends on the operation: asked of torch itself, on tensors of two elements a dimension.
     """
-    x = torch.empty_strided(grad.shape, stride, device="meta", requires_grad=True)
-    try:
-        with torch.enable_grad():
-            (like,) = torch.autograd.grad(forward(x), x, torch.empty_strided(grad.shape, grad.stride(), device="meta"))
-    except (RuntimeError, NotImplementedError):  # a user's operation that needs data: any layout is right
+    if grad_x.numel() == 0:
         return grad_x
-    if like.stride() == grad_x.stride():
-        return grad_x
-    return torch.empty_strided(grad_x.shape, like.stride(), dtype=grad_x.dtype, device=grad_x.device).copy_(grad_x)
+    x, small_grad = _miniature(grad.shape, stride).requires_grad_(), _miniature(grad.shape, grad.stride())
+    with torch.enable_grad():
+        (like,) = torch.autograd.grad(forward(x), x, small_grad)
+    order = _memory_order(like.stride())
+    result = torch.empty([grad_x.shape[dim] for dim in order], dtype=grad_x.dtype, device=grad_x.device).permute(
+        _inverse(order)
+    )
+    return result.copy_(grad_x)
+
+
+def _miniature(shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """Zeros with at most two elements a dimension, laid out in the order of the given strides."""
+    sizes, strides, step = [min(size, 2) for size in shape], [0] * len(shape), 1
+    for dim in reversed(_memory_order(stride)):
+        if stride[dim]:
+            strides[dim], step = step, step * sizes[dim]
+    return torch.zeros(step).as_strided(sizes, strides)

@@ -111,6 +111,8 @@ class CodeTable:
 
     def encode(self, x: Any) -> Array:
         """Codes of x: uint8, same shape."""
+        if hasattr(x, "detach"):  # a tensor, of any dtype and device
+            x = x.detach().cpu().double()
         return self.codes[np.searchsorted(self.thresholds, np.asarray(x), side="left")]
 
     def __call__(self, x: Any) -> Array:
@@ -125,7 +127,8 @@ class CodeTable:
         return self._hash  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        parts = [label(self.activation or "custom", self.parameters), f"{self.bits} bits", "+".join(self.channels)]
+        parts = [label(self.activation or "custom", self.parameters), "1 bit" if self.bits == 1 else f"{self.bits} bits"]
+        parts.append("+".join(self.channels))
         parts += [part for part in (self.weight, self.coding) if part]
         parts.append(f"{self.thresholds.size + 1} intervals, {self.levels.shape[1]} levels")
         if self.errors is not None:

@@ -29,7 +29,7 @@ from fewbit.kernels.coder import Coder
 Tensor = torch.Tensor
 Array = np.ndarray
 CHUNK = 2048  # words: their inputs, one lane at a time, and the words themselves stay in the first-level cache
-_PARALLEL_WORDS = 1 << 15  # fewer words for each thread take less time than handing them over
+_PARALLEL_WORDS = 1 << 19  # for each thread: with fewer it loses against torch's own threads, which spin on after an operation
 _TREE_BITS = 4
 _jit = njit(nogil=True, cache=True, error_model="numpy")
 
