@@ -176,20 +176,11 @@ def _record(
 
 _GELU = "torch.nn.functional.gelu"
 
-_RESERVED = {
-    "input",
-    "inplace",
-    "bits",
-    "table",
-    "activation",
-    "weight",
-    "coding",
-    "channels",
-    "balance",
-    "levels",
-    "domain",
-    "cells",
-}
+_RESERVED = (
+    {"input", "inplace", "bits", "table"}  # what drop-ins take
+    | {"activation", "weight", "coding", "channels", "balance", "levels", "domain", "cells"}  # what designs take
+    | {"name", "record", "training"}  # what modules have
+)
 _REGISTRY: dict[str, Activation] = {
     record.name: record
     for record in (

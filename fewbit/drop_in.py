@@ -39,9 +39,8 @@ def apply(
     """
     _check_input(record.name, x)
     check_arguments(record, bits, table)
-    forward = record.forward_inplace if inplace else record.forward
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return forward(x)
+        return record.forward_inplace(x) if inplace else record.forward(x)
     _check_for_gradient(record.name, x, inplace)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     coder = _coder(table or _own_table(record, bits or DEFAULT_BITS), x.device, dtype)
@@ -210,5 +209,5 @@ def _describe_table(record: Activation) -> str:
     if activations.BUILT_IN.get(record.name) != record:
         return text + "."
     tables = [load_table(record, bits) for bits in SHIPPED_BITS]
-    rows = (f"      {table.bits} bits  {table.thresholds.size + 1:3} intervals  {table.relative_rms:.4f}" for table in tables)
-    return text + "; its relative rms error in f':\n" + "\n".join(rows)
+    rows = (f"      {table.bits:4}  {table.thresholds.size + 1:9}  {table.relative_rms:18.4f}" for table in tables)
+    return text + ":\n      bits  intervals  relative rms error\n" + "\n".join(rows)

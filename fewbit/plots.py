@@ -100,19 +100,29 @@ def plot_errors() -> Figure:
     return figure
 
 
-def plot_losses(curves: dict[str, Sequence[float]], smoothing: int = 20) -> Figure:
-    """Training loss against steps, a line for each run, smoothed by a trailing mean over `smoothing` steps."""
+def plot_losses(curves: dict[str, Sequence[float]], smoothing: int = 10) -> Figure:
+    """Training loss against steps, a line for each run, and below how far each is from the first.
+
+    Lines are moving means over `smoothing` steps, drawn at the last of them.
+    """
     styles = ("-", "--", ":", "-.")
+    window = max(1, min(smoothing, *(len(losses) for losses in curves.values())))
+    smooth = {label: np.convolve(losses, np.full(window, 1 / window), "valid") for label, losses in curves.items()}
+    first, *others = smooth
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axis = figure.subplots()
-        for i, (label, losses) in enumerate(curves.items()):
-            smooth = [np.mean(losses[max(0, k + 1 - smoothing) : k + 1]) for k in range(len(losses))]
-            axis.plot(range(1, len(losses) + 1), smooth, styles[i % 4], label=label, linewidth=1.6, color=f"C{i}")
-        axis.set_xlabel("step")
-        axis.set_ylabel(f"training loss, nats per byte (mean of {smoothing} steps)")
-        axis.set_title("A small GPT on the Python standard library")
-        axis.legend()
+        figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+        top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+        for i, (label, losses) in enumerate(smooth.items()):
+            steps = np.arange(window, window + len(losses))
+            top.plot(steps, losses, styles[i % 4], label=label, linewidth=1.6, color=f"C{i}")
+            if label in others:
+                bottom.plot(steps, losses - smooth[first], styles[i % 4], linewidth=1.6, color=f"C{i}")
+        bottom.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
+        bottom.set_xlabel("step")
+        bottom.set_ylabel(f"difference from {first}")
+        top.set_ylabel("training loss, nats per byte")
+        top.set_title(f"A small GPT on the Python standard library, mean of {window} steps")
+        top.legend()
     return figure
 
 

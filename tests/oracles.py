@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import torch
 from numba import njit
 
 
@@ -91,3 +92,10 @@ def pack(codes, bits, words):
         word = sum(int(code) << (lane * bits) for lane, code in enumerate(lanes[:, i]))
         packed[:, i] = list(word.to_bytes(bits, "little"))
     return packed.reshape(-1)
+
+
+def expected_gradient(table, x, grad):
+    """table(x)·grad, multiplied in float32 (float64 for float64) and rounded once."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    level = torch.from_numpy(np.asarray(table(x.detach().double().numpy()))).to(wide)
+    return (grad.to(wide) * level).to(x.dtype)

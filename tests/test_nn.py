@@ -135,7 +135,7 @@ def test_help_tells_what_users_ask():
     for part in (
         "(*), any shape",
         "load_table('gelu', bits)",
-        "3 bits   10 intervals  0.0641",
+        "   3         10              0.0641",
         "ICML 2023",
         "NeurIPS 2019",
         "InputError",

@@ -1,0 +1,90 @@
+"""In-place operation and second derivatives: where a coded activation must refuse, and write nothing."""
+
+import oracles
+import pytest
+import torch
+
+import fewbit
+from fewbit.errors import InputError
+
+
+class TestInPlace:
+    def test_on_a_leaf_it_objects_and_writes_nothing(self):
+        x = torch.ones(3, requires_grad=True)
+        for target in (x, x[1:]):
+            with pytest.raises(InputError, match="cannot overwrite a leaf that requires a gradient, nor a view of one"):
+                fewbit.functional.gelu(target, inplace=True)
+        assert x.tolist() == [1.0, 1.0, 1.0]
+
+    def test_on_what_backward_needs_torch_objects(self):
+        x = torch.randn(5, requires_grad=True)
+        y = x.exp()  # keeps its output
+        z = fewbit.functional.gelu(y, inplace=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            z.sum().backward()
+
+    def test_on_a_view(self):
+        leaf = torch.randn(6, 8, requires_grad=True)
+        x = leaf * 1
+        y = fewbit.functional.tanh(x[:, 2:5], inplace=True)
+        assert torch.equal(x[:, 2:5], y)
+        x.sum().backward()
+        expected = torch.ones_like(leaf)
+        expected[:, 2:5] = oracles.expected_gradient(fewbit.load_table("tanh", 3), leaf[:, 2:5], expected[:, 2:5])
+        assert torch.equal(leaf.grad, expected)
+
+    @pytest.mark.parametrize("views", [lambda x: x.chunk(2), lambda x: x.split(3), lambda x: x.unbind()])
+    def test_on_one_of_several_views_it_objects_and_writes_nothing(self, views):
+        x = torch.ones(6, requires_grad=True) * 1
+        with pytest.raises(InputError, match="cannot overwrite this view: it is one of several"):
+            fewbit.functional.silu(views(x)[0], inplace=True)
+        assert x.tolist() == [1.0] * 6
+
+    def test_on_overlapping_memory_torch_objects(self):
+        x = (torch.randn(1, requires_grad=True) * 1).expand(4)
+        with pytest.raises(RuntimeError, match="single memory location"):
+            fewbit.functional.gelu(x, inplace=True)
+
+
+class TestDoubleBackward:
+    def test_raises_with_the_reason(self):
+        x = torch.randn(5, requires_grad=True)
+        (grad,) = torch.autograd.grad(fewbit.functional.gelu(x).sum(), x, create_graph=True)
+        with pytest.raises(InputError, match="codes hold f' but no second derivative; for double backward"):
+            grad.pow(2).sum().backward()
+
+    def test_is_never_silently_left_out(self):
+        x = torch.randn(5, requires_grad=True)
+        y = fewbit.functional.gelu(x).sum()
+        (grad,) = torch.autograd.grad(y, x, create_graph=True)
+        with pytest.raises(InputError, match="can be taken once"):
+            (y + grad.sum()).backward()
+
+    @pytest.mark.parametrize(
+        "take",
+        [
+            lambda penalty, inner, weight: torch.autograd.grad(penalty, weight),
+            lambda penalty, inner, weight: torch.autograd.grad(penalty, inner),
+            lambda penalty, inner, weight: penalty.backward(inputs=[weight]),
+        ],
+    )
+    def test_no_way_round_it(self, take):
+        weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+        inner = weight @ x
+        outer = (fewbit.functional.gelu(inner, bits=8) @ weight).sum()
+        (grad,) = torch.autograd.grad(outer, x, create_graph=True)
+        with pytest.raises(InputError, match="can be taken once"):
+            take(grad.pow(2).sum(), inner, weight)
+
+    @pytest.mark.parametrize("name", ["hessian", "hvp", "vhp"])
+    def test_hessians(self, name):
+        x = torch.randn(3)
+        arguments = (x,) if name == "hessian" else (x, torch.ones(3))
+        with pytest.raises(InputError, match="can be taken once"):
+            getattr(torch.autograd.functional, name)(lambda t: fewbit.functional.gelu(t).sum(), *arguments)
+
+    def test_retained_graphs_may_be_used_again(self):
+        x = torch.randn(5, requires_grad=True)
+        y = fewbit.functional.gelu(x).sum()
+        first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
