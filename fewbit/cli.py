@@ -289,7 +289,8 @@ def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:
     if output is None and _has_display():
         import matplotlib.pyplot as plt
 
-        manager = plt.figure().canvas.manager
+        width, height = figure.get_size_inches()
+        manager = plt.figure(figsize=(width, height)).canvas.manager
         if manager is not None:
             manager.canvas.figure = figure
             figure.set_canvas(manager.canvas)
