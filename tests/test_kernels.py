@@ -117,7 +117,11 @@ def test_backends_agree(bits, n, intervals, even, dtype, seed):
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 7, 8])
-def test_three_million_elements_in_threads(bits, rng):
+def test_three_million_elements_in_threads(bits, rng, monkeypatch):
+    monkeypatch.setattr(cpu, "_PARALLEL_WORDS", 1 << 12)
+    handed_over = []
+    pool = cpu._pool
+    monkeypatch.setattr(cpu, "_pool", lambda process: handed_over.append(process) or pool(process))
     coder = random_coder(rng, bits, 31)
     x, grad = adversarial(coder, 3_000_001, rng), torch.randn(3_000_001)
     packed = reference.encode(x, coder)
@@ -129,6 +133,7 @@ def test_three_million_elements_in_threads(bits, rng):
             assert torch.equal(cpu.decode(packed, grad, coder), reference.decode(packed, grad, coder))
     finally:
         torch.set_num_threads(before)
+    assert len(handed_over) == 2 * (0 + 1 + 2)  # encode and decode, with one thread fewer than asked for
 
 
 def test_even_tables_compare_magnitudes():
@@ -160,6 +165,8 @@ def test_a_fork_makes_threads_of_its_own():
     code = """
 import os, torch
 from fewbit.functional import gelu
+from fewbit.kernels import cpu
+cpu._PARALLEL_WORDS = 1 << 12
 def work():
     x = torch.linspace(-3, 3, 1 << 21, requires_grad=True)
     gelu(x, bits=3).sum().backward()
@@ -169,7 +176,6 @@ expected = work()
 child = os.fork()
 if child == 0:
     torch.set_num_threads(1)  # OpenMP's own threads do not outlive a fork, whoever calls it
-    from fewbit.kernels import cpu
     cpu._pool(os.getpid()).submit(int).result(timeout=10)
     os._exit(0 if torch.equal(work(), expected) else 1)
 assert os.waitpid(child, 0)[1] == 0

@@ -12,6 +12,7 @@ Half-width floats come as integers: bfloat16 as uint16, float16 as int16.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -111,7 +112,7 @@ def supports(tensor: Tensor) -> bool:
 def _converts_half() -> bool:
     from llvmlite import binding
 
-    return bool(binding.get_host_cpu_features().get("f16c")) or os.uname().machine in ("aarch64", "arm64")
+    return bool(binding.get_host_cpu_features().get("f16c")) or platform.machine() in ("aarch64", "arm64")
 
 
 def _array(tensor: Tensor) -> Array:
