@@ -71,7 +71,7 @@ def test_kinks_are_listed():
     assert activations.get("elu", alpha=0.5).derivative_shape.jumps == (0.0,)
 
 
-def test_all_of_the_issue_are_there():
+def test_the_built_in_ones():
     wanted = """gelu gelu_tanh quick_gelu silu mish sigmoid tanh logsigmoid softplus softsign tanhshrink elu celu selu hardswish
     hardsigmoid hardtanh relu relu6 leaky_relu softshrink hardshrink threshold"""
     assert set(activations.BUILT_IN) == set(wanted.split())
