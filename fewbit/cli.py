@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fewbit.record import Activation
 
 app = typer.Typer(
-    help="Optimal few-bit codes for the backward pass of activations.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(message: str, status: int) -> int:
-    print("fewbit: " + " ".join(message.split()), file=sys.stderr)
+    if message:  # there is none where typer has printed the help of a group without a command
+        print("fewbit: " + " ".join(message.split()), file=sys.stderr)
     return status
 
 
@@ -80,6 +81,23 @@ def _spread_bits(arguments: list[str]) -> list[str]:
         after_bits = argument == "--bits" or (after_bits and number)
         spread.append(argument)
     return spread
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fewbit import __version__
+
+        print(f"fewbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Optimal few-bit codes for the backward pass of activations."""
 
 
 @app.command("list")

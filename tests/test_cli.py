@@ -27,6 +27,8 @@ def no_window(monkeypatch):
     ("argv", "parts"),
     [
         (["--help"], ["list", "table", "tables", "plot", "demo"]),
+        (["plot", "-h"], ["--gallery"]),
+        (["--version"], [f"fewbit {fewbit.__version__}"]),
         (["list"], ["gelu_tanh", "min_val=-1, max_val=1", "0.0641", "exact"]),
         (["table", "gelu"], ["gelu: 3 bits, weight student, level coding", "-2.477302", "1.097579", "relative rms 0.06407"]),
         (["table", "elu", "--param", "alpha=0.5", "--bits", 1], ["elu alpha=0.5: 1 bit", "0.000000"]),
@@ -180,9 +182,10 @@ def test_a_backend_without_windows_gets_a_file(capsys, tmp_path, monkeypatch):
 
 
 def test_without_a_command_it_shows_help(capsys):
-    status, out, err = run(capsys)
-    assert (status, err) == (0, "")
-    assert "Commands" in out
+    for argv, expected in (((), 0), (("tables",), 2)):
+        status, out, err = run(capsys, *argv)
+        assert (status, err) == (expected, "")
+        assert "Commands" in out
 
 
 def test_help_is_quick():
