@@ -104,9 +104,10 @@ def common(
 def list_activations() -> None:
     """All activations, with the error of their shipped tables."""
     from fewbit import activations, terminal
+    from fewbit.record import plural
     from fewbit.store import load_table
 
-    view = terminal.table(("activation", "module", "parameters"), tuple(map(_count_bits, SHIPPED_BITS)))
+    view = terminal.table(("activation", "module", "parameters"), tuple(plural(bits, "bit") for bits in SHIPPED_BITS))
     for record in map(activations.get, activations.names()):
         arguments = {**record.options, **{name: f"{value:g}" for name, value in record.parameters.items()}}
         shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
@@ -282,7 +283,7 @@ def _parse_parameters(texts: list[str]) -> dict[str, float]:
 
 def _print_table(found: CodeTable) -> None:
     from fewbit import terminal
-    from fewbit.record import label
+    from fewbit.record import label, plural
 
     title = label(found.activation or "custom", found.parameters)
     view = terminal.table((), ("x above", "up to", "code", "level"))
@@ -291,15 +292,11 @@ def _print_table(found: CodeTable) -> None:
         view.add_row(low, high, str(code), f"{found.levels[0, code]:.6f}")
     low, high = found.domain or (float("nan"),) * 2
     terminal.console().print(
-        f"{title}: {_count_bits(found.bits)}, weight {found.weight}, {found.coding} coding\n",
+        f"{title}: {plural(found.bits, 'bit')}, weight {found.weight}, {found.coding} coding\n",
         view,
         f"\nmse {found.mse:.6g}, relative rms {found.relative_rms:.6g} on [{low:g}, {high:g}]",
         sep="\n",
     )
-
-
-def _count_bits(bits: int) -> str:
-    return "1 bit" if bits == 1 else f"{bits} bits"
 
 
 def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:

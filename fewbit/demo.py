@@ -17,6 +17,7 @@ from torch import nn
 import fewbit
 from fewbit import terminal
 from fewbit.errors import FewbitError, InputError
+from fewbit.record import plural
 
 Tensor = torch.Tensor
 
@@ -85,7 +86,7 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
         for step in range(steps):
             batch = _batch(training, sampler)
             for each in runs:
-                _train_step(each, batch, place)
+                _train_step(each, batch)
             live.update(_progress(runs, step + 1, steps))
             if not console.is_terminal and (step + 1) % max(1, steps // 5) == 0 and step + 1 < steps:
                 console.print(_progress(runs, step + 1, steps))  # where nothing can be drawn over, now and then a line
@@ -127,7 +128,7 @@ def _text(device: torch.device) -> tuple[Tensor, Tensor]:
 def _start(bits: int | None, device: torch.device) -> Run:
     torch.manual_seed(SEED)
     model = GPT(bits).to(device)
-    label = "exact" if bits is None else f"{bits} bit" + "s" * (bits > 1)
+    label = "exact" if bits is None else plural(bits, "bit")
     return Run(label, model, torch.optim.AdamW(model.parameters(), lr=2e-3))
 
 
@@ -142,7 +143,7 @@ def _loss(model: GPT, batch: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
-def _train_step(each: Run, batch: Tensor, device: torch.device) -> None:
+def _train_step(each: Run, batch: Tensor) -> None:
     if not each.losses:
         each.gelu_bytes, each.total_bytes = _kept_bytes(each.model, batch)
     start = time.perf_counter()

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fewbit import activations
 from fewbit.constants import CODINGS, DEFAULT_BITS, DEFAULT_DOMAIN, SHIPPED_BITS
 from fewbit.design.table import CodeTable
-from fewbit.record import Activation
+from fewbit.record import Activation, plural
 from fewbit.store import load_table
 
 _EXACT, _CODED = "0.15", "tab:red"  # in grey print they differ by width: 2.2 and 1.2 points
@@ -36,8 +36,8 @@ def plot_tables(record: Activation, tables: Sequence[CodeTable]) -> Figure:
         for (top, bottom), table in zip(axes.T, tables, strict=True):
             _draw_steps(top, record, table, span)
             _draw_error(bottom, record, table, span)
-            sizes = f"{_count(table.levels.shape[1], 'level')}, {_count(table.codes.size, 'interval')}"
-            top.set_title(f"{_count(table.bits, 'bit')}: {sizes}\nrelative rms error {table.relative_rms:.3g}")
+            sizes = f"{plural(table.levels.shape[1], 'level')}, {plural(table.codes.size, 'interval')}"
+            top.set_title(f"{plural(table.bits, 'bit')}: {sizes}\nrelative rms error {table.relative_rms:.3g}")
         axes[0, 0].set_ylabel("derivative")
         axes[1, 0].set_ylabel("coded − exact")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -161,7 +161,3 @@ def _span(tables: Sequence[CodeTable]) -> tuple[float, float]:
 
 def _errors(name: str, coding: str) -> list[float]:
     return [float(load_table(name, bits, coding=coding).relative_rms) for bits in SHIPPED_BITS]  # type: ignore[arg-type]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -142,6 +142,15 @@ def label(name: str, parameters: Mapping[str, float]) -> str:
     return " ".join([name, *(f"{key}={value:g}" for key, value in parameters.items())])
 
 
+def plural(number: int, noun: str) -> str:
+    """How messages and titles count.
+
+    >>> plural(1, "bit"), plural(3, "bit")
+    ('1 bit', '3 bits')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 

@@ -40,14 +40,8 @@ class _CodedActivation(torch.autograd.Function):
     ) -> Tensor:
         packed = _encode(x, coder)  # before f may overwrite x
         ctx.save_for_backward(packed)
-        ctx.anchor, ctx.exact, ctx.coder, ctx.shape, ctx.stride, ctx.dtype = (
-            anchor,
-            forward,
-            coder,
-            x.shape,
-            x.stride(),
-            x.dtype,
-        )
+        ctx.anchor, ctx.exact, ctx.coder = anchor, forward, coder
+        ctx.shape, ctx.stride, ctx.dtype = x.shape, x.stride(), x.dtype
         if forward_inplace is None:
             return forward(x)
         ctx.mark_dirty(x)

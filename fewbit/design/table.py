@@ -15,7 +15,7 @@ import numpy as np
 
 from fewbit.constants import CHANNELS, MAX_BITS
 from fewbit.errors import TableError, TableFileError
-from fewbit.record import label
+from fewbit.record import label, plural
 
 Array = np.ndarray
 FORMAT = "fewbit-table"
@@ -127,7 +127,7 @@ class CodeTable:
         return self._hash  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        parts = [label(self.activation or "custom", self.parameters), "1 bit" if self.bits == 1 else f"{self.bits} bits"]
+        parts = [label(self.activation or "custom", self.parameters), plural(self.bits, "bit")]
         parts.append("+".join(self.channels))
         parts += [part for part in (self.weight, self.coding) if part]
         parts.append(f"{self.thresholds.size + 1} intervals, {self.levels.shape[1]} levels")
