@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fewbit
 from fewbit import drop_in, kernels, packing
-from fewbit.kernels import Coder, cpu, reference
+from fewbit.kernels import Coder, cpu, reference, system
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = [0, 1, 7, 8, 9, 1023, 1024, 1025, 5000]
@@ -116,12 +116,14 @@ def test_backends_agree(bits, n, intervals, even, dtype, seed):
     assert torch.equal(cpu.decode(packed, grad, coder), reference.decode(packed, grad, coder))
 
 
+@pytest.mark.parametrize("threads_of", ["torch", "Python"])
 @pytest.mark.parametrize("bits", [1, 3, 4, 7, 8])
-def test_three_million_elements_in_threads(bits, rng, monkeypatch):
-    monkeypatch.setattr(cpu, "_PARALLEL_WORDS", 1 << 12)
+def test_three_million_elements_in_threads(bits, threads_of, rng, monkeypatch):
     handed_over = []
-    pool = cpu._pool
-    monkeypatch.setattr(cpu, "_pool", lambda process: handed_over.append(process) or pool(process))
+    pool = system._pool
+    monkeypatch.setattr(system, "_pool", lambda process: handed_over.append(process) or pool(process))
+    if threads_of == "Python":
+        monkeypatch.setattr(system, "_openmp", lambda: None)
     coder = random_coder(rng, bits, 31)
     x, grad = adversarial(coder, 3_000_001, rng), torch.randn(3_000_001)
     packed = reference.encode(x, coder)
@@ -133,17 +135,18 @@ def test_three_million_elements_in_threads(bits, rng, monkeypatch):
             assert torch.equal(cpu.decode(packed, grad, coder), reference.decode(packed, grad, coder))
     finally:
         torch.set_num_threads(before)
-    assert len(handed_over) == 2 * (0 + 1 + 2)  # encode and decode, with one thread fewer than asked for
+    # encode and decode, with one thread fewer than asked for
+    assert len(handed_over) == (2 * (0 + 1 + 2) if threads_of == "Python" or system._openmp() is None else 0)
 
 
 def test_even_tables_compare_magnitudes():
     for name in ("tanh", "sigmoid", "softsign", "hardtanh", "hardshrink"):
         for dtype in (torch.float32, torch.float64):
             table = fewbit.load_table(name, 4)
-            constants = drop_in._coder(table, torch.device("cpu"), dtype).cpu_constants
-            assert constants.fold
-            assert constants.thresholds.size <= 16
-    assert not drop_in._coder(fewbit.load_table("gelu", 4), torch.device("cpu"), torch.float32).cpu_constants.fold
+            coder = drop_in._coder(table, torch.device("cpu"), dtype)
+            assert coder.is_even
+            assert cpu._encoding(coder, dtype).arrays[0].size <= 16
+    assert not drop_in._coder(fewbit.load_table("gelu", 4), torch.device("cpu"), torch.float32).is_even
 
 
 def test_who_serves_what():
@@ -165,8 +168,7 @@ def test_a_fork_makes_threads_of_its_own():
     code = """
 import os, torch
 from fewbit.functional import gelu
-from fewbit.kernels import cpu
-cpu._PARALLEL_WORDS = 1 << 12
+from fewbit.kernels import system
 def work():
     x = torch.linspace(-3, 3, 1 << 21, requires_grad=True)
     gelu(x, bits=3).sum().backward()
@@ -176,7 +178,7 @@ expected = work()
 child = os.fork()
 if child == 0:
     torch.set_num_threads(1)  # OpenMP's own threads do not outlive a fork, whoever calls it
-    cpu._pool(os.getpid()).submit(int).result(timeout=10)
+    system._pool(os.getpid()).submit(int).result(timeout=10)
     os._exit(0 if torch.equal(work(), expected) else 1)
 assert os.waitpid(child, 0)[1] == 0
 """

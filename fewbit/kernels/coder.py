@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from fewbit.kernels.cpu import Constants
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +26,10 @@ class Coder:
     bits: int
 
     @cached_property
-    def cpu_constants(self) -> Constants:
-        """The same in the form of the CPU kernels."""
-        from fewbit.kernels.cpu import Constants  # here, since it loads numba
-
-        return Constants.of(self)
+    def is_even(self) -> bool:
+        """Whether the code of x depends on |x| alone, so that the upper half of the thresholds is enough."""
+        thresholds, half = self.thresholds.cpu().numpy(), self.thresholds.numel() // 2
+        if thresholds.size != 2 * half or not half or thresholds[half] < 0:
+            return False
+        mirrored = np.nextafter(-thresholds[half:][::-1], -np.inf, dtype=thresholds.dtype)
+        return np.array_equal(thresholds[:half], mirrored) and torch.equal(self.codes, self.codes.flip(0))

@@ -1,0 +1,361 @@
+"""The loops of the CPU backend, compiled by numba: each takes one block of arguments and shares its work with other threads.
+
+A kernel claims chunks of words from a counter in its block, atomically, until none are left: called on one block by many
+threads, it splits the work between them, and the bytes do not depend on how. Blocks hold addresses and counts, so that a
+call costs little, and any runtime that can call a C function can run one.
+
+Every loop over words is simple enough to be vectorised, which takes operations that keep the width of their operands: numba
+itself would widen shifts of int32 to int64, and halve the speed. Half-width floats are compared as integers, 16 bits wide:
+flipping the lower bits of the negative ones makes their order that of the floats.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, from_dtype, njit, types
+from numba.extending import intrinsic
+
+CHUNK = 4096  # words: one lane of their inputs and its codes stay in the first-level cache or close to it
+_inlined = njit(error_model="numpy")
+
+
+_COMMON = ("claimed", "words", "bits", "packed", "n", "x")
+
+
+class EncodeBlock(ctypes.Structure):
+    """The arguments of an encoder: counts, and addresses of contiguous memory.
+
+    claimed     the words claimed so far: 0 at first
+    x           n floats, or the patterns of half-width ones
+    thresholds  4 * fours + ones, of x's type, and codes: one more, both as in `fewbit.kernels.cpu.Constants`
+    fold        whether to compare |x|
+    infinity    the pattern of a half-width infinity
+    """
+
+    _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "thresholds", "codes", "fours", "ones", "fold", "infinity")]
+
+
+class DecodeBlock(ctypes.Structure):
+    """The arguments of a decoder: x is the incoming gradient, of n elements as the product is; levels are (2**bits,)."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "levels", "product")]
+
+
+def encoder(element: str, wide: bool) -> Any:
+    """The compiled encoder of float32, float64, or, as int16, half-width floats.
+
+    wide     more than 16 bits for four lanes' codes: needed by half-width floats beyond 4 bits an element, true for others
+    Returns  a numba CFunc of the address of an EncodeBlock
+    """
+    values, word, halves = np.dtype(element).type, np.int32 if wide else np.int16, element == "int16"
+    code = np.dtype(f"int{8 * np.dtype(element).itemsize}").type
+
+    def encode(address):
+        block = carray(address, 1)[0]
+        n, word_count, bits, ones = block.n, block.words, block.bits, block.ones
+        x = carray(_pointer(block.x), n, values)
+        packed = carray(_pointer(block.packed), bits * word_count, np.uint8)
+        thresholds = carray(_pointer(block.thresholds), 4 * block.fours + ones, values)
+        table = carray(_pointer(block.codes), 4 * block.fours + ones + 1, code)
+        codes, scratch, words = np.empty((4, CHUNK), code), np.empty(CHUNK, values), np.empty((2, CHUNK), word)
+        first = _claim(address)
+        while first < word_count:
+            size = min(CHUNK, word_count - first)
+            for lane in range(8):
+                begin, end = min(lane * word_count + first, n), min(lane * word_count + first + size, n)
+                if halves:
+                    _order(x[begin:end], block.fold, block.infinity, scratch)
+                    _encode_lane(scratch[: end - begin], thresholds, table, ones, codes[lane % 4])
+                elif block.fold:
+                    _magnitudes(x[begin:end], scratch)
+                    _encode_lane(scratch[: end - begin], thresholds, table, ones, codes[lane % 4])
+                else:
+                    _encode_lane(x[begin:end], thresholds, table, ones, codes[lane % 4])
+                codes[lane % 4, end - begin : size] = 0
+                if lane % 4 == 3:
+                    _join(codes[0], codes[1], codes[2], codes[3], bits, words[lane // 4, :size])
+            for plane in range(bits):
+                begin = plane * word_count + first
+                _take_byte(words[0], words[1], 8 * plane, 4 * bits, packed[begin : begin + size])
+            first = _claim(address)
+
+    return _compile(encode, EncodeBlock)
+
+
+def decoder(element: str) -> Any:
+    """The compiled decoder of gradients: float32, float64, bfloat16 as uint16, float16 as int16.
+
+    Returns a numba CFunc of the address of a DecodeBlock.
+    """
+    values = np.dtype(element).type
+    wide = np.float64 if element == "float64" else np.float32
+
+    def decode(address):
+        block = carray(address, 1)[0]
+        n, word_count, bits = block.n, block.words, block.bits
+        grad = carray(_pointer(block.x), n, values)
+        product = carray(_pointer(block.product), n, values)
+        packed = carray(_pointer(block.packed), bits * word_count, np.uint8)
+        levels = carray(_pointer(block.levels), 1 << bits, wide)
+        words = np.empty(CHUNK, np.int32)
+        first = _claim(address)
+        while first < word_count:
+            size = min(CHUNK, word_count - first)
+            for lane in range(8):
+                if lane % 4 == 0:
+                    words[:size] = 0
+                    for plane in range(bits):
+                        begin = plane * word_count + first
+                        _put_byte(packed[begin : begin + size], 8 * plane - lane * bits, 4 * bits, words)
+                begin, end = min(lane * word_count + first, n), min(lane * word_count + first + size, n)
+                _multiply(words, lane % 4 * bits, bits, levels, grad[begin:end], product[begin:end])
+            first = _claim(address)
+
+    return _compile(decode, DecodeBlock)
+
+
+def _compile(kernel: Any, block: type[ctypes.Structure]) -> Any:
+    signature = types.void(types.CPointer(from_dtype(np.dtype(block))))
+    try:
+        return cfunc(signature, error_model="numpy", cache=True)(kernel)
+    except (RuntimeError, OSError):  # there is no place to keep compiled kernels that can be written to
+        return cfunc(signature, error_model="numpy")(kernel)
+
+
+@_inlined
+def _encode_lane(x, thresholds, table, ones, codes):
+    """The code of each x: the last one, overwritten by that of every interval whose upper threshold is not below x."""
+    codes[: x.size] = table[thresholds.size]
+    at = thresholds.size
+    for _ in range(ones):
+        at -= 1
+        _overwrite(x, thresholds[at], table[at], codes)
+    while at > 0:
+        at -= 4
+        _overwrite_four(x, thresholds[at : at + 4], table[at : at + 4], codes)
+
+
+@_inlined
+def _overwrite(x, threshold, code, codes):
+    for i in range(np.uintp(x.size)):
+        codes[i] = code if x[i] <= threshold else codes[i]
+
+
+@_inlined
+def _overwrite_four(x, thresholds, table, codes):
+    """Four at once, the largest first: as many as 16 vector registers hold with their codes."""
+    t0, t1, t2, t3 = thresholds[0], thresholds[1], thresholds[2], thresholds[3]
+    c0, c1, c2, c3 = table[0], table[1], table[2], table[3]
+    for i in range(np.uintp(x.size)):
+        value, code = x[i], codes[i]
+        code = c3 if value <= t3 else code
+        code = c2 if value <= t2 else code
+        code = c1 if value <= t1 else code
+        codes[i] = c0 if value <= t0 else code
+
+
+@_inlined
+def _join(codes0, codes1, codes2, codes3, bits, words):
+    word = words.dtype.type
+    shift1, shift2, shift3 = word(bits), word(2 * bits), word(3 * bits)
+    for i in range(np.uintp(words.size)):
+        low = _or(word(codes0[i]), _left(word(codes1[i]), shift1))
+        high = _or(_left(word(codes2[i]), shift2), _left(word(codes3[i]), shift3))
+        words[i] = _or(low, high)
+
+
+@_inlined
+def _take_byte(low, high, shift, split, plane):
+    """The byte at `shift` of the number whose bits are those of `low` up to `split`, and from there on those of `high`."""
+    word = low.dtype.type
+    if shift + 8 <= split:
+        right = word(shift)
+        for i in range(np.uintp(plane.size)):
+            plane[i] = np.uint8(_right(low[i], right))
+    elif shift >= split:
+        right = word(shift - split)
+        for i in range(np.uintp(plane.size)):
+            plane[i] = np.uint8(_right(high[i], right))
+    else:
+        right, left = word(shift), word(split - shift)
+        for i in range(np.uintp(plane.size)):
+            plane[i] = np.uint8(_or(_right(low[i], right), _left(high[i], left)))
+
+
+@_inlined
+def _put_byte(plane, shift, width, words):
+    """Add a byte's bits, at `shift`, to words of `width` bits: those that fall outside may be lost or not."""
+    word = words.dtype.type
+    if 0 <= shift < width:
+        left = word(shift)
+        for i in range(np.uintp(plane.size)):
+            words[i] = _or(words[i], _left(word(plane[i]), left))
+    elif -8 < shift < 0:
+        right = word(-shift)
+        for i in range(np.uintp(plane.size)):
+            words[i] = _or(words[i], _right(word(plane[i]), right))
+
+
+@_inlined
+def _multiply(words, shift, bits, levels, grad, product):
+    """product = grad times the level of the code at `shift`: a tree of selections up to 4 bits, beyond it a look-up."""
+    if bits > 4:
+        mask = (1 << bits) - 1
+        for i in range(np.uintp(grad.size)):
+            level = levels[np.uintp((words[i] >> shift) & mask)]
+            product[i] = _narrow(_widen(grad[i]) * level, grad[i])
+    elif bits == 4:
+        _multiply_by_tree4(words, shift, levels, grad, product)
+    elif bits == 3:
+        _multiply_by_tree3(words, shift, levels, grad, product)
+    else:
+        _multiply_by_tree2(words, shift, bits, levels, grad, product)
+
+
+@_inlined
+def _multiply_by_tree2(words, shift, bits, levels, grad, product):
+    left0, left1 = np.int32(31 - shift), np.int32(32 - shift - bits)  # for 1 bit, the same bit twice
+    l0, l1, l2, l3 = levels[0], levels[bits - 1], levels[2 * (bits - 1)], levels[2 * bits - 1]
+    for i in range(np.uintp(grad.size)):
+        bit0, bit1 = _is_negative(_left(words[i], left0)), _is_negative(_left(words[i], left1))
+        product[i] = _narrow(_widen(grad[i]) * _one_of_four(bit0, bit1, l0, l1, l2, l3), grad[i])
+
+
+@_inlined
+def _multiply_by_tree3(words, shift, levels, grad, product):
+    left0, left1, left2 = np.int32(31 - shift), np.int32(30 - shift), np.int32(29 - shift)
+    l0, l1, l2, l3, l4, l5, l6, l7 = levels[0], levels[1], levels[2], levels[3], levels[4], levels[5], levels[6], levels[7]
+    for i in range(np.uintp(grad.size)):
+        bit0, bit1 = _is_negative(_left(words[i], left0)), _is_negative(_left(words[i], left1))
+        low, high = _one_of_four(bit0, bit1, l0, l1, l2, l3), _one_of_four(bit0, bit1, l4, l5, l6, l7)
+        level = high if _is_negative(_left(words[i], left2)) else low
+        product[i] = _narrow(_widen(grad[i]) * level, grad[i])
+
+
+@_inlined
+def _multiply_by_tree4(words, shift, levels, grad, product):
+    left0, left1, left2, left3 = np.int32(31 - shift), np.int32(30 - shift), np.int32(29 - shift), np.int32(28 - shift)
+    l0, l1, l2, l3, l4, l5, l6, l7 = levels[0], levels[1], levels[2], levels[3], levels[4], levels[5], levels[6], levels[7]
+    h0, h1, h2, h3, h4, h5, h6 = levels[8], levels[9], levels[10], levels[11], levels[12], levels[13], levels[14]
+    h7 = levels[15]
+    for i in range(np.uintp(grad.size)):
+        bit0, bit1 = _is_negative(_left(words[i], left0)), _is_negative(_left(words[i], left1))
+        bit2 = _is_negative(_left(words[i], left2))
+        low = _one_of_four(bit0, bit1, l4, l5, l6, l7) if bit2 else _one_of_four(bit0, bit1, l0, l1, l2, l3)
+        high = _one_of_four(bit0, bit1, h4, h5, h6, h7) if bit2 else _one_of_four(bit0, bit1, h0, h1, h2, h3)
+        level = high if _is_negative(_left(words[i], left3)) else low
+        product[i] = _narrow(_widen(grad[i]) * level, grad[i])
+
+
+@_inlined
+def _one_of_four(bit0, bit1, l0, l1, l2, l3):
+    return (l3 if bit0 else l2) if bit1 else (l1 if bit0 else l0)
+
+
+@_inlined
+def _magnitudes(x, magnitudes):
+    for i in range(np.uintp(x.size)):
+        magnitudes[i] = abs(x[i])
+
+
+@_inlined
+def _order(patterns, fold, infinity, ordered):
+    """Integers in the order of the floats that the patterns stand for, or of their magnitudes; a NaN is the largest."""
+    flip, largest, negative_infinity = np.int16(0x7FFF), np.int16(0x7FFF), np.int16(infinity - 0x8000)
+    if fold:  # a NaN's magnitude is above infinity as it is
+        for i in range(np.uintp(patterns.size)):
+            ordered[i] = patterns[i] & flip
+    else:
+        for i in range(np.uintp(patterns.size)):
+            pattern = patterns[i]
+            ascending = pattern ^ flip if pattern < 0 else pattern
+            ordered[i] = largest if negative_infinity < pattern < 0 else ascending
+
+
+# Operations of LLVM that numba has no name for, or widens.
+
+
+@intrinsic
+def _claim(typing_context, address):
+    """The first word of a chunk that is the caller's alone: the block's counter, advanced in one atomic operation."""
+
+    def generate(context, builder, signature, arguments):
+        counter = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), CHUNK), "monotonic")
+
+    return types.int64(address), generate
+
+
+@intrinsic
+def _pointer(typing_context, address):
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _left(typing_context, number, shift):
+    return number(number, number), lambda context, builder, signature, arguments: builder.shl(*arguments)
+
+
+@intrinsic
+def _right(typing_context, number, shift):
+    return number(number, number), lambda context, builder, signature, arguments: builder.lshr(*arguments)
+
+
+@intrinsic
+def _or(typing_context, a, b):
+    return a(a, a), lambda context, builder, signature, arguments: builder.or_(*arguments)
+
+
+@intrinsic
+def _is_negative(typing_context, number):
+    def generate(context, builder, signature, arguments):
+        return builder.icmp_signed("<", arguments[0], ir.Constant(arguments[0].type, 0))
+
+    return types.boolean(number), generate
+
+
+@intrinsic
+def _widen(typing_context, value):
+    """The float that `value` stands for: float32 for uint16 (bfloat16) and int16 (float16), else value itself."""
+
+    def generate(context, builder, signature, arguments):
+        (bits,) = arguments
+        if value == types.uint16:
+            return builder.bitcast(
+                builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), ir.FloatType()
+            )
+        if value == types.int16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+        return bits
+
+    return (types.float32 if value in (types.uint16, types.int16) else value)(value), generate
+
+
+@intrinsic
+def _narrow(typing_context, value, like):
+    """`value`, a float, rounded to nearest even to what `like` is: bfloat16 for uint16, float16 for int16, else unchanged."""
+
+    def generate(context, builder, signature, arguments):
+        number, _ = arguments
+        if like == types.int16:
+            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
+        if like != types.uint16:
+            return number
+        integer = ir.IntType(32)
+        bits = builder.bitcast(number, integer)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(integer, 16)), ir.Constant(integer, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(integer, 0x7FFF)))
+        nan = builder.fcmp_unordered("uno", number, number)
+        return builder.trunc(
+            builder.lshr(builder.select(nan, ir.Constant(integer, 0x7FC00000), rounded), ir.Constant(integer, 16)),
+            ir.IntType(16),
+        )
+
+    return (like if like in (types.uint16, types.int16) else value)(value, like), generate

@@ -1,0 +1,81 @@
+"""What the CPU backend asks of the operating system: torch's own threads, and huge pages."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_GRAIN = 1 << 15  # elements a thread at least, as in torch
+_HUGE = 1 << 22  # bytes from which on page faults cost more than asking for huge pages
+
+
+class Kernel:
+    """A compiled function of the address of a block, which any number of threads may call at once on the same block."""
+
+    def __init__(self, compiled: Any):
+        self.compiled = compiled  # owns the machine code
+        self.address = compiled.address
+        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # which releases the GIL
+
+    def run(self, block: ctypes.Structure, n: int) -> None:
+        """Run on a block for n elements, in as many threads as torch would use."""
+        threads = 1 if n < 2 * _GRAIN else min(torch.get_num_threads(), n // _GRAIN)
+        argument = ctypes.byref(block)
+        if threads < 2:
+            self.call(argument)
+        elif (parallel := _openmp()) is not None:
+            parallel(self.address, argument, threads, 0)
+        else:
+            others = [_pool(os.getpid()).submit(self.call, argument) for _ in range(threads - 1)]
+            self.call(argument)
+            for other in others:
+                other.result()
+
+
+@cache
+def _openmp() -> Callable[..., None] | None:
+    """GOMP_parallel(function, argument, threads, flags) of the OpenMP runtime that torch itself runs on, if it has one.
+
+    Threads of our own would contend for the cores with torch's, which spin on for a while after each operation.
+    """
+    for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
+        try:
+            parallel = ctypes.CDLL(str(library)).GOMP_parallel  # looked up in what torch is linked with
+        except (OSError, AttributeError):
+            continue
+        parallel.restype, parallel.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        return parallel
+    return None
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads of this process, where there is no OpenMP: a forked child has none of its parent's and makes its own."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fewbit")
+
+
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """torch.empty_like; where that is large, in huge pages if the system has them: each fault then maps 512 times as much."""
+    empty = torch.empty_like(tensor)
+    size = empty.numel() * empty.element_size()
+    if size >= _HUGE and (advise := _madvise()) is not None:
+        begin = -(-empty.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        advise(begin, size - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)  # advice: whether it is taken does not matter
+    return empty
+
+
+@cache
+def _madvise() -> Callable[..., int] | None:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise
