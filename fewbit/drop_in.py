@@ -37,14 +37,26 @@ def apply(
 
     Raises InputError for other dtypes, DesignError for other bits, TableError for a table of another activation.
     """
-    _check_input(record.name, x)
+    if not isinstance(x, Tensor):
+        raise InputError(f"{record.name} takes a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
+    if x.dtype not in _DTYPES:
+        raise InputError(
+            f"{record.name} takes a float16, bfloat16, float32 or float64 tensor, got {x.dtype}; convert it, for instance with "
+            f"x.float(), or call torch's own operation"
+        )
     check_arguments(record, bits, table)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return record.forward_inplace(x) if inplace else record.forward(x)
-    _check_for_gradient(record.name, x, inplace)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    coder = _coder(table or _own_table(record, bits or DEFAULT_BITS), x.device, dtype)
-    return coded_activation(x, record.forward, coder, record.forward_inplace if inplace else None)
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else x.layout
+        raise InputError(f"{record.name} can code a dense tensor, got {kind}; convert it first")
+    coder = _coder(table, x.device, x.dtype) if table else _own_coder(record, bits or DEFAULT_BITS, x.device, x.dtype)
+    if not inplace:
+        return coded_activation(x, record.forward, coder)
+    _check_overwritable(record.name, x)
+    if x._is_view():  # torch lets no function with two outputs, as coded_activation has inside, overwrite a view
+        return x.copy_(coded_activation(x, record.forward, coder))
+    return coded_activation(x, record.forward, coder, record.forward_inplace)
 
 
 def check_arguments(record: Activation, bits: int | None, table: CodeTable | None) -> None:
@@ -55,29 +67,13 @@ def check_arguments(record: Activation, bits: int | None, table: CodeTable | Non
         _check_table(record, bits, table)
 
 
-@lru_cache(maxsize=256, typed=True)
-def _own_table(record: Activation, bits: int) -> CodeTable:
-    return load_table(record, bits)
+@lru_cache(maxsize=256)
+def _own_coder(record: Activation, bits: int, device: torch.device, dtype: torch.dtype) -> Coder:
+    return _coder(load_table(record, bits), device, dtype)
 
 
-def _check_input(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise InputError(f"{name} takes a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
-    if x.dtype not in _DTYPES:
-        raise InputError(
-            f"{name} takes a float16, bfloat16, float32 or float64 tensor, got {x.dtype}; convert it, for instance with "
-            f"x.float(), or call torch's own operation"
-        )
-
-
-def _check_for_gradient(name: str, x: Tensor, inplace: bool) -> None:
-    """What only coding asks of an input; torch checks in-place operations too, but after they have written."""
-    if x.layout != torch.strided or x.is_nested:
-        raise InputError(
-            f"{name} can code a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}; convert it first"
-        )
-    if not inplace:
-        return
+def _check_overwritable(name: str, x: Tensor) -> None:
+    """torch checks in-place operations too, but after they have written."""
     if any(tensor.is_leaf for tensor in (x, x._base) if tensor is not None):
         raise InputError(f"{name} cannot overwrite a leaf that requires a gradient, nor a view of one; pass inplace=False")
     views: Any = torch._C._autograd  # type: ignore[attr-defined]
@@ -104,8 +100,8 @@ def _check_table(record: Activation, bits: int | None, table: CodeTable) -> None
 
 @lru_cache(maxsize=256)
 def _coder(table: CodeTable, device: torch.device, dtype: torch.dtype) -> Coder:
-    """The table as tensors. Thresholds are rounded down to float32: for a float32 x, x <= t holds for both or neither."""
-    thresholds = table.thresholds.copy()
+    """The table as tensors, for inputs of a dtype. Thresholds are rounded down to float32: for a float32 x, x <= t holds for both or neither."""
+    thresholds, dtype = table.thresholds.copy(), torch.float64 if dtype == torch.float64 else torch.float32
     if dtype == torch.float32:
         single = thresholds.astype(np.float32)
         thresholds = np.where(single > thresholds, np.nextafter(single, np.float32(-np.inf)), single)

@@ -29,42 +29,44 @@ def coded_activation(
 
     The gradient can be taken once: differentiating it again raises InputError, since codes carry no second derivative.
     """
-    anchor = torch.as_strided_copy(x, (0,), (1,))  # no data, but a place in x's graph, for `_Once`
-    return _CodedActivation.apply(x, anchor, forward, coder, forward_inplace)  # type: ignore[return-value]
+    return _CodedActivation.apply(x, forward, coder, forward_inplace)[0]  # type: ignore[index]
 
 
 class _CodedActivation(torch.autograd.Function):
+    """Its second output, the anchor, has no data but a place in the graph, for `_Once`."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, forward: Callable, coder: Coder, forward_inplace: Callable | None
-    ) -> Tensor:
-        packed = _encode(x, coder)  # before f may overwrite x
-        ctx.save_for_backward(packed)
-        ctx.anchor, ctx.exact, ctx.coder = anchor, forward, coder
-        ctx.shape, ctx.stride, ctx.dtype = x.shape, x.stride(), x.dtype
+        ctx: Any, x: Tensor, forward: Callable, coder: Coder, forward_inplace: Callable | None
+    ) -> tuple[Tensor, Tensor]:
+        contiguous = x.is_contiguous()
+        packed = kernels.encode(x if contiguous else _in_memory_order(x), coder)  # before f may overwrite x
+        anchor = x.new_empty(0)
+        ctx.save_for_backward(packed, anchor)
+        ctx.set_materialize_grads(False)
+        ctx.exact, ctx.coder, ctx.dtype = forward, coder, x.dtype
+        ctx.layout = None if contiguous else (x.shape, x.stride())
         if forward_inplace is None:
-            return forward(x)
+            return forward(x), anchor
         ctx.mark_dirty(x)
-        return forward_inplace(x)
+        return forward_inplace(x), anchor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        (packed,) = ctx.saved_tensors
-        order = _memory_order(ctx.stride)
-        flat = grad.permute(order).reshape(-1)
-        product = kernels.decode(packed, flat, ctx.coder).to(ctx.dtype)
-        grad_x = product.view([ctx.shape[dim] for dim in order]).permute(_inverse(order))
-        if grad.stride() != grad_x.stride():
-            grad_x = _as_torch_lays_out(grad_x, grad, ctx.stride, ctx.exact)
+        grad = grads[0]
+        packed, anchor = ctx.saved_tensors
+        if ctx.layout is None and grad.is_contiguous():
+            grad_x = kernels.decode(packed, grad, ctx.coder).to(ctx.dtype)
+        else:
+            grad_x = _in_its_layout(ctx, packed, grad)
         if torch.is_grad_enabled():  # create_graph=True
-            grad_x = _Once.apply(grad_x, grad, ctx.anchor)
-        return grad_x, None, None, None, None
+            grad_x = _Once.apply(grad_x, grad, anchor)
+        return grad_x, None, None, None
 
 
 class _Once(torch.autograd.Function):
     """The identity on a gradient that cannot be differentiated again, by whatever way: `grad` and `anchor` tie it to the graphs
-    of the incoming gradient and of the input, so that no second derivative passes it by."""
+    of the incoming gradient and of the activation, so that no second derivative passes it by."""
 
     @staticmethod
     def forward(ctx: Any, grad_x: Tensor, grad: Tensor, anchor: Tensor) -> Tensor:
@@ -78,10 +80,20 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _encode(x: Tensor, coder: Coder) -> Tensor:
+def _in_memory_order(x: Tensor) -> Tensor:
     """Codes follow memory, not the logical order, so that dense inputs of any strides are read without a copy."""
-    flat = x.permute(_memory_order(x.stride())).reshape(-1)
-    return kernels.encode(flat, coder)
+    return x.permute(_memory_order(x.stride())).reshape(-1)
+
+
+def _in_its_layout(ctx: Any, packed: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of an x, or from a grad, that is not contiguous."""
+    shape, stride = ctx.layout or (grad.shape, torch.empty(grad.shape, device="meta").stride())
+    order = _memory_order(stride)
+    product = kernels.decode(packed, grad.permute(order).reshape(-1), ctx.coder).to(ctx.dtype)
+    grad_x = product.view([shape[dim] for dim in order]).permute(_inverse(order))
+    if grad.stride() != grad_x.stride():
+        grad_x = _as_torch_lays_out(grad_x, grad, stride, ctx.exact)
+    return grad_x
 
 
 def _memory_order(stride: tuple[int, ...]) -> list[int]:

@@ -51,7 +51,6 @@ class Request:
         channels, coding = _channels_and_coding(channels, coding)
         density = as_weight(weight)
         domain = _domain(density.domain if domain is None else domain)
-        _check_finite(record, domain)
         return cls(record, bits, levels, density, coding, channels, _balance(balance), domain, _cells(cells))
 
     def describe(self) -> dict[str, Any]:
@@ -66,6 +65,20 @@ class Request:
             "balance": self.balance,
             "domain": self.domain,
         }
+
+    def check_finite(self) -> None:
+        """Raise DesignError where f or f' is not finite; apart from `of`, since a shipped table needs no look at f."""
+        x = np.linspace(*self.domain, 33)
+        try:
+            with np.errstate(all="ignore"):
+                finite = np.all(np.isfinite(self.activation.df(x))) and np.all(np.isfinite(self.activation.f(x)))
+        except ArithmeticError:
+            finite = False
+        if not finite:
+            raise DesignError(
+                f"{self.activation} has no finite value and derivative everywhere on {self.domain}; change its parameters or "
+                "the domain"
+            )
 
     def answered_by(self, table: CodeTable) -> bool:
         """Whether the table is, by what it says of itself, what this request asks for."""
@@ -117,16 +130,3 @@ def _cells(cells: Any) -> int:
     if isinstance(cells, bool) or not isinstance(cells, int | np.integer) or not 2 <= cells <= 1 << 20:
         raise DesignError(f"cells must be an integer from 2 to {1 << 20}, got {cells!r}")
     return int(cells)
-
-
-def _check_finite(record: Activation, domain: tuple[float, float]) -> None:
-    x = np.linspace(*domain, 33)
-    try:
-        with np.errstate(all="ignore"):
-            finite = np.all(np.isfinite(record.df(x))) and np.all(np.isfinite(record.f(x)))
-    except ArithmeticError:
-        finite = False
-    if not finite:
-        raise DesignError(
-            f"{record} has no finite value and derivative everywhere on {domain}; change its parameters or the domain"
-        )

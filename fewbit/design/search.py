@@ -15,7 +15,8 @@ Array = np.ndarray
 
 
 def search(request: Request) -> CodeTable:
-    """The table of least error for the request."""
+    """The table of least error for the request; DesignError if its function is not finite."""
+    request.check_finite()
     scale = np.sqrt([1.0 if channel == "derivative" else request.balance for channel in request.channels])
     grid = Grid(request.activation, request.channels, scale, request.weight, request.domain, request.cells)
     best_on_grid = _level_search if request.coding == "level" else _interval_search

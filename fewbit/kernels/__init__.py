@@ -13,18 +13,18 @@ __all__ = ["Coder", "decode", "encode"]
 
 
 def encode(x: torch.Tensor, coder: Coder) -> torch.Tensor:
-    """Packed codes (packed_bytes(n, bits),) uint8 of x (n,); see `fewbit.kernels.reference.encode`."""
+    """Packed codes (packed_bytes(n, bits),) uint8 of the n elements of x; see `fewbit.kernels.reference.encode`."""
     return _backend(x).encode(x, coder)
 
 
 def decode(packed: torch.Tensor, grad: torch.Tensor, coder: Coder) -> torch.Tensor:
-    """grad (n,) times the levels of the packed codes; see `fewbit.kernels.reference.decode`."""
+    """grad times the levels of the packed codes; see `fewbit.kernels.reference.decode`."""
     return _backend(grad).decode(packed, grad, coder)
 
 
 def _backend(tensor: torch.Tensor) -> ModuleType:
     """Compiled kernels for plain tensors on the CPU; torch operations for all else: other devices, subclasses, tracing."""
-    if tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
+    if tensor.is_cpu and type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
         from fewbit.kernels import cpu  # here, since it loads numba
 
         if cpu.supports(tensor):

@@ -13,11 +13,11 @@ Tensor = torch.Tensor
 def encode(x: Tensor, coder: Coder) -> Tensor:
     """Packed codes of x, laid out as `fewbit.packing` specifies.
 
-    x        (n,) contiguous, float16, bfloat16, float32 or float64
+    x        (*) of n elements, contiguous; float16, bfloat16, float32 or float64
     coder    on x's device; its thresholds are float64 if x is, else float32
     Returns  (packed_bytes(n, bits),) uint8
     """
-    n, bits = x.numel(), coder.bits
+    x, n, bits = x.reshape(-1), x.numel(), coder.bits
     word_count = packing.words(n, bits)
     planes = torch.zeros(bits, word_count, dtype=torch.uint8, device=x.device)
     for lane in range(packing.LANES):
@@ -34,13 +34,14 @@ def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
     """grad times the level of each element's code.
 
     packed   (packed_bytes(n, bits),) uint8 from `encode`
-    grad     (n,) contiguous
+    grad     (*) of n elements, contiguous
     coder    the one that encoded; the product is of its levels' dtype, then rounded once to grad's
-    Returns  (n,) of grad's dtype
+    Returns  (*), of grad's shape and dtype
     """
     n, bits, levels = grad.numel(), coder.bits, coder.levels
     planes = packed.view(bits, -1)
     word_count = planes.shape[1]
+    shape, grad = grad.shape, grad.reshape(-1)
     product = torch.empty_like(grad)
     for lane in range(packing.LANES):
         start, stop = packing.lane_span(n, lane, word_count)
@@ -48,7 +49,7 @@ def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
             break
         code = _lane_code(planes[:, : stop - start], lane, bits)
         product[start:stop] = grad[start:stop].to(levels.dtype) * levels.index_select(0, code)
-    return product
+    return product.view(shape)
 
 
 def _code(x: Tensor, coder: Coder) -> Tensor:
