@@ -100,7 +100,10 @@ def _check_table(record: Activation, bits: int | None, table: CodeTable) -> None
 
 @lru_cache(maxsize=256)
 def _coder(table: CodeTable, device: torch.device, dtype: torch.dtype) -> Coder:
-    """The table as tensors, for inputs of a dtype. Thresholds are rounded down to float32: for a float32 x, x <= t holds for both or neither."""
+    """The table as tensors, for inputs of a dtype.
+
+    Thresholds are rounded down to float32: for a float32 x, x <= t holds for both or neither.
+    """
     thresholds, dtype = table.thresholds.copy(), torch.float64 if dtype == torch.float64 else torch.float32
     if dtype == torch.float32:
         single = thresholds.astype(np.float32)

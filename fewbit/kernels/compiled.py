@@ -14,15 +14,15 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import numba.extending
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, from_dtype, njit, types
-from numba.extending import intrinsic
+from numba import cfunc, from_dtype, njit, types
 
 CHUNK = 4096  # words: one lane of their inputs and its codes stay in the first-level cache or close to it
 _inlined = njit(error_model="numpy")
-
-
+_intrinsic: Any = numba.extending.intrinsic  # what it decorates is called without the typing context
+_array: Any = numba.carray  # type: ignore[attr-defined]
 _COMMON = ("claimed", "words", "bits", "packed", "n", "x")
 
 
@@ -31,7 +31,7 @@ class EncodeBlock(ctypes.Structure):
 
     claimed     the words claimed so far: 0 at first
     x           n floats, or the patterns of half-width ones
-    thresholds  4 * fours + ones, of x's type, and codes: one more, both as in `fewbit.kernels.cpu.Constants`
+    thresholds  4 * fours + ones, of x's type, and codes: one more, both as in `fewbit.kernels.cpu.Encoding`
     fold        whether to compare |x|
     infinity    the pattern of a half-width infinity
     """
@@ -55,12 +55,12 @@ def encoder(element: str, wide: bool) -> Any:
     code = np.dtype(f"int{8 * np.dtype(element).itemsize}").type
 
     def encode(address):
-        block = carray(address, 1)[0]
+        block = _array(address, 1)[0]
         n, word_count, bits, ones = block.n, block.words, block.bits, block.ones
-        x = carray(_pointer(block.x), n, values)
-        packed = carray(_pointer(block.packed), bits * word_count, np.uint8)
-        thresholds = carray(_pointer(block.thresholds), 4 * block.fours + ones, values)
-        table = carray(_pointer(block.codes), 4 * block.fours + ones + 1, code)
+        x = _array(_pointer(block.x), n, values)
+        packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
+        thresholds = _array(_pointer(block.thresholds), 4 * block.fours + ones, values)
+        table = _array(_pointer(block.codes), 4 * block.fours + ones + 1, code)
         codes, scratch, words = np.empty((4, CHUNK), code), np.empty(CHUNK, values), np.empty((2, CHUNK), word)
         first = _claim(address)
         while first < word_count:
@@ -95,12 +95,12 @@ def decoder(element: str) -> Any:
     wide = np.float64 if element == "float64" else np.float32
 
     def decode(address):
-        block = carray(address, 1)[0]
+        block = _array(address, 1)[0]
         n, word_count, bits = block.n, block.words, block.bits
-        grad = carray(_pointer(block.x), n, values)
-        product = carray(_pointer(block.product), n, values)
-        packed = carray(_pointer(block.packed), bits * word_count, np.uint8)
-        levels = carray(_pointer(block.levels), 1 << bits, wide)
+        grad = _array(_pointer(block.x), n, values)
+        product = _array(_pointer(block.product), n, values)
+        packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
+        levels = _array(_pointer(block.levels), 1 << bits, wide)
         words = np.empty(CHUNK, np.int32)
         first = _claim(address)
         while first < word_count:
@@ -279,7 +279,7 @@ def _order(patterns, fold, infinity, ordered):
 # Operations of LLVM that numba has no name for, or widens.
 
 
-@intrinsic
+@_intrinsic
 def _claim(typing_context, address):
     """The first word of a chunk that is the caller's alone: the block's counter, advanced in one atomic operation."""
 
@@ -290,7 +290,7 @@ def _claim(typing_context, address):
     return types.int64(address), generate
 
 
-@intrinsic
+@_intrinsic
 def _pointer(typing_context, address):
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
@@ -298,22 +298,22 @@ def _pointer(typing_context, address):
     return types.voidptr(types.int64), generate
 
 
-@intrinsic
+@_intrinsic
 def _left(typing_context, number, shift):
     return number(number, number), lambda context, builder, signature, arguments: builder.shl(*arguments)
 
 
-@intrinsic
+@_intrinsic
 def _right(typing_context, number, shift):
     return number(number, number), lambda context, builder, signature, arguments: builder.lshr(*arguments)
 
 
-@intrinsic
+@_intrinsic
 def _or(typing_context, a, b):
     return a(a, a), lambda context, builder, signature, arguments: builder.or_(*arguments)
 
 
-@intrinsic
+@_intrinsic
 def _is_negative(typing_context, number):
     def generate(context, builder, signature, arguments):
         return builder.icmp_signed("<", arguments[0], ir.Constant(arguments[0].type, 0))
@@ -321,7 +321,7 @@ def _is_negative(typing_context, number):
     return types.boolean(number), generate
 
 
-@intrinsic
+@_intrinsic
 def _widen(typing_context, value):
     """The float that `value` stands for: float32 for uint16 (bfloat16) and int16 (float16), else value itself."""
 
@@ -338,7 +338,7 @@ def _widen(typing_context, value):
     return (types.float32 if value in (types.uint16, types.int16) else value)(value), generate
 
 
-@intrinsic
+@_intrinsic
 def _narrow(typing_context, value, like):
     """`value`, a float, rounded to nearest even to what `like` is: bfloat16 for uint16, float16 for int16, else unchanged."""
 

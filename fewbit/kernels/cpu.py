@@ -45,9 +45,7 @@ def encode(x: Tensor, coder: Coder) -> Tensor:
     n, bits, encoding = x.numel(), coder.bits, _encoding(coder, x.dtype)
     words = packing.words(n, bits)
     packed = x.new_empty(bits * words, dtype=torch.uint8)
-    encoding.kernel.run(
-        compiled.EncodeBlock(0, words, bits, packed.data_ptr(), n, x.data_ptr(), *encoding.block), n
-    )
+    encoding.kernel.run(compiled.EncodeBlock(0, words, bits, packed.data_ptr(), n, x.data_ptr(), *encoding.block), n)
     return packed
 
 
@@ -55,7 +53,8 @@ def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
     """As `fewbit.kernels.reference.decode`, for tensors on the CPU."""
     grad = grad.resolve_neg().contiguous()
     n, bits, product = grad.numel(), coder.bits, empty_like(grad)
-    addresses = packed.data_ptr(), n, grad.data_ptr(), _padded_levels(coder).data_ptr(), product.data_ptr()
+    levels = _padded_levels(coder)  # by name: another thread may push it out of the cache meanwhile
+    addresses = packed.data_ptr(), n, grad.data_ptr(), levels.data_ptr(), product.data_ptr()
     _decoder(grad.dtype).run(compiled.DecodeBlock(0, packed.numel() // bits, bits, *addresses), n)
     return product
 
