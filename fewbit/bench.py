@@ -100,8 +100,8 @@ class Run:
 class RunResult:
     """What was seen of one run, by phase; ratios and extra seconds are against the exact run.
 
-    moved_bytes  what forward and backward must read and write: x, y, the incoming gradient, its result, and what is kept; codes
-                 are written and read, what the exact operation keeps is there already and read once more
+    moved_bytes  what forward and backward must read and write: x, y, the incoming gradient, its result, and what is kept, which
+                 is read, and written where it is neither x nor y
     copy_share   moved_bytes a second, as a share of what the copy moves in a second
     """
 
@@ -241,8 +241,8 @@ def measure(case: Case, settings: Settings, notes: list[str]) -> CaseResult:
         device=str(case.device),
         copy_bytes=2 * x.nbytes,
         copy_seconds=quantiles(samples[_COPY]),
-        runs=[_run_result(each, kept[each.label], 2 * x.nbytes, samples) for each in runs],
-        parts=[_part_result(part, each, kept[each.label], 2 * x.nbytes, samples) for each in coded for part in PARTS],
+        runs=[_run_result(each, *kept[each.label], 2 * x.nbytes, samples) for each in runs],
+        parts=[_part_result(part, each, kept[each.label][0], 2 * x.nbytes, samples) for each in coded for part in PARTS],
     )
 
 
@@ -279,10 +279,10 @@ def _compiled(case: Case, x: Tensor, grad: Tensor, notes: list[str]) -> list[Run
     return [Run("compiled", function)]
 
 
-def _run_result(each: Run, kept: int, copy_bytes: int, samples: Samples) -> RunResult:
+def _run_result(each: Run, kept: int, made: int, copy_bytes: int, samples: Samples) -> RunResult:
     own = {phase: samples[phase, each.label] for phase in PHASES}
     exact = {phase: samples[phase, _EXACT] for phase in PHASES}
-    moved = 2 * copy_bytes + (kept if each.bits is None else 2 * kept)
+    moved = 2 * copy_bytes + kept + made
     return RunResult(
         run=each.label,
         bits=each.bits,

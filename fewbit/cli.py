@@ -218,11 +218,11 @@ def demo(
 
 @app.command()
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="Activations, as in `fewbit table`.  [default: gelu silu]")] = None,
-    bits: Annotated[list[int] | None, typer.Option(help="Coded runs: --bits 3 1.  [default: 3]")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="May be repeated.  [default: float32, bfloat16]")] = None,
-    size: Annotated[list[str] | None, typer.Option(help="Elements; may be repeated.  [default: 2^10, 2^16, 2^22]")] = None,
-    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda, …; may be repeated.  [default: cpu]")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="As in `fewbit table`; gelu and silu if left out.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Coded runs: --bits 3 1; 3 if left out.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="May be repeated; float32 and bfloat16 if left out.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="May be repeated; 2^10, 2^16 and 2^22 elements if left out.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="May be repeated; cpu if left out.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU; torch's own number if left out.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every run is timed once.")] = 30,
     parts: Annotated[bool, typer.Option("--parts", help="Also encode and decode alone.")] = False,

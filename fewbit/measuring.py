@@ -52,14 +52,16 @@ def saved_storages(*seen: dict[int, int], leave_out: Collection[int] = ()) -> to
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
-def kept_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes of the distinct storages that function(x) keeps for backward; x requires a gradient."""
+def kept_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, int]:
+    """What function(x) keeps for backward, as bytes of distinct storages: all, and those that are neither x's nor the output's.
+
+    x requires a gradient.
+    """
     seen: dict[int, int] = {}
     with saved_storages(seen):
         y = function(x)
-    number = sum(seen.values())
-    del y  # not before
-    return number
+    shared = {tensor.untyped_storage().data_ptr() for tensor in (x, y)}
+    return sum(seen.values()), sum(number for address, number in seen.items() if address not in shared)
 
 
 @dataclass(frozen=True)

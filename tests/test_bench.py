@@ -65,14 +65,14 @@ def test_figures_of_known_samples():
     for phase in bench.PHASES:
         samples[phase, "exact"] = np.array([10.0, 20.0, 30.0])
         samples[phase, "3 bits"] = np.array([30.0, 20.0, 45.0])
-    run = bench._run_result(bench.Run("3 bits", torch.tanh, 3), kept=50, copy_bytes=800, samples=samples)
+    run = bench._run_result(bench.Run("3 bits", torch.tanh, 3), kept=50, made=50, copy_bytes=800, samples=samples)
     assert run.ratio["both"]["median"] == 1.5  # of 3, 1 and 1.5; the ratio of the medians is 1.5 too, that of the means 1.58
     assert run.ratio["both"]["p25"] == 1.25
     assert run.extra_seconds["forward"]["median"] == 15.0
     assert run.seconds["backward"]["median"] == 30.0
     assert run.moved_bytes == 1700
     assert run.copy_share["median"] == pytest.approx(1700 / 800 * 3 / 45)
-    exact = bench._run_result(bench.Run("exact", torch.tanh), kept=400, copy_bytes=800, samples=samples)
+    exact = bench._run_result(bench.Run("exact", torch.tanh), kept=400, made=0, copy_bytes=800, samples=samples)
     assert set(exact.ratio["both"].values()) == {1.0}
     assert exact.copy_share["median"] == pytest.approx(2000 / 800 / 10)
 
@@ -117,8 +117,10 @@ def test_table_fits_with_long_times_too(report):
     for run in (run for case in slow.cases for run in case.runs):
         for quantiles in (*run.seconds.values(), *run.extra_seconds.values()):
             quantiles.update((name, 0.987654) for name in quantiles)
+        run.ratio["both"].update(p25=98.76, p75=98.76)
     text = shown(slow)
     assert "987654" in text
+    assert "98.8–98.8" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= bench_report.WIDTH
 
