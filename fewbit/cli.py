@@ -6,13 +6,14 @@ import errno
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fewbit.constants import CODINGS, DEFAULT_BITS, DEFAULT_WEIGHT, SHIPPED_BITS
-from fewbit.errors import ActivationError, DesignError, FewbitError
+from fewbit.errors import ActivationError, DesignError, FewbitError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +71,7 @@ def _complain(message: str, status: int) -> int:
 
 def _spread_bits(arguments: list[str]) -> list[str]:
     """`plot gelu --bits 1 2 3` -> `plot gelu --bits 1 --bits 2 --bits 3`: several values of an option, unknown to typer."""
-    if arguments[:1] not in (["plot"], ["demo"]):
+    if arguments[:1] not in (["plot"], ["demo"], ["bench"]):
         return arguments
     spread: list[str] = []
     after_bits = False
@@ -215,6 +216,44 @@ def demo(
     run(steps=steps, bits=bits or [3, 1], device=device, output=output, console=console)
 
 
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="As in `fewbit table`; gelu and silu if left out.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Coded runs: --bits 3 1; 3 if left out.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="May be repeated; float32 and bfloat16 if left out.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="May be repeated; 2^10, 2^16 and 2^22 elements if left out.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="May be repeated; cpu if left out.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU; torch's own number if left out.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every run is timed once.")] = 30,
+    parts: Annotated[bool, typer.Option("--parts", help="Also encode and decode alone.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also the exact activation under torch.compile.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Picture of the ratios against size.")] = None,
+) -> None:
+    """Time exact and coded activations, forward and backward, side by side, and count the bytes they keep."""
+    if plot_path:
+        _check_picture(plot_path, "--plot")
+    if json_path:
+        _check_folder(json_path)
+    from rich.progress import track
+
+    from fewbit import terminal
+    from fewbit.bench import run, settings_of
+    from fewbit.bench_report import WIDTH, show, write
+
+    records = [_find_activation(name) for name in names or ("gelu", "silu")]
+    lists = (bits or [DEFAULT_BITS], dtype or ["float32", "bfloat16"], size or ["2^10", "2^16", "2^22"], device or ["cpu"])
+    try:
+        settings = settings_of(records, *lists, threads=threads, repeats=repeats, parts=parts, compiled=compiled)
+    except InputError as error:  # a dtype, size or device that there is not
+        raise typer.BadParameter(str(error)) from error
+    progress = terminal.console(stderr=True)
+    unseen = not progress.is_terminal
+    report = run(settings, partial(track, description="measuring", console=progress, transient=True, disable=unseen))
+    show(report, terminal.console(at_least=WIDTH))
+    write(report, json_path, plot_path)
+
+
 def _find_activation(name: str) -> Activation:
     """The record of a registered name or of `package.module:function`, imported with the working folder on the path."""
     from fewbit import activations
@@ -317,13 +356,18 @@ def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:
     print(f"wrote {path}")
 
 
-def _check_picture(path: Path) -> None:
+def _check_picture(path: Path, option: str = "--output") -> None:
     """Raise before any work is done if no picture can be written to `path`."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
-        raise typer.BadParameter(f"--output {path} must end in one of {', '.join(sorted(known))}")
+        raise typer.BadParameter(f"{option} {path} must end in one of {', '.join(sorted(known))}")
+    _check_folder(path)
+
+
+def _check_folder(path: Path) -> None:
+    """Raise before any work is done if `path` has no folder to be written in."""
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
 

@@ -16,7 +16,8 @@ from torch import nn
 
 import fewbit
 from fewbit import terminal
-from fewbit.errors import FewbitError, InputError
+from fewbit.errors import FewbitError
+from fewbit.measuring import find_device, saved_storages
 from fewbit.record import plural
 
 Tensor = torch.Tensor
@@ -78,7 +79,7 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
 
     Writes the loss curves to `output`. Raises InputError for a device that torch does not have.
     """
-    place = _device(device)
+    place = find_device(device)
     training, held_out = _text(place)
     runs = [_start(None, place), *(_start(b, place) for b in bits)]
     sampler = torch.Generator().manual_seed(SEED)
@@ -96,17 +97,6 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
     _draw(runs, output)
     console.print(f"wrote {output}", markup=False, soft_wrap=True)
     return runs
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"torch has no device {name!r} here ({str(error).splitlines()[0]}); --device cpu always works"
-        ) from error
-    return device
 
 
 def _text(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -170,20 +160,10 @@ def _kept_bytes(model: GPT, batch: Tensor) -> tuple[int, int]:
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     total: dict[int, int] = {}
     by_gelu: dict[int, int] = {}
-
-    def recorder(seen: dict[int, int]):
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                seen[storage.data_ptr()] = total[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-
-    inner = recorder(by_gelu)
+    inner = saved_storages(by_gelu, total, leave_out=parameters)
     handles = [gelu.register_forward_pre_hook(lambda *_: inner.__enter__()) for gelu in model.gelus]
     handles += [gelu.register_forward_hook(lambda *_: inner.__exit__()) for gelu in model.gelus]
-    with recorder({}):
+    with saved_storages(total, leave_out=parameters):
         loss = _loss(model, batch)  # held until the count is read, so that no storage is freed and its address used again
     for handle in handles:
         handle.remove()

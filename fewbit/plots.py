@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -16,8 +16,13 @@ from fewbit.design.table import CodeTable
 from fewbit.record import Activation, plural
 from fewbit.store import load_table
 
+# title of a panel -> label of a line -> points (elements, median, lower, upper end of the spread)
+RatioPanels = dict[str, dict[str, list[tuple[int, float, float, float]]]]
+
 _EXACT, _CODED = "0.15", "tab:red"  # in grey print they differ by width: 2.2 and 1.2 points
 _ERROR_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5)
+_COARSE_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+_FINE_TICKS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 4)
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -124,6 +129,60 @@ def plot_losses(curves: dict[str, Sequence[float]], smoothing: int = 10) -> Figu
         top.set_title(f"A small GPT on the Python standard library, mean of {window} steps")
         top.legend()
     return figure
+
+
+def plot_ratios(panels: RatioPanels, columns: int, subtitle: str) -> Figure:
+    """Time over the exact activation's against size, both axes logarithmic: medians, with bars for their spread.
+
+    panels    drawn row by row, `columns` in each
+    subtitle  where and how often it was timed
+    """
+    rows = -(-len(panels) // columns)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(max(5.4, 0.8 + 3.0 * columns), 1.1 + 2.3 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+            _draw_ratios(axis, lines)
+            axis.set_title(title)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        _label_ratio_ticks(axes[0, 0], panels)
+        for i, axis in enumerate(axes.flat[: len(panels)]):
+            if i + columns >= len(panels):  # the lowest of its column
+                axis.set_xlabel("elements")
+                axis.tick_params(labelbottom=True)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("time over exact's")
+        figure.suptitle(f"Coded against exact activations, forward and backward\n{subtitle}", fontsize=10)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def _draw_ratios(axis: Axes, lines: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> None:
+    axis.axhline(1.0, color=_EXACT, linewidth=1.0, zorder=1)
+    for i, (label, points) in enumerate(lines.items()):
+        sizes, medians, low, high = np.array(sorted(points), float).T
+        aside = 2.0 ** (0.25 * (i - (len(lines) - 1) / 2))  # so that bars at one size lie side by side
+        spread = (medians - low, high - medians)
+        marker = "osD^v"[i % 5]
+        axis.errorbar(sizes * aside, medians, spread, fmt=f"{marker}-", label=label, markersize=4, linewidth=1.2, capsize=3)
+
+
+def _label_ratio_ticks(axis: Axes, panels: RatioPanels) -> None:
+    """Ticks at the sizes measured, and at round ratios: few where they span much."""
+    points = [point for lines in panels.values() for line in lines.values() for point in line]
+    sizes = sorted({point[0] for point in points})
+    low, high = min([0.9, *(point[2] for point in points)]) / 1.05, max([1.1, *(point[3] for point in points)]) * 1.05
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlim(sizes[0] / 2, sizes[-1] * 2)
+    axis.set_ylim(low, high)
+    ticks = [tick for tick in (_FINE_TICKS if high < 6 * low else _COARSE_TICKS) if low <= tick <= high]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    powers = all(size & (size - 1) == 0 for size in sizes)
+    axis.set_xticks(sizes, [f"$2^{{{size.bit_length() - 1}}}$" if powers else f"{size:,}" for size in sizes])
+    axis.minorticks_off()
 
 
 def _draw_steps(axis: Axes, record: Activation, table: CodeTable, span: tuple[float, float]) -> None:

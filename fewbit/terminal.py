@@ -1,4 +1,4 @@
-"""How tables look in the terminal: one style, narrow enough for 80 columns."""
+"""How tables look in the terminal: one style, narrow enough for 80 columns where they can be."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from rich.console import Console
 from rich.table import Table
 
 
-def console(stderr: bool = False) -> Console:
-    """A console that colours nothing by itself."""
-    return Console(stderr=stderr, highlight=False)
+def console(stderr: bool = False, at_least: int = 0) -> Console:
+    """A console that colours nothing by itself; `at_least` so many columns wide, in a narrower window too."""
+    found = Console(stderr=stderr, highlight=False)
+    if found.width < at_least:
+        found.width = at_least
+    return found
 
 
 def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:

@@ -14,8 +14,9 @@ PACKAGE = Path(fewbit.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"demo"},
-    {"plots", "terminal", "models"},
+    {"demo", "bench_report"},
+    {"bench"},
+    {"plots", "terminal", "models", "measuring"},
     {"nn"},
     {"functional"},
     {"drop_in"},

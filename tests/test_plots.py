@@ -73,3 +73,32 @@ def test_losses():
     assert figure.axes[0].get_lines()[0].get_ydata() == pytest.approx([2.5, 1.5])
     assert figure.axes[1].get_lines()[0].get_ydata() == pytest.approx([0.25, 0.75])
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["exact", "3 bits"]
+
+
+def test_ratios():
+    lines = {
+        "3 bits": [(1024, 3.0, 2.5, 4.0), (2**20, 1.1, 1.0, 1.3)],
+        "1 bit": [(1024, 2.5, 2.0, 3.0), (2**20, 0.9, 0.8, 1.0)],
+    }
+    panels = {f"{name}, {dtype}": lines for dtype in ("float32", "bfloat16") for name in ("gelu", "silu")}
+    figure = plots.plot_ratios({**panels, "tanh, float32": {"3 bits": lines["3 bits"]}}, 2, "cpu (a processor)\n2 threads")
+    check(figure)
+    assert [axis.get_title() for axis in figure.axes] == [*panels, "tanh, float32", ""]
+    for axis in figure.axes[:4]:
+        for container, points in zip(axis.containers, lines.values(), strict=True):
+            median, _, (bar,) = container
+            assert median.get_ydata() == pytest.approx([point[1] for point in points])
+            assert median.get_xdata() == pytest.approx([point[0] for point in points], rel=0.2)
+            ends = [sorted(segment[:, 1]) for segment in bar.get_segments()]
+            np.testing.assert_allclose(ends, [point[2:] for point in points])
+        assert [1.0, 1.0] in [list(line.get_ydata()) for line in axis.get_lines()]
+    assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == ["$2^{10}$", "$2^{20}$"]
+    assert figure.axes[0].get_ylabel() == "time over exact's"
+
+
+def test_ratios_of_one_odd_size():
+    figure = plots.plot_ratios({"gelu, float32": {"3 bits": [(1000, 1.02, 0.97, 1.1)]}}, 1, "cuda (a device with a long name)")
+    check(figure)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1,000"]
+    low, high = figure.axes[0].get_ylim()
+    assert low < 0.97 < 1.1 < high

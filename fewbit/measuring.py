@@ -1,0 +1,140 @@
+"""How to measure: the device asked for, what a forward pass keeps for backward, and times of several tasks round by round."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewbit.errors import InputError
+
+Tensor = torch.Tensor
+Key = tuple[str, str]  # (phase, label)
+Quantiles = dict[str, float]
+
+QUANTILES = {"p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9}
+LEAST_SECONDS = 200e-6  # of one sample; shorter calls are repeated in it
+_WARM_UPS = 3
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; InputError where torch has none that computes."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"torch has no device {name!r} here ({str(error).splitlines()[0]}); --device cpu always works"
+        ) from error
+    return device
+
+
+def saved_storages(*seen: dict[int, int], leave_out: Collection[int] = ()) -> torch.autograd.graph.saved_tensors_hooks:
+    """Within this context, the storages that autograd saves are entered in each of `seen`: address -> bytes, each once.
+
+    seen       filled; hold the outputs until it is read, so that no storage is freed and its address used again
+    leave_out  addresses not to enter, such as those of parameters
+    """
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in leave_out:
+            for each in seen:
+                each[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+
+def kept_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, int]:
+    """What function(x) keeps for backward, as bytes of distinct storages: all, and those that are neither x's nor the output's.
+
+    x requires a gradient.
+    """
+    seen: dict[int, int] = {}
+    with saved_storages(seen):
+        y = function(x)
+    shared = {tensor.untyped_storage().data_ptr() for tensor in (x, y)}
+    return sum(seen.values()), sum(number for address, number in seen.items() if address not in shared)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is timed: `action`, on an argument that `prepare` makes anew for each call, before the clock starts."""
+
+    prepare: Callable[[], Any]
+    action: Callable[[Any], Any]
+
+
+def time_rounds(tasks: dict[Key, Task], repeats: int, device: torch.device) -> dict[Key, np.ndarray]:
+    """Seconds of one call of every task, (repeats,) each, after a warm-up.
+
+    A round runs phase by phase, and the tasks of a phase in an order shuffled anew: element i of every array is of round i, so
+    that their ratio is of times close together. A sample lasts at least LEAST_SECONDS, by as many calls as that takes.
+    """
+    phases = [[key for key in tasks if key[0] == phase] for phase in dict.fromkeys(phase for phase, _ in tasks)]
+    calls = {key: _calls(task, device) for key, task in tasks.items()}
+    samples = {key: np.empty(repeats) for key in tasks}
+    shuffler = random.Random(0)
+    for i in range(repeats):
+        for keys in phases:
+            for key in shuffler.sample(keys, len(keys)):
+                samples[key][i] = seconds(tasks[key], calls[key], device) / calls[key]
+    return samples
+
+
+def seconds(task: Task, calls: int, device: torch.device) -> float:
+    """Seconds of so many calls one after another: of the device where it is a CUDA one, of the clock on the wall elsewhere."""
+    arguments = [task.prepare() for _ in range(calls)]
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            begin.record()
+            for argument in arguments:
+                task.action(argument)
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+    wait = getattr(torch, device.type).synchronize
+    wait()
+    start = time.perf_counter()
+    for argument in arguments:
+        task.action(argument)
+    wait()
+    return time.perf_counter() - start
+
+
+def quantiles(samples: np.ndarray) -> Quantiles:
+    """QUANTILES of some numbers, interpolated.
+
+    >>> quantiles(np.arange(11.0))
+    {'p10': 1.0, 'p25': 2.5, 'median': 5.0, 'p75': 7.5, 'p90': 9.0}
+    """
+    return dict(zip(QUANTILES, np.quantile(samples, list(QUANTILES.values())).tolist(), strict=True))
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """torch with so many threads, within this context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _calls(task: Task, device: torch.device) -> int:
+    """The power of two of calls that make a sample long enough."""
+    seconds(task, _WARM_UPS, device)
+    calls = 1
+    while seconds(task, calls, device) < LEAST_SECONDS:
+        calls *= 2
+    return calls
