@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fewbit import kernels
+from fewbit.autograd import traced
 from fewbit.errors import InputError
 from fewbit.kernels import Coder
 
@@ -29,6 +30,8 @@ def coded_activation(
 
     The gradient can be taken once: differentiating it again raises InputError, since codes carry no second derivative.
     """
+    if traced.is_watched(x):
+        return traced.coded_activation(x, forward, coder, forward_inplace)
     anchor = torch.as_strided_copy(x, (0,), (1,))  # no data, but a place in x's graph, for `_Once`
     return _CodedActivation.apply(x, anchor, forward, coder, forward_inplace)  # type: ignore[return-value]
 
@@ -53,9 +56,10 @@ class _CodedActivation(torch.autograd.Function):
         (packed,) = ctx.saved_tensors
         order = _memory_order(ctx.stride)
         flat = grad.permute(order).reshape(-1)
-        product = kernels.decode(packed, flat, ctx.coder).to(ctx.dtype)
+        watched = traced.is_watched(grad)
+        product = (traced.decode if watched else kernels.decode)(packed, flat, ctx.coder).to(ctx.dtype)
         grad_x = product.view([ctx.shape[dim] for dim in order]).permute(_inverse(order))
-        if grad.stride() != grad_x.stride():
+        if grad.stride() != grad_x.stride() and not watched:
             grad_x = _as_torch_lays_out(grad_x, grad, ctx.stride, ctx.exact)
         if torch.is_grad_enabled():  # create_graph=True
             grad_x = _Once.apply(grad_x, grad, ctx.anchor)
