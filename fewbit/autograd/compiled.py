@@ -9,6 +9,10 @@ both forms (`tools/compile_bytes.py` prints them), since it may move an `encode`
 input is kept anyway. Only where that input is cheap to recompute, after a norm, would torch operations save the codes; against
 that, their code took five to eight times as long as the kernels on a CPU (65,536 to 1,048,576 elements).
 
+A limit, torch's more than ours: second derivatives through a compiled region raise in `backward()`, but `torch.autograd.grad`
+with chosen inputs passes the region by if the loss also depends on these inputs directly and the region saved none of them. An
+exact operation saves its input and so raises; codes do not.
+
 Imported while tracing, since it loads dynamo.
 """
 
