@@ -25,7 +25,6 @@ from fewbit.design.table import check_bits
 from fewbit.errors import DesignError, FewbitError, InputError
 from fewbit.measuring import Key, Quantiles, Task, find_device, kept_bytes, quantiles, time_rounds, torch_threads
 from fewbit.record import Activation, plural
-from fewbit.store import load_table
 
 Tensor = torch.Tensor
 Samples = dict[Key, np.ndarray]
@@ -258,8 +257,7 @@ def _run_tasks(each: Run, x: Tensor, grad: Tensor) -> dict[Key, Task]:
 
 
 def _part_tasks(each: Run, case: Case, x: Tensor, grad: Tensor) -> dict[Key, Task]:
-    compared_in = torch.float64 if case.dtype == torch.float64 else torch.float32
-    coder = drop_in._coder(load_table(case.record, each.bits or 0), x.device, compared_in)
+    coder = drop_in.coder_for(case.record, each.bits, None, case.dtype, x.device)
     packed = kernels.encode(x, coder)
     return {
         ("encode", each.label): Task(lambda: x, lambda x: kernels.encode(x, coder)),

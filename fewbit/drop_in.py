@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbit import activations
+from fewbit.autograd import traced
 from fewbit.autograd.activation import coded_activation
 from fewbit.constants import DEFAULT_BITS, SHIPPED_BITS
 from fewbit.design.table import CodeTable, check_bits
@@ -37,26 +39,61 @@ def apply(
 
     Raises InputError for other dtypes, DesignError for other bits, TableError for a table of another activation.
     """
-    if not isinstance(x, Tensor):
-        raise InputError(f"{record.name} takes a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
-    if x.dtype not in _DTYPES:
-        raise InputError(
-            f"{record.name} takes a float16, bfloat16, float32 or float64 tensor, got {x.dtype}; convert it, for instance with "
-            f"x.float(), or call torch's own operation"
-        )
+    _check_input(record.name, x)
     check_arguments(record, bits, table)
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    traced.check_no_tangent(x, record.name)
+    if not (torch.is_grad_enabled() and (x.requires_grad or traced.wants_gradient(x))):
         return record.forward_inplace(x) if inplace else record.forward(x)
     if x.layout != torch.strided or x.is_nested:
         kind = "a nested tensor" if x.is_nested else x.layout
         raise InputError(f"{record.name} can code a dense tensor, got {kind}; convert it first")
-    coder = _coder(table, x.device, x.dtype) if table else _own_coder(record, bits or DEFAULT_BITS, x.device, x.dtype)
+    coder = coder_for(record, bits, table, x.dtype, x.device)
     if not inplace:
         return coded_activation(x, record.forward, coder)
     _check_overwritable(record.name, x)
     if x._is_view():  # torch lets no function with two outputs, as coded_activation has inside, overwrite a view
         return x.copy_(coded_activation(x, record.forward, coder))
     return coded_activation(x, record.forward, coder, record.forward_inplace)
+
+
+def apply_compiled(record: Activation, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The same in code that torch.compile or torch.export traces; takes what the functional drop-in takes.
+
+    The arguments are checked and the coder is made once, while the code is traced: none of that, all cached or slow, gets
+    into the graph.
+    """
+    from fewbit.autograd import compiled  # here, since it loads dynamo
+
+    _check_input(record.name, x)
+    numbers, named = [_number(value) for value in args], {name: _number(value) for name, value in kwargs.items()}
+    found = compiled.constant(_constants, record, x.dtype, x.device, *numbers, **named)
+    y = compiled.activation(x, found.thresholds, found.codes, found.levels, found.bits, found.name)
+    return x.copy_(y) if found.inplace else y
+
+
+def _number(value: Any) -> Any:
+    """The value itself, of which a compiler would make a symbol where it is a number that changes between calls."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # here, since it loads sympy
+
+    if isinstance(value, Tensor):
+        raise ActivationError("in compiled code parameters of activations are numbers, got a tensor; pass value.item()")
+    return guard_scalar(value) if isinstance(value, (int, float)) else value
+
+
+def _constants(record: Activation, dtype: torch.dtype, device: torch.device, /, *args: Any, **kwargs: Any) -> Any:
+    """What `compiled` needs, for these arguments of the functional drop-in."""
+    from fewbit.autograd.compiled import Constants
+
+    given = bind(_signature(record), record.name, None, *args, **kwargs)
+    bits, table = given.get("bits"), given.get("table")
+    record = bound_record(record, given)
+    check_arguments(record, bits, table)
+    return Constants(coder_for(record, bits, table, dtype, device), record.forward, record.name, bool(given.get("inplace")))
+
+
+def coder_for(record: Activation, bits: int | None, table: CodeTable | None, dtype: torch.dtype, device: torch.device) -> Coder:
+    """What the kernels take to code an input of this dtype on this device, with a table of your own or the shipped one."""
+    return _coder(table, device, dtype) if table else _own_coder(record, bits or DEFAULT_BITS, device, dtype)
 
 
 def check_arguments(record: Activation, bits: int | None, table: CodeTable | None) -> None:
@@ -70,6 +107,21 @@ def check_arguments(record: Activation, bits: int | None, table: CodeTable | Non
 @lru_cache(maxsize=256)
 def _own_coder(record: Activation, bits: int, device: torch.device, dtype: torch.dtype) -> Coder:
     return _coder(load_table(record, bits), device, dtype)
+
+
+def _check_input(name: str, x: Any) -> None:
+    if isinstance(x, torch.fx.Proxy):
+        raise InputError(
+            f"torch.fx.symbolic_trace cannot look into {name}: it depends on the tensor's dtype; trace with torch.export, "
+            "or make fewbit's modules leaves in Tracer.is_leaf_module"
+        )
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} takes a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
+    if x.dtype not in _DTYPES:
+        raise InputError(
+            f"{name} takes a float16, bfloat16, float32 or float64 tensor, got {x.dtype}; convert it, for instance with "
+            f"x.float(), or call torch's own operation"
+        )
 
 
 def _check_overwritable(name: str, x: Tensor) -> None:
@@ -102,27 +154,29 @@ def _check_table(record: Activation, bits: int | None, table: CodeTable) -> None
 def _coder(table: CodeTable, device: torch.device, dtype: torch.dtype) -> Coder:
     """The table as tensors, for inputs of a dtype.
 
-    Thresholds are rounded down to float32: for a float32 x, x <= t holds for both or neither.
+    Thresholds are rounded down to float32: for a float32 x, x <= t holds for both or neither. Whatever mode or transform is
+    active when they are first asked for, they outlast it: `torch.tensor` would make fake tensors, or wrap them for a transform.
     """
-    thresholds, dtype = table.thresholds.copy(), torch.float64 if dtype == torch.float64 else torch.float32
+    thresholds, levels = table.thresholds.copy(), table.levels[0].copy()
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if dtype == torch.float32:
         single = thresholds.astype(np.float32)
         thresholds = np.where(single > thresholds, np.nextafter(single, np.float32(-np.inf)), single)
-    with torch.inference_mode(False):
-        return Coder(
-            torch.as_tensor(thresholds, dtype=dtype, device=device),
-            torch.as_tensor(table.codes.copy(), device=device),
-            torch.as_tensor(table.levels[0].copy(), dtype=dtype, device=device),
-            table.bits,
-        )
+        levels = levels.astype(np.float32)
+    with torch.inference_mode(False), _disable_current_modes():
+        arrays = thresholds, table.codes.copy(), levels
+        thresholds, codes, levels = (torch.from_numpy(array).to(device) for array in arrays)
+        return Coder(thresholds, codes, levels, table.bits)
 
 
 @cache
 def function(record: Activation) -> Callable[..., Tensor]:
     """The function `fewbit.functional.NAME` for a record, with torch's signature."""
-    signature = inspect.Signature([inspect.Parameter("input", _POSITIONAL), *arguments(record).values()])
+    signature = _signature(record)
 
     def drop_in(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return apply_compiled(record, input, *args, **kwargs)
         if not args and kwargs.keys() <= {"bits", "table", "inplace"}:
             return apply(record, input, **kwargs)
         given = bind(signature, record.name, input, *args, **kwargs)
@@ -135,6 +189,10 @@ def function(record: Activation) -> Callable[..., Tensor]:
     drop_in.__signature__ = signature  # type: ignore[attr-defined]
     drop_in.__doc__ = describe(record, f"{record.torch_name}: exact forward, backward from codes of a few bits an element.")
     return drop_in
+
+
+def _signature(record: Activation) -> inspect.Signature:
+    return inspect.Signature([inspect.Parameter("input", _POSITIONAL), *arguments(record).values()])
 
 
 def bind(signature: inspect.Signature, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

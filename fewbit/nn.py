@@ -29,6 +29,7 @@ class CodedActivation(torch.nn.Module):
 
     name: str  # of the activation in the registry
     _of_torch: bool  # whether torch has a module of this name, whose constructor takes torch's arguments
+    _taken: tuple[str, ...]  # names of the constructor's arguments, which are attributes
     bits: int | None
     table: CodeTable | None
     inplace: bool
@@ -48,6 +49,9 @@ class CodedActivation(torch.nn.Module):
         return drop_in.bound_record(activations.get(self.name), vars(self))
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            record = activations.get(self.name)
+            return drop_in.apply_compiled(record, input, **{name: getattr(self, name) for name in self._taken})
         return drop_in.apply(self.record(), input, self.bits, self.table, self.inplace)
 
     def extra_repr(self) -> str:
@@ -74,13 +78,14 @@ def __dir__() -> list[str]:
 def _module_class(record: Activation) -> type[CodedActivation]:
     """The class `fewbit.nn.Name` for a record: a subclass of torch's class of that name where there is one."""
     torch_class = getattr(torch.nn, record.module, torch.nn.Module) if record.name in activations.BUILT_IN else torch.nn.Module
-    taken = drop_in.arguments(record).values()
+    taken = drop_in.arguments(record)
     described = f"torch.nn.{record.module}" if torch_class is not torch.nn.Module else f"The module of {record.torch_name}"
     contents = {
         "__module__": __name__,
         "__qualname__": record.module,
         "__doc__": drop_in.describe(record, f"{described}: exact forward, backward from codes of a few bits an element."),
-        "__signature__": inspect.Signature(list(taken)),
+        "__signature__": inspect.Signature(list(taken.values())),
+        "_taken": tuple(taken),
         "name": record.name,
         "_of_torch": torch_class is not torch.nn.Module,
     }

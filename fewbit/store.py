@@ -86,7 +86,9 @@ def cache_directory() -> Path:
 
 def cache_path(request: Request) -> Path:
     """The cache file of a request. Its name carries a digest of all that shapes the table: also of f and f' themselves,
-    sampled, so that a user's activation that changed under its old name is designed anew."""
+    sampled, so that a user's activation that changed under its old name is designed anew. Raises DesignError where
+    they are not finite."""
+    request.check_finite()
     x, shape = np.linspace(*request.domain, 129), dataclasses.astuple(request.activation.derivative_shape)
     samples = [f"{value:.9g}" for value in (*request.activation.df(x), *request.activation.f(x))]
     key = json.dumps([VERSION, request.describe(), shape, samples], sort_keys=True)

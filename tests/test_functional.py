@@ -176,7 +176,7 @@ def test_checkpoint_recomputes_the_same():
 def test_forward_mode_raises_and_is_never_a_silent_zero():
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(torch.randn(3, requires_grad=True), torch.ones(3))
-        with pytest.raises(RuntimeError, match=r"forward mode AD|forward AD|jvp"):
+        with pytest.raises(InputError, match="gelu has no forward-mode derivative"):
             fewbit.functional.gelu(x)
 
 

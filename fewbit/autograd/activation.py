@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fewbit import kernels
+from fewbit.autograd import traced
 from fewbit.errors import InputError
 from fewbit.kernels import Coder
 
@@ -29,6 +30,8 @@ def coded_activation(
 
     The gradient can be taken once: differentiating it again raises InputError, since codes carry no second derivative.
     """
+    if traced.is_watched(x):
+        return traced.coded_activation(x, forward, coder, forward_inplace)
     return _CodedActivation.apply(x, forward, coder, forward_inplace)[0]  # type: ignore[index]
 
 
@@ -55,10 +58,11 @@ class _CodedActivation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         packed, anchor = ctx.saved_tensors
-        if ctx.layout is None and grad.is_contiguous():
+        watched = traced.is_watched(grad)
+        if ctx.layout is None and grad.is_contiguous() and not watched:
             grad_x = kernels.decode(packed, grad, ctx.coder).to(ctx.dtype)
         else:
-            grad_x = _in_its_layout(ctx, packed, grad)
+            grad_x = _in_its_layout(ctx, packed, grad, watched)
         if torch.is_grad_enabled():  # create_graph=True
             grad_x = _Once.apply(grad_x, grad, anchor)
         return grad_x, None, None, None
@@ -85,13 +89,14 @@ def _in_memory_order(x: Tensor) -> Tensor:
     return x.permute(_memory_order(x.stride())).reshape(-1)
 
 
-def _in_its_layout(ctx: Any, packed: Tensor, grad: Tensor) -> Tensor:
+def _in_its_layout(ctx: Any, packed: Tensor, grad: Tensor, watched: bool) -> Tensor:
     """The gradient of an x, or from a grad, that is not contiguous."""
     shape, stride = ctx.layout or (grad.shape, torch.empty(grad.shape, device="meta").stride())
     order = _memory_order(stride)
-    product = kernels.decode(packed, grad.permute(order).reshape(-1), ctx.coder).to(ctx.dtype)
+    decode = traced.decode if watched else kernels.decode
+    product = decode(packed, grad.permute(order).reshape(-1), ctx.coder).to(ctx.dtype)
     grad_x = product.view([shape[dim] for dim in order]).permute(_inverse(order))
-    if grad.stride() != grad_x.stride():
+    if grad.stride() != grad_x.stride() and not watched:
         grad_x = _as_torch_lays_out(grad_x, grad, stride, ctx.exact)
     return grad_x
 

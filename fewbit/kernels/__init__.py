@@ -23,8 +23,8 @@ def decode(packed: torch.Tensor, grad: torch.Tensor, coder: Coder) -> torch.Tens
 
 
 def _backend(tensor: torch.Tensor) -> ModuleType:
-    """Compiled kernels for plain tensors on the CPU; torch operations for all else: other devices, subclasses, tracing."""
-    if tensor.is_cpu and type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
+    """Compiled kernels for plain tensors on the CPU; torch operations for all else: other devices, subclasses, fake tensors."""
+    if tensor.is_cpu and type(tensor) is torch.Tensor:
         from fewbit.kernels import cpu  # here, since it loads numba
 
         if cpu.supports(tensor):

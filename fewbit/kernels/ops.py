@@ -1,0 +1,124 @@
+"""Encode and decode as torch operators, `torch.ops.fewbit.encode` and `decode`: opaque to compilers and transforms.
+
+Both work on the last dimension, and rows are packed each on its own. Under vmap a sample is a row: were the batch packed as
+one, a sample's codes would lie among those of its neighbours, and whatever reads them without knowing that, as functorch's
+generated rules do, would get gradients of other samples.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fewbit import kernels, packing
+from fewbit.errors import InputError
+from fewbit.kernels.coder import Coder
+
+Tensor = torch.Tensor
+_CODER = "Tensor thresholds, Tensor codes, Tensor levels, int bits"
+# torch.library.custom_op would do, at more than twice the overhead, for checks of what is known here: nothing is mutated
+_library = torch.library.Library("fewbit", "DEF")
+_known: dict[tuple, Coder] = {}
+_library.define(f"encode(Tensor x, {_CODER}) -> Tensor")
+_library.define(f"decode(Tensor packed, Tensor grad, {_CODER}) -> Tensor")
+
+
+def encode(x: Tensor, thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """Packed codes, row by row.
+
+    x        (*, n), float16, bfloat16, float32 or float64
+    others   as in `fewbit.kernels.Coder`
+    Returns  (*, packed_bytes(n, bits)) uint8
+    """
+    coder = _coder(thresholds, codes, levels, bits)
+    if x.dim() == 1:
+        return kernels.encode(x.contiguous(), coder)
+    packed = x.new_empty((*x.shape[:-1], packing.packed_bytes(x.shape[-1], bits)), dtype=torch.uint8)
+    for source, target in zip(_rows(x.contiguous()), _rows(packed), strict=True):
+        target.copy_(kernels.encode(source, coder))
+    return packed
+
+
+def decode(packed: Tensor, grad: Tensor, thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """grad times the levels of the packed codes, row by row.
+
+    packed   (*, packed_bytes(n, bits)) uint8 from `encode`
+    grad     (*, n)
+    Returns  (*, n) of grad's dtype
+    """
+    coder = _coder(thresholds, codes, levels, bits)
+    packed, grad = packed.contiguous(), grad.contiguous()
+    if grad.dim() == 1:
+        return kernels.decode(packed, grad, coder)
+    product = torch.empty_like(grad)
+    for codes_of_row, source, target in zip(_rows(packed), _rows(grad), _rows(product), strict=True):
+        target.copy_(kernels.decode(codes_of_row, source, coder))
+    return product
+
+
+def _rows(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]).unbind()
+
+
+def _coder(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Coder:
+    """The coder of these tensors, which keeps what a backend derives from them.
+
+    It is found by where they lie in memory, since compiled code passes the same memory as a new tensor object each time, and
+    by their versions, which count changes in place. Known coders hold their memory, so that no other tensor comes to lie there.
+    """
+    tensors = thresholds, codes, levels
+    try:
+        key = (bits, thresholds.numel(), thresholds.dtype, *[(each.data_ptr(), each._version) for each in tensors])
+    except RuntimeError:  # made in inference mode: no version
+        return Coder(*tensors, bits)
+    coder = _known.get(key)
+    if coder is None:
+        if len(_known) >= 256:
+            _known.clear()
+        coder = _known[key] = Coder(*tensors, bits)
+    return coder
+
+
+_library.impl("encode", encode, "CompositeExplicitAutograd")
+_library.impl("decode", decode, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fewbit::encode", lib=_library)
+def _(x, thresholds, codes, levels, bits):
+    return x.new_empty((*x.shape[:-1], packing.packed_bytes(x.shape[-1], bits)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fewbit::decode", lib=_library)
+def _(packed, grad, thresholds, codes, levels, bits):
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def _encode_batch(info, in_dims, x, thresholds, codes, levels, bits):
+    _check_shared(in_dims[1:])
+    return torch.ops.fewbit.encode(x.movedim(in_dims[0], 0), thresholds, codes, levels, bits), 0
+
+
+def _decode_batch(info, in_dims, packed, grad, thresholds, codes, levels, bits):
+    _check_shared(in_dims[2:])
+    packed, grad = (
+        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip((packed, grad), in_dims[:2], strict=True)
+    )
+    return torch.ops.fewbit.decode(packed, grad, thresholds, codes, levels, bits), 0
+
+
+def _check_shared(in_dims: tuple[int | None, ...]) -> None:
+    if any(dim is not None for dim in in_dims):
+        raise InputError("vmap over code tables is not supported; pass thresholds, codes and levels with in_dims=None")
+
+
+def refuse_second_derivative(*_: object) -> None:
+    """The backward of a gradient from codes."""
+    raise InputError(
+        "the gradient of a coded activation can be taken once: its codes hold f' but no second derivative; "
+        "for double backward (gradient penalties, Hessians) use torch's own activation"
+    )
+
+
+torch.library.register_vmap("fewbit::encode", _encode_batch, lib=_library)
+torch.library.register_vmap("fewbit::decode", _decode_batch, lib=_library)
+torch.library.register_autograd("fewbit::decode", refuse_second_derivative, lib=_library)

@@ -1,0 +1,100 @@
+"""DDP and FSDP2 on two processes: the gradients of one process with the whole batch, eager and compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fewbit
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"),
+]
+PROCESSES, SECONDS = 2, 240
+CASES = [f"{way}, {mode}" for way in ("ddp", "fsdp") for mode in ("eager", "compiled")]
+
+
+def make_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Linear(8, 64), fewbit.GELU(bits=3), torch.nn.Linear(64, 16)),
+        torch.nn.Sequential(fewbit.SiLU(bits=2), torch.nn.Linear(16, 1)),
+    )
+
+
+def make_batch():
+    return torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model, x):
+    """Gradients of the mean square of what the model returns."""
+    model.zero_grad()
+    model(x).pow(2).mean().backward()
+    whole = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters())
+    return [grad.detach().clone() for grad in whole]
+
+
+def distribute(case):
+    """The model, made ready for this process."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = make_model()
+    if case.endswith("compiled"):
+        for block in model:
+            block.compile(backend="aot_eager", fullgraph=True)
+    if case.startswith("ddp"):
+        return DistributedDataParallel(model)
+    mesh = dist.init_device_mesh("cpu", (PROCESSES,))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def work(rank, folder):
+    """What each process runs: its share of the batch through every case; the gradients go to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    share = make_batch().chunk(PROCESSES)[rank]
+    torch.save({case: gradients(distribute(case), share) for case in CASES}, folder / f"gradients-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """For each process, the gradients of each case."""
+    folder = tmp_path_factory.mktemp("processes")
+    interface = "lo0" if sys.platform == "darwin" else "lo"  # the machine's name need not resolve
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(PROCESSES)
+    ]
+    try:
+        errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * PROCESSES, "\n".join(errors)
+    return [torch.load(folder / f"gradients-{rank}.pt") for rank in range(PROCESSES)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_one_process(found, case):
+    expected = gradients(make_model(), make_batch())
+    for grads in found:
+        for grad, whole in zip(grads[case], expected, strict=True):
+            assert whole.abs().max() > 0
+            torch.testing.assert_close(grad, whole, rtol=1e-5, atol=1e-7)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), Path(sys.argv[2]))
