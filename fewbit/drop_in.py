@@ -23,6 +23,7 @@ from fewbit.store import load_table
 
 Tensor = torch.Tensor
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_EXTRAS = frozenset(("bits", "table", "inplace"))  # what every drop-in takes besides torch's own arguments
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
@@ -110,12 +111,12 @@ def _own_coder(record: Activation, bits: int, device: torch.device, dtype: torch
 
 
 def _check_input(name: str, x: Any) -> None:
-    if isinstance(x, torch.fx.Proxy):
-        raise InputError(
-            f"torch.fx.symbolic_trace cannot look into {name}: it depends on the tensor's dtype; trace with torch.export, "
-            "or make fewbit's modules leaves in Tracer.is_leaf_module"
-        )
     if not isinstance(x, Tensor):
+        if isinstance(x, torch.fx.Proxy):
+            raise InputError(
+                f"torch.fx.symbolic_trace cannot look into {name}: it depends on the tensor's dtype; trace with torch.export, "
+                "or make fewbit's modules leaves in Tracer.is_leaf_module"
+            )
         raise InputError(f"{name} takes a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
     if x.dtype not in _DTYPES:
         raise InputError(
@@ -177,10 +178,10 @@ def function(record: Activation) -> Callable[..., Tensor]:
     def drop_in(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return apply_compiled(record, input, *args, **kwargs)
-        if not args and kwargs.keys() <= {"bits", "table", "inplace"}:
+        if not args and kwargs.keys() <= _EXTRAS:
             return apply(record, input, **kwargs)
         given = bind(signature, record.name, input, *args, **kwargs)
-        extras = {name: given.pop(name) for name in ("bits", "table", "inplace") if name in given}
+        extras = {name: given.pop(name) for name in _EXTRAS if name in given}
         return apply(bound_record(record, given), given.pop("input"), **extras)
 
     drop_in.__name__ = drop_in.__qualname__ = record.name
@@ -214,7 +215,7 @@ def arguments(record: Activation) -> dict[str, inspect.Parameter]:
 
 def bound_record(record: Activation, given: Mapping[str, Any]) -> Activation:
     """The record at the numeric parameters and options (such as approximate="tanh") among `given`; the rest is ignored."""
-    if _selects_variant(record):
+    if _selects_variant(record) and any(given.get(name, value) != value for name, value in record.options.items()):
         chosen = {**record.options, **{name: given[name] for name in record.options if name in given}}
         siblings = [
             sibling for sibling in map(activations.get, activations.names()) if sibling.torch_function == record.torch_function

@@ -9,7 +9,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -99,14 +99,14 @@ class Activation:
     def forward(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """torch's own operation at these parameters, a function of one tensor."""
         call, arguments = self._torch_call, {**self.parameters, **self.options}
-        return lambda x: call(x, **arguments)
+        return partial(call, **arguments) if arguments else call
 
     @cached_property
     def forward_inplace(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The same, written into its argument, which it returns: torch's own in-place form where there is one."""
         call, arguments = self._torch_call, {**self.parameters, **self.options}
         if _takes_inplace(call):
-            return lambda x: call(x, **arguments, inplace=True)
+            return partial(call, **arguments, inplace=True)
         return lambda x: x.copy_(call(x, **arguments))
 
     @cached_property
@@ -123,8 +123,12 @@ class Activation:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Activation) and self._identity == other._identity
 
-    def __hash__(self) -> int:
+    @cached_property
+    def _hash(self) -> int:
         return hash(self._identity)
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __call__(self, x: Array) -> Array:
         return self.f(x)

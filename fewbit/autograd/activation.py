@@ -9,8 +9,7 @@ import torch
 
 from fewbit import kernels
 from fewbit.autograd import traced
-from fewbit.errors import InputError
-from fewbit.kernels import Coder
+from fewbit.kernels import Coder, ops
 
 Tensor = torch.Tensor
 
@@ -47,8 +46,7 @@ class _CodedActivation(torch.autograd.Function):
         anchor = x.new_empty(0)
         ctx.save_for_backward(packed, anchor)
         ctx.set_materialize_grads(False)
-        ctx.exact, ctx.coder, ctx.dtype = forward, coder, x.dtype
-        ctx.layout = None if contiguous else (x.shape, x.stride())
+        ctx.coded = coder, x.dtype, forward, None if contiguous else (x.shape, x.stride())
         if forward_inplace is None:
             return forward(x), anchor
         ctx.mark_dirty(x)
@@ -58,11 +56,13 @@ class _CodedActivation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         packed, anchor = ctx.saved_tensors
-        watched = traced.is_watched(grad)
-        if ctx.layout is None and grad.is_contiguous() and not watched:
-            grad_x = kernels.decode(packed, grad, ctx.coder).to(ctx.dtype)
+        coder, dtype, exact, layout = ctx.coded
+        if layout is None and grad.is_contiguous() and not traced.is_watched(grad):
+            grad_x = kernels.decode(packed, grad, coder)
         else:
-            grad_x = _in_its_layout(ctx, packed, grad, watched)
+            grad_x = _in_its_layout(packed, grad, coder, exact, layout)
+        if grad_x.dtype != dtype:
+            grad_x = grad_x.to(dtype)
         if torch.is_grad_enabled():  # create_graph=True
             grad_x = _Once.apply(grad_x, grad, anchor)
         return grad_x, None, None, None
@@ -78,10 +78,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise InputError(
-            "the gradient of a coded activation can be taken once: its codes hold f' but no second derivative; "
-            "for double backward (gradient penalties, Hessians) use torch's own activation"
-        )
+        ops.refuse_second_derivative()
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
@@ -89,15 +86,16 @@ def _in_memory_order(x: Tensor) -> Tensor:
     return x.permute(_memory_order(x.stride())).reshape(-1)
 
 
-def _in_its_layout(ctx: Any, packed: Tensor, grad: Tensor, watched: bool) -> Tensor:
-    """The gradient of an x, or from a grad, that is not contiguous."""
-    shape, stride = ctx.layout or (grad.shape, torch.empty(grad.shape, device="meta").stride())
-    order = _memory_order(stride)
-    decode = traced.decode if watched else kernels.decode
-    product = decode(packed, grad.permute(order).reshape(-1), ctx.coder).to(ctx.dtype)
+def _in_its_layout(
+    packed: Tensor, grad: Tensor, coder: Coder, exact: Callable[[Tensor], Tensor], layout: tuple | None
+) -> Tensor:
+    """The gradient of an x, or from a grad, that is not contiguous, or where a transform looks on."""
+    shape, stride = layout or (grad.shape, torch.empty(grad.shape, device="meta").stride())
+    order, watched = _memory_order(stride), traced.is_watched(grad)
+    product = (traced.decode if watched else kernels.decode)(packed, grad.permute(order).reshape(-1), coder)
     grad_x = product.view([shape[dim] for dim in order]).permute(_inverse(order))
     if grad.stride() != grad_x.stride() and not watched:
-        grad_x = _as_torch_lays_out(grad_x, grad, stride, ctx.exact)
+        grad_x = _as_torch_lays_out(grad_x, grad, stride, exact)
     return grad_x
 
 

@@ -194,6 +194,8 @@ class CodeTable:
 
 def check_bits(bits: Any, error: type[Exception]) -> int:
     """`bits` itself if it is an integer from 1 to 8; else raises `error`."""
+    if type(bits) is int and 1 <= bits <= MAX_BITS:
+        return bits
     if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= MAX_BITS:
         raise error(f"bits must be an integer from 1 to {MAX_BITS}, got {bits!r}")
     return int(bits)

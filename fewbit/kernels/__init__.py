@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -24,9 +25,11 @@ def decode(packed: torch.Tensor, grad: torch.Tensor, coder: Coder) -> torch.Tens
 
 def _backend(tensor: torch.Tensor) -> ModuleType:
     """Compiled kernels for plain tensors on the CPU; torch operations for all else: other devices, subclasses, fake tensors."""
-    if tensor.is_cpu and type(tensor) is torch.Tensor:
-        from fewbit.kernels import cpu  # here, since it loads numba
+    return _on_cpu(tensor.dtype) if tensor.is_cpu and type(tensor) is torch.Tensor else reference
 
-        if cpu.supports(tensor):
-            return cpu
-    return reference
+
+@cache
+def _on_cpu(dtype: torch.dtype) -> ModuleType:
+    from fewbit.kernels import cpu  # here, since it loads numba
+
+    return cpu if cpu.supports(dtype) else reference

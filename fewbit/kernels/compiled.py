@@ -61,7 +61,8 @@ def encoder(element: str, wide: bool) -> Any:
         packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
         thresholds = _array(_pointer(block.thresholds), 4 * block.fours + ones, values)
         table = _array(_pointer(block.codes), 4 * block.fours + ones + 1, code)
-        codes, scratch, words = np.empty((4, CHUNK), code), np.empty(CHUNK, values), np.empty((2, CHUNK), word)
+        chunk = min(CHUNK, word_count)
+        codes, scratch, words = np.empty((4, chunk), code), np.empty(chunk, values), np.empty((2, chunk), word)
         first = _claim(address)
         while first < word_count:
             size = min(CHUNK, word_count - first)
@@ -101,7 +102,7 @@ def decoder(element: str) -> Any:
         product = _array(_pointer(block.product), n, values)
         packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
         levels = _array(_pointer(block.levels), 1 << bits, wide)
-        words = np.empty(CHUNK, np.int32)
+        words = np.empty(min(CHUNK, word_count), np.int32)
         first = _claim(address)
         while first < word_count:
             size = min(CHUNK, word_count - first)

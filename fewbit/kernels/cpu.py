@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from llvmlite import binding
 
 from fewbit import packing
 from fewbit.kernels import compiled
@@ -41,7 +42,8 @@ class Encoding(NamedTuple):
 
 def encode(x: Tensor, coder: Coder) -> Tensor:
     """As `fewbit.kernels.reference.encode`, for x on the CPU."""
-    x = x.resolve_neg().contiguous()
+    if x.is_neg() or not x.is_contiguous():
+        x = x.resolve_neg().contiguous()
     n, bits, encoding = x.numel(), coder.bits, _encoding(coder, x.dtype)
     words = packing.words(n, bits)
     packed = x.new_empty(bits * words, dtype=torch.uint8)
@@ -51,7 +53,8 @@ def encode(x: Tensor, coder: Coder) -> Tensor:
 
 def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
     """As `fewbit.kernels.reference.decode`, for tensors on the CPU."""
-    grad = grad.resolve_neg().contiguous()
+    if grad.is_neg() or not grad.is_contiguous():
+        grad = grad.resolve_neg().contiguous()
     n, bits, product = grad.numel(), coder.bits, empty_like(grad)
     levels = _padded_levels(coder)  # by name: another thread may push it out of the cache meanwhile
     addresses = packed.data_ptr(), n, grad.data_ptr(), levels.data_ptr(), product.data_ptr()
@@ -59,16 +62,10 @@ def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
     return product
 
 
-def supports(tensor: Tensor) -> bool:
-    """Whether these kernels can take the tensor: float16 only where the processor converts it."""
-    return tensor.dtype != torch.float16 or _converts_half()
-
-
-@cache
-def _converts_half() -> bool:
-    from llvmlite import binding
-
-    return bool(binding.get_host_cpu_features().get("f16c")) or platform.machine() in ("aarch64", "arm64")
+def supports(dtype: torch.dtype) -> bool:
+    """Whether these kernels can take tensors of the dtype: float16 only where the processor converts it."""
+    converts_half = binding.get_host_cpu_features().get("f16c") or platform.machine() in ("aarch64", "arm64")
+    return dtype != torch.float16 or bool(converts_half)
 
 
 @lru_cache(maxsize=512)

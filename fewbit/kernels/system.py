@@ -24,11 +24,15 @@ class Kernel:
         self.compiled = compiled  # owns the machine code
         self.address = compiled.address
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # which releases the GIL
+        self.call_at_once = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # for work shorter than that would take
 
     def run(self, block: ctypes.Structure, n: int) -> None:
         """Run on a block for n elements, in as many threads as torch would use."""
-        threads = 1 if n < 2 * _GRAIN else min(torch.get_num_threads(), n // _GRAIN)
         argument = ctypes.byref(block)
+        if n < _GRAIN:
+            self.call_at_once(argument)
+            return
+        threads = min(torch.get_num_threads(), n // _GRAIN)
         if threads < 2:
             self.call(argument)
         elif (parallel := _openmp()) is not None:
