@@ -17,7 +17,7 @@ from fewbit.autograd.activation import coded_activation
 from fewbit.constants import DEFAULT_BITS, SHIPPED_BITS
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import ActivationError, DesignError, InputError, TableError
-from fewbit.kernels import Coder
+from fewbit.kernels import Coder, Formula
 from fewbit.record import Activation, finite_number, label
 from fewbit.store import load_table
 
@@ -50,11 +50,21 @@ def apply(
         raise InputError(f"{record.name} can code a dense tensor, got {kind}; convert it first")
     coder = coder_for(record, bits, table, x.dtype, x.device)
     if not inplace:
-        return coded_activation(x, record.forward, coder)
+        return coded_activation(x, record.forward, coder, formula=_formula(record, x) if x.is_cuda else None)
     _check_overwritable(record.name, x)
     if x._is_view():  # torch lets no function with two outputs, as coded_activation has inside, overwrite a view
         return x.copy_(coded_activation(x, record.forward, coder))
     return coded_activation(x, record.forward, coder, record.forward_inplace)
+
+
+def _formula(record: Activation, x: Tensor) -> Formula | None:
+    """The record's closed form: for the built-in activations, unless autocast makes torch's operation change the dtype."""
+    built_in = activations.BUILT_IN.get(record.name)
+    if built_in is None or built_in.with_parameters(**record.parameters) != record:
+        return None
+    if torch.is_autocast_enabled(x.device.type) and record.forward(x.new_empty(0)).dtype != x.dtype:
+        return None
+    return record.name, record.parameters
 
 
 def apply_compiled(record: Activation, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

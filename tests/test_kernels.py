@@ -98,6 +98,21 @@ def test_every_pattern_of_a_half_width_float(backend, dtype, rng):
     assert torch.equal(backend.decode(packed, x, coder).nan_to_num(-1.5), expected.nan_to_num(-1.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "thresholds",
+    [[0.0], [-0.0], [1e-30], [-1e-30], [-1e-42, 1e-42], [-3.4e38, -65504.5, 65504.5, 3.4e38], [-65505.0, -1.00001, 1.00001]],
+    ids=str,
+)
+def test_thresholds_that_no_half_width_float_equals(backend, dtype, thresholds):
+    """All 65,536 patterns again, around zero, and at the ends of the range."""
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    codes = torch.arange(len(thresholds) + 1, dtype=torch.uint8)
+    coder = Coder(torch.tensor(thresholds), codes, torch.zeros(codes.numel()), 3)
+    expected = oracles.pack(codes_of(x, coder), 3, packing.words(x.numel(), 3))
+    np.testing.assert_array_equal(backend.encode(x, coder).numpy(), expected)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     bits=st.integers(1, 8),

@@ -9,7 +9,7 @@ import torch
 
 from fewbit import kernels
 from fewbit.autograd import traced
-from fewbit.kernels import Coder, ops
+from fewbit.kernels import Coder, Formula, ops
 
 Tensor = torch.Tensor
 
@@ -19,19 +19,21 @@ def coded_activation(
     forward: Callable[[Tensor], Tensor],
     coder: Coder,
     forward_inplace: Callable[[Tensor], Tensor] | None = None,
+    formula: Formula | None = None,
 ) -> Tensor:
     """forward(x), whose backward multiplies by the level of each x's code instead of by f'(x).
 
     x                floating-point, any shape and strides
     forward          the exact operation
     forward_inplace  the same, overwriting its argument and returning it; where given, x is overwritten
+    formula          the operation's, where it has one, so that a backend may compute it and the codes in one pass
     Returns          what the operation returns. Kept for backward: packed codes of ceil(n·bits/8) bytes plus at most 512.
 
     The gradient can be taken once: differentiating it again raises InputError, since codes carry no second derivative.
     """
     if traced.is_watched(x):
         return traced.coded_activation(x, forward, coder, forward_inplace)
-    return _CodedActivation.apply(x, forward, coder, forward_inplace)[0]  # type: ignore[index]
+    return _CodedActivation.apply(x, forward, coder, forward_inplace, formula)[0]  # type: ignore[index]
 
 
 class _CodedActivation(torch.autograd.Function):
@@ -39,18 +41,21 @@ class _CodedActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, forward: Callable, coder: Coder, forward_inplace: Callable | None
+        ctx: Any, x: Tensor, forward: Callable, coder: Coder, forward_inplace: Callable | None, formula: Formula | None
     ) -> tuple[Tensor, Tensor]:
         contiguous = x.is_contiguous()
-        packed = kernels.encode(x if contiguous else _in_memory_order(x), coder)  # before f may overwrite x
+        if forward_inplace is None and contiguous:
+            y, packed = kernels.forward(x, coder, forward, formula)
+        else:
+            packed = kernels.encode(x if contiguous else _in_memory_order(x), coder)
+            y = (forward_inplace or forward)(x)
+            if forward_inplace is not None:
+                ctx.mark_dirty(x)
         anchor = x.new_empty(0)
         ctx.save_for_backward(packed, anchor)
         ctx.set_materialize_grads(False)
         ctx.coded = coder, x.dtype, forward, None if contiguous else (x.shape, x.stride())
-        if forward_inplace is None:
-            return forward(x), anchor
-        ctx.mark_dirty(x)
-        return forward_inplace(x), anchor
+        return y, anchor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -65,7 +70,7 @@ class _CodedActivation(torch.autograd.Function):
             grad_x = grad_x.to(dtype)
         if torch.is_grad_enabled():  # create_graph=True
             grad_x = _Once.apply(grad_x, grad, anchor)
-        return grad_x, None, None, None
+        return grad_x, None, None, None, None
 
 
 class _Once(torch.autograd.Function):

@@ -1,7 +1,8 @@
-"""Encode and decode: one backend per file, all under the contract of `fewbit.kernels.reference`."""
+"""Encode, decode and a forward with codes: one backend per file, all under the contract of `fewbit.kernels.reference`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import ModuleType
 
@@ -10,12 +11,25 @@ import torch
 from fewbit.kernels import reference
 from fewbit.kernels.coder import Coder
 
-__all__ = ["Coder", "decode", "encode"]
+__all__ = ["Coder", "Formula", "decode", "encode", "forward"]
+
+Formula = tuple[str, Mapping[str, float]]  # name and parameters of a built-in activation, for backends that compute it
 
 
 def encode(x: torch.Tensor, coder: Coder) -> torch.Tensor:
     """Packed codes (packed_bytes(n, bits),) uint8 of the n elements of x; see `fewbit.kernels.reference.encode`."""
     return _backend(x).encode(x, coder)
+
+
+def forward(
+    x: torch.Tensor, coder: Coder, exact: Callable[[torch.Tensor], torch.Tensor], formula: Formula | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """exact(x) and the packed codes of a contiguous x: in one pass where there is a formula and the backend can compute it."""
+    backend = _backend(x)
+    if formula is not None and hasattr(backend, "forward") and backend.has_formula(formula[0]):
+        return backend.forward(x, coder, *formula)
+    packed = backend.encode(x, coder)
+    return exact(x), packed
 
 
 def decode(packed: torch.Tensor, grad: torch.Tensor, coder: Coder) -> torch.Tensor:
