@@ -23,10 +23,13 @@ def decode(packed: torch.Tensor, grad: torch.Tensor, coder: Coder) -> torch.Tens
 
 
 def _backend(tensor: torch.Tensor) -> ModuleType:
-    """Compiled kernels for plain tensors on the CPU; torch operations for all else: other devices, subclasses, tracing."""
-    if tensor.device.type == "cpu" and type(tensor) is torch.Tensor and not torch.compiler.is_compiling():
-        from fewbit.kernels import cpu  # here, since it loads numba
-
-        if cpu.supports(tensor):
-            return cpu
-    return reference
+    """Compiled kernels for plain tensors on a CPU or CUDA device; torch operations for all else: subclasses, tracing."""
+    if type(tensor) is not torch.Tensor or torch.compiler.is_compiling():
+        return reference
+    if tensor.device.type == "cpu":
+        from fewbit.kernels import cpu as backend  # here, since it loads numba
+    elif tensor.device.type == "cuda":
+        from fewbit.kernels import cuda as backend  # loads Triton on first use, where installed
+    else:
+        return reference
+    return backend if backend.supports(tensor) else reference

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from fewbit.kernels.cpu import Constants
+    from fewbit.kernels import cpu, cuda
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +30,28 @@ class Coder:
     bits: int
 
     @cached_property
-    def cpu_constants(self) -> Constants:
-        """The same in the form of the CPU kernels."""
-        from fewbit.kernels.cpu import Constants  # here, since it loads numba
+    def even(self) -> bool:
+        """Whether the code of x is that of |x| by the upper half of the thresholds and codes, for every x.
 
-        return Constants.of(self)
+        It is where the lower half mirrors the upper one: -x <= t holds for the x above the float before -t.
+        """
+        thresholds, codes = self.thresholds.cpu().numpy(), self.codes.cpu().numpy()
+        half = thresholds.size // 2
+        if thresholds.size != 2 * half or not half or thresholds[half] < 0:
+            return False
+        mirrored = np.nextafter(-thresholds[half:][::-1], -np.inf, dtype=thresholds.dtype)
+        return np.array_equal(thresholds[:half], mirrored) and np.array_equal(codes, codes[::-1])
+
+    @cached_property
+    def cpu_constants(self) -> cpu.Constants:
+        """The same in the form of the CPU kernels."""
+        from fewbit.kernels import cpu  # here, since it loads numba
+
+        return cpu.Constants.of(self)
+
+    @cached_property
+    def cuda_constants(self) -> cuda.Constants:
+        """The same in the form of the CUDA kernels."""
+        from fewbit.kernels import cuda
+
+        return cuda.Constants.of(self)

@@ -52,8 +52,7 @@ class Constants(NamedTuple):
     @classmethod
     def of(cls, coder: Coder) -> Constants:
         thresholds, codes = coder.thresholds.cpu().numpy(), coder.codes.cpu().numpy().astype(np.int64)
-        fold = _depends_on_magnitude(thresholds, codes)
-        if fold:
+        if coder.even:
             thresholds, codes = thresholds[thresholds.size // 2 :], codes[codes.size // 2 :]
         padding = -thresholds.size % 8
         differences = np.append(codes[:-1] - codes[1:], np.zeros(padding, np.int64))
@@ -66,21 +65,13 @@ class Constants(NamedTuple):
         levels[: coder.levels.numel()] = coder.levels.cpu().numpy()
         if coder.bits < _TREE_BITS:  # the tree looks at four bits, of which those above the code are the next lane's
             levels = np.tile(levels[: 2**coder.bits], 2 ** (_TREE_BITS - coder.bits))
-        return cls(np.append(thresholds, np.full(padding, np.inf, thresholds.dtype)), steps, start, levels, fold)
+        return cls(np.append(thresholds, np.full(padding, np.inf, thresholds.dtype)), steps, start, levels, coder.even)
 
 
 def _wrapped(values: Array, shift: int, word: type) -> Array:
     size = 8 * np.dtype(word).itemsize
     unsigned = [(int(value) << shift) % (1 << size) for value in values]
     return np.array(unsigned, f"uint{size}").view(word)
-
-
-def _depends_on_magnitude(thresholds: Array, codes: Array) -> bool:
-    half = thresholds.size // 2
-    if thresholds.size != 2 * half or not half or thresholds[half] < 0:
-        return False
-    mirrored = np.nextafter(-thresholds[half:][::-1], -np.inf, dtype=thresholds.dtype)
-    return np.array_equal(thresholds[:half], mirrored) and np.array_equal(codes, codes[::-1])
 
 
 def encode(x: Tensor, coder: Coder) -> Tensor:

@@ -1,0 +1,173 @@
+"""The Triton programs of the CUDA backend. They take pointers, sizes and compile-time plans; `fewbit.kernels.cuda` calls them.
+
+A program handles `block` words, all eight lanes of them. All but the last ones are full: those run a body without masks, chosen
+by a branch that the whole program takes alike. With masks, accesses would not be 128 bits wide for an n that 16 does not
+divide.
+
+Codes are added up in the packed words themselves. A word starts with the code that an x above no threshold of the run has
+(see `Search`); every comparison then adds, under a predicate, a constant shifted to the lane. Borrows from the lanes above
+cancel out once all of a lane's constants are in.
+"""
+
+# Triton compiles these functions: pyright cannot follow its types, and Triton no starred expressions (RUF005).
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
+# ruff: noqa: RUF005
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fewbit import packing
+
+LANES = tl.constexpr(packing.LANES)
+
+
+@triton.jit(do_not_specialize=["n"])
+def encode(
+    x, y, packed, thresholds, codes, constants, n, words, search: tl.constexpr, formula: tl.constexpr, block: tl.constexpr
+):
+    """Packed codes of x and, with a formula, y = formula(x)."""
+    first = tl.program_id(0).to(tl.int64) * block
+    if (LANES - 1) * words.to(tl.int64) + first + block <= n:
+        encode_block(x, y, packed, thresholds, codes, constants, n, words, first, search, formula, block, False)
+    else:
+        encode_block(x, y, packed, thresholds, codes, constants, n, words, first, search, formula, block, True)
+
+
+@triton.jit(do_not_specialize=["n"])
+def decode(packed, grad, levels, product, n, words, bits: tl.constexpr, block: tl.constexpr):
+    """product = grad times the levels of the packed codes."""
+    first = tl.program_id(0).to(tl.int64) * block
+    if (LANES - 1) * words.to(tl.int64) + first + block <= n:
+        decode_block(packed, grad, levels, product, n, words, first, bits, block, False)
+    else:
+        decode_block(packed, grad, levels, product, n, words, first, bits, block, True)
+
+
+@triton.jit
+def encode_block(
+    x,
+    y,
+    packed,
+    thresholds,
+    codes,
+    constants,
+    n,
+    words,
+    first,
+    search: tl.constexpr,
+    formula: tl.constexpr,
+    block: tl.constexpr,
+    masked: tl.constexpr,
+):
+    """The words from `first` on."""
+    bits: tl.constexpr = search.bits
+    table = _load_scalars(thresholds, search.scalars)
+    word = tl.full([block], search.start, tl.uint32 if bits <= 4 else tl.uint64)
+    for lane in tl.static_range(LANES):
+        begin = first + lane * words.to(tl.int64)
+        left = _left(tl.minimum(n - begin, words - first), block)
+        value = _load(x + begin, left, block, masked)
+        wide = value.to(thresholds.dtype.element_ty)
+        if search.fold:
+            wide = tl.abs(wide)
+        if search.depth:
+            word |= _look_up(wide, thresholds, codes, search).to(word.dtype) << (lane * bits)
+        else:
+            word = _add_code(word, wide, table, search, lane * bits)
+        if masked:  # lanes past the end hold code 0
+            keep = search.all_ones - (((1 << bits) - 1) << (lane * bits))
+            word = tl.where(tl.arange(0, block) < left, word, word & keep)
+        if formula is not None:
+            _store(y + begin, formula(value, constants).to(y.dtype.element_ty), left, block, masked)
+    for plane in tl.static_range(bits):
+        begin = first + plane * words.to(tl.int64)
+        _store(packed + begin, (word >> (8 * plane)).to(tl.uint8), _left(words - first, block), block, masked)
+
+
+@triton.jit
+def decode_block(packed, grad, levels, product, n, words, first, bits: tl.constexpr, block: tl.constexpr, masked: tl.constexpr):
+    """The words from `first` on."""
+    word = tl.full([block], 0, tl.uint32 if bits <= 4 else tl.uint64)
+    for plane in tl.static_range(bits):
+        begin = first + plane * words.to(tl.int64)
+        word |= _load(packed + begin, _left(words - first, block), block, masked).to(word.dtype) << (8 * plane)
+    for lane in tl.static_range(LANES):
+        begin = first + lane * words.to(tl.int64)
+        left = _left(tl.minimum(n - begin, words - first), block)
+        level = tl.load(levels + ((word >> (lane * bits)) & ((1 << bits) - 1)).to(tl.uint32))
+        value = _load(grad + begin, left, block, masked).to(levels.dtype.element_ty) * level
+        _store(product + begin, value.to(product.dtype.element_ty), left, block, masked)
+
+
+@triton.jit
+def _left(count, block: tl.constexpr):
+    """How many of a block's elements there are, as an int32."""
+    return tl.minimum(tl.maximum(count, 0), block).to(tl.int32)
+
+
+@triton.jit
+def _load(pointer, left, block: tl.constexpr, masked: tl.constexpr):
+    i = tl.arange(0, block)
+    if masked:
+        return tl.load(pointer + i, mask=i < left, other=0)
+    else:
+        return tl.load(pointer + i)
+
+
+@triton.jit
+def _store(pointer, value, left, block: tl.constexpr, masked: tl.constexpr):
+    i = tl.arange(0, block)
+    if masked:
+        tl.store(pointer + i, value, mask=i < left)
+    else:
+        tl.store(pointer + i, value)
+
+
+@triton.jit
+def _load_scalars(pointer, count: tl.constexpr):
+    values = ()
+    for i in tl.static_range(count):
+        values = values + (tl.load(pointer + i),)
+    return values
+
+
+@triton.jit
+def _add_code(word, x, table, search: tl.constexpr, shift: tl.constexpr):
+    """word plus, in the lane that starts at bit `shift`, what its start lacks to the code of x."""
+    below = ()  # of the run's thresholds met on the way down, whether x <= threshold; false for NaN
+    height: tl.constexpr = search.height
+    others: tl.constexpr = len(search.extras)
+    for level in tl.static_range(height):
+        below = below + (x <= _node(table, below, 0, 0, height),)
+        word = tl.where(below[level], word, word + ((search.step << (height - 1 - level + shift)) & search.all_ones))
+    for i in tl.static_range(others):
+        word = tl.where(x <= table[(1 << height) - 1 + i], word + ((search.extras[i] << shift) & search.all_ones), word)
+    return word
+
+
+@triton.jit
+def _node(table, below, base: tl.constexpr, level: tl.constexpr, height: tl.constexpr):
+    """The threshold to compare next: the middle of that part of the table to which the comparisons so far lead.
+
+    base, level  the subtree looked at: it starts at table[base], and `level` comparisons lead to it
+    """
+    half: tl.constexpr = 1 << (height - 1 - level)
+    if level == len(below):
+        return table[base + half - 1]
+    else:
+        low = _node(table, below, base, level + 1, height)
+        high = _node(table, below, base + half, level + 1, height)
+        return tl.where(below[level], low, high)
+
+
+@triton.jit
+def _look_up(x, thresholds, codes, search: tl.constexpr):
+    """Code of x, by a binary search in memory."""
+    depth: tl.constexpr = search.depth
+    position = tl.full(x.shape, 0, tl.uint32)
+    for level in tl.static_range(depth):
+        half = 1 << (depth - 1 - level)
+        position = tl.where(x <= tl.load(thresholds + (position + (half - 1))), position, position + half)
+    return tl.load(codes + position)
