@@ -25,6 +25,10 @@ from fewbit.kernels.coder import Coder
 Tensor = torch.Tensor
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WARPS = 4
+OPTIONS = {
+    "num_warps": _WARPS,
+    "enable_reflect_ftz": False,
+}  # of compilation; the latter keeps subnormal numbers, as torch does
 _BYTES = 16  # of each lane in a thread: one 128-bit access
 _MAX_HEIGHT = 5  # of a search by selections: 31 thresholds
 _MAX_EXTRAS = 6
@@ -64,11 +68,13 @@ class Constants(NamedTuple):
 
     thresholds  those of the run, then the others; or, in memory, all, padded with infinity to 2**depth - 1
     codes       (2**depth,) uint8 for the search in memory; else unused
+    levels      (2**bits,), those past the coder's own zero
     """
 
     search: Search
     thresholds: Tensor
     codes: Tensor
+    levels: Tensor
 
     @classmethod
     def of(cls, coder: Coder) -> Constants:
@@ -87,6 +93,7 @@ class Constants(NamedTuple):
                 search,
                 torch.as_tensor(thresholds, dtype=coder.thresholds.dtype, device=device),
                 torch.as_tensor(codes.astype(np.uint8), device=device),
+                torch.nn.functional.pad(coder.levels, (0, 2**coder.bits - coder.levels.numel())),
             )
 
 
@@ -162,9 +169,14 @@ def has_formula(name: str) -> bool:
     return name in FORMULAS
 
 
+def block_size(dtype: torch.dtype) -> int:
+    """Words of a program: each thread has 128 bits of every lane."""
+    return 32 * _WARPS * _BYTES // dtype.itemsize
+
+
 def encode(x: Tensor, coder: Coder) -> Tensor:
     """As `fewbit.kernels.reference.encode`, for x on a GPU."""
-    return _encode(x, x, coder, None, coder.thresholds)
+    return _encode(x, x, coder)
 
 
 def forward(x: Tensor, coder: Coder, name: str, parameters: Mapping[str, float]) -> tuple[Tensor, Tensor]:
@@ -176,9 +188,11 @@ def forward(x: Tensor, coder: Coder, name: str, parameters: Mapping[str, float])
     parameters  as in its record, all of them, in the record's order
     Returns     (n,) of x's dtype, at most one unit in the last place from torch's; (packed_bytes(n, bits),) uint8
     """
+    from fewbit.kernels import formulas
+
     y = torch.empty_like(x)
     constants = _constants(name, tuple(parameters.items()), x.dtype, x.device)
-    return y, _encode(x, y, coder, name, constants)
+    return y, _encode(x, y, coder, formulas.FORMULAS[name], constants)
 
 
 def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
@@ -187,41 +201,34 @@ def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
 
     grad = grad.detach().resolve_neg()
     product = torch.empty_like(grad)
-    words, block = packed.numel() // coder.bits, _block(grad)
-    _launch(programs.decode, words, block, packed, grad, coder.levels, product, grad.numel(), words, coder.bits, block)
+    words, block = packed.numel() // coder.bits, block_size(grad.dtype)
+    _launch(
+        programs.decode,
+        words,
+        block,
+        packed,
+        grad,
+        coder.cuda_constants.levels,
+        product,
+        grad.numel(),
+        words,
+        coder.bits,
+        block,
+    )
     return product
 
 
-def _encode(x: Tensor, y: Tensor, coder: Coder, name: str | None, constants: Tensor) -> Tensor:
-    from fewbit.kernels import formulas, programs
+def _encode(x: Tensor, y: Tensor, coder: Coder, formula: Any = None, constants: Tensor | None = None) -> Tensor:
+    from fewbit.kernels import programs
 
     x = x.detach().resolve_neg()
-    n, block, plan = x.numel(), _block(x), coder.cuda_constants
+    n, block, (search, thresholds, codes, _) = x.numel(), block_size(x.dtype), coder.cuda_constants
     words = packing.words(n, coder.bits)
     packed = torch.empty(coder.bits * words, dtype=torch.uint8, device=x.device)
-    formula = None if name is None else formulas.FORMULAS[name]
-    _launch(
-        programs.encode,
-        words,
-        block,
-        x,
-        y,
-        packed,
-        plan.thresholds,
-        plan.codes,
-        constants,
-        n,
-        words,
-        plan.search,
-        formula,
-        block,
-    )
+    count = 0 if constants is None else constants.numel()
+    tensors = x, y, packed, thresholds, codes, thresholds if constants is None else constants
+    _launch(programs.encode, words, block, *tensors, n, words, search, formula, count, block)
     return packed
-
-
-def _block(tensor: Tensor) -> int:
-    """Words of a program."""
-    return 32 * _WARPS * _BYTES // tensor.element_size()
 
 
 def _launch(program: Any, words: int, block: int, *arguments: Any) -> None:
@@ -229,7 +236,7 @@ def _launch(program: Any, words: int, block: int, *arguments: Any) -> None:
     if words == 0:
         return
     with torch.cuda.device_of(arguments[0]):
-        program[(-(-words // block),)](*arguments, num_warps=_WARPS, enable_reflect_ftz=False)
+        program[(-(-words // block),)](*arguments, **OPTIONS)
 
 
 @lru_cache(maxsize=256)

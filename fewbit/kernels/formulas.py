@@ -1,11 +1,10 @@
 """Closed forms of the activations for the CUDA backend, in the operations and the order of torch's own CUDA kernels.
 
-A formula takes a block x of any floating-point dtype and a pointer to its constants, which `constants` prepares, and returns
-the value in float32 (float64 for float64), torch's dtype of operations; the caller rounds it once. Where torch composes an
+A formula takes a block x of any floating-point dtype and a tuple p of its constants, which `constants` prepares. It returns the
+value in float32 (float64 for float64), torch's dtype of operations; the caller rounds it once. Where torch composes an
 activation of several operations, each of them rounds, and so do these.
 
-Elementary functions are libdevice's, which CUDA's own are compiled from. Launches pass `enable_reflect_ftz=False`, so that they
-keep subnormal numbers, as in torch.
+Elementary functions are libdevice's, which CUDA's own are compiled from.
 """
 
 # Triton compiles these functions: pyright cannot follow its types.
@@ -33,13 +32,13 @@ def constants(name: str, parameters: Mapping[str, float], dtype: torch.dtype) ->
     """What the formula of that name reads, on the CPU: the parameters, or what torch's kernel makes of them before it starts.
 
     dtype    of the tensor
-    Returns  float64 for float64, else float32; one element at least
+    Returns  float64 for float64, else float32
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if name in ("softshrink", "hardshrink", "threshold"):  # torch rounds theirs to the tensor's dtype
         return torch.tensor(list(parameters.values()), dtype=dtype).to(wide)
     if name not in ("elu", "celu", "selu"):
-        return torch.tensor([*parameters.values(), 0.0], dtype=wide)
+        return torch.tensor(list(parameters.values()), dtype=wide)
     alpha = _SELU_ALPHA if name == "selu" else parameters["alpha"]
     scale = _SELU_SCALE if name == "selu" else 1.0
     rate = 1.0 / alpha if name == "celu" else 1.0
@@ -131,7 +130,7 @@ def logsigmoid(x, p):
 @triton.jit
 def softplus(x, p):
     v = _wide(x)
-    beta, threshold = tl.load(p), tl.load(p + 1)
+    beta, threshold = p[0], p[1]
     z = v * beta
     return tl.where(z > threshold, v, _divide(libdevice.log1p(libdevice.exp(z)), beta, x))
 
@@ -151,7 +150,7 @@ def tanhshrink(x, p):
 @triton.jit
 def elu(x, p):
     v = _wide(x)
-    negative, positive, rate = tl.load(p), tl.load(p + 1), tl.load(p + 2)
+    negative, positive, rate = p[0], p[1], p[2]
     return tl.where(v > 0, v * positive, libdevice.expm1(v * rate) * negative)
 
 
@@ -168,7 +167,7 @@ def hardsigmoid(x, p):
 
 @triton.jit
 def hardtanh(x, p):
-    return _clamp(_wide(x), tl.load(p), tl.load(p + 1))
+    return _clamp(_wide(x), p[0], p[1])
 
 
 @triton.jit
@@ -184,27 +183,27 @@ def relu6(x, p):
 @triton.jit
 def leaky_relu(x, p):
     v = _wide(x)
-    return tl.where(v > 0, v, v * tl.load(p))
+    return tl.where(v > 0, v, v * p[0])
 
 
 @triton.jit
 def softshrink(x, p):
     v = _wide(x)
-    lambd = tl.load(p)
+    lambd = p[0]
     return tl.where(v > lambd, v - lambd, tl.where(v < -lambd, v + lambd, tl.where(v == v, 0.0, v)))
 
 
 @triton.jit
 def hardshrink(x, p):
     v = _wide(x)
-    lambd = tl.load(p)
+    lambd = p[0]
     return tl.where((v >= -lambd) & (v <= lambd), 0.0, v)
 
 
 @triton.jit
 def threshold(x, p):
     v = _wide(x)
-    return tl.where(v <= tl.load(p), tl.load(p + 1), v)
+    return tl.where(v <= p[0], p[1], v)
 
 
 FORMULAS = {

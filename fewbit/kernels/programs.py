@@ -25,14 +25,30 @@ LANES = tl.constexpr(packing.LANES)
 
 @triton.jit(do_not_specialize=["n"])
 def encode(
-    x, y, packed, thresholds, codes, constants, n, words, search: tl.constexpr, formula: tl.constexpr, block: tl.constexpr
+    x,
+    y,
+    packed,
+    thresholds,
+    codes,
+    constants,
+    n,
+    words,
+    search: tl.constexpr,
+    formula: tl.constexpr,
+    count: tl.constexpr,
+    block: tl.constexpr,
 ):
-    """Packed codes of x and, with a formula, y = formula(x)."""
+    """Packed codes of x and, with a formula, y = formula(x).
+
+    search   a `fewbit.kernels.cuda.Search`
+    formula  one of `fewbit.kernels.formulas`, which reads `count` constants, or None. (Not in a tuple with its count: Triton
+             keys its cache of kernels by the source of functions that it finds among the arguments, but not within them.)
+    """
     first = tl.program_id(0).to(tl.int64) * block
     if (LANES - 1) * words.to(tl.int64) + first + block <= n:
-        encode_block(x, y, packed, thresholds, codes, constants, n, words, first, search, formula, block, False)
+        encode_block(x, y, packed, thresholds, codes, constants, n, words, first, search, formula, count, block, False)
     else:
-        encode_block(x, y, packed, thresholds, codes, constants, n, words, first, search, formula, block, True)
+        encode_block(x, y, packed, thresholds, codes, constants, n, words, first, search, formula, count, block, True)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -58,12 +74,14 @@ def encode_block(
     first,
     search: tl.constexpr,
     formula: tl.constexpr,
+    count: tl.constexpr,
     block: tl.constexpr,
     masked: tl.constexpr,
 ):
     """The words from `first` on."""
     bits: tl.constexpr = search.bits
     table = _load_scalars(thresholds, search.scalars)
+    parameters = _load_scalars(constants, count)
     word = tl.full([block], search.start, tl.uint32 if bits <= 4 else tl.uint64)
     for lane in tl.static_range(LANES):
         begin = first + lane * words.to(tl.int64)
@@ -80,7 +98,7 @@ def encode_block(
             keep = search.all_ones - (((1 << bits) - 1) << (lane * bits))
             word = tl.where(tl.arange(0, block) < left, word, word & keep)
         if formula is not None:
-            _store(y + begin, formula(value, constants).to(y.dtype.element_ty), left, block, masked)
+            _store(y + begin, formula(value, parameters).to(y.dtype.element_ty), left, block, masked)
     for plane in tl.static_range(bits):
         begin = first + plane * words.to(tl.int64)
         _store(packed + begin, (word >> (8 * plane)).to(tl.uint8), _left(words - first, block), block, masked)
@@ -89,6 +107,7 @@ def encode_block(
 @triton.jit
 def decode_block(packed, grad, levels, product, n, words, first, bits: tl.constexpr, block: tl.constexpr, masked: tl.constexpr):
     """The words from `first` on."""
+    table = _load_scalars(levels, 1 << bits if bits <= 2 else 0)
     word = tl.full([block], 0, tl.uint32 if bits <= 4 else tl.uint64)
     for plane in tl.static_range(bits):
         begin = first + plane * words.to(tl.int64)
@@ -96,7 +115,7 @@ def decode_block(packed, grad, levels, product, n, words, first, bits: tl.conste
     for lane in tl.static_range(LANES):
         begin = first + lane * words.to(tl.int64)
         left = _left(tl.minimum(n - begin, words - first), block)
-        level = tl.load(levels + ((word >> (lane * bits)) & ((1 << bits) - 1)).to(tl.uint32))
+        level = _level(word >> (lane * bits), levels, table, bits)
         value = _load(grad + begin, left, block, masked).to(levels.dtype.element_ty) * level
         _store(product + begin, value.to(product.dtype.element_ty), left, block, masked)
 
@@ -164,10 +183,23 @@ def _node(table, below, base: tl.constexpr, level: tl.constexpr, height: tl.cons
 
 @triton.jit
 def _look_up(x, thresholds, codes, search: tl.constexpr):
-    """Code of x, by a binary search in memory."""
+    """Code of x, by a binary search in memory, which carries an address: that of the part of the table still to search."""
     depth: tl.constexpr = search.depth
-    position = tl.full(x.shape, 0, tl.uint32)
+    part = thresholds + tl.full(x.shape, 0, tl.int32)
     for level in tl.static_range(depth):
         half = 1 << (depth - 1 - level)
-        position = tl.where(x <= tl.load(thresholds + (position + (half - 1))), position, position + half)
-    return tl.load(codes + position)
+        part = tl.where(x <= tl.load(part + (half - 1)), part, part + half)
+    passed = (part.to(tl.int64) - thresholds.to(tl.int64)).to(tl.uint32) // (x.dtype.primitive_bitwidth // 8)
+    return tl.load(codes + passed)
+
+
+@triton.jit
+def _level(code, levels, table, bits: tl.constexpr):
+    """The level of each code, of which the lowest `bits` bits count: by selections where the table is in registers."""
+    if bits == 1:
+        return tl.where((code & 1) != 0, table[1], table[0])
+    elif bits == 2:
+        odd = (code & 1) != 0
+        return tl.where((code & 2) != 0, tl.where(odd, table[3], table[2]), tl.where(odd, table[1], table[0]))
+    else:
+        return tl.load(levels + (code & ((1 << bits) - 1)).to(tl.uint32))
