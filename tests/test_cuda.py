@@ -71,24 +71,23 @@ def compiled(*arguments):
 
 def check_machine_code(row):
     """No spills; x, y, grad and product by 128 bits in the unmasked body, planes by as many bytes as a thread has words."""
-    words = 4 if row["dtype"] == "float32" else 8  # of a thread, 128 bits in each of eight lanes
-    loads, stores = Counter({128: 8}), Counter()
-    loads += Counter({32: row["scalars"]})
+    words = 4 if row["dtype"] == "float32" else 8  # of a thread, 128 bits in each lane
+    loads, stores = Counter({128: row["lanes"]}) + Counter({32: row["scalars"]}), Counter()
     if row["kernel"] != "decode":
         stores += Counter({8 * words: row["bits"]})
+        if row["lanes"] == 1:  # a search in memory, and the code from there
+            loads += Counter({8: words, 32: row["loads"]["32"] - loads[32]})
     else:
         loads += Counter({8 * words: row["bits"]})
         loads += Counter({32: 8 * words if row["bits"] > 2 else 0})  # a level an element
     if row["kernel"] != "encode":
-        stores += Counter({128: 8})
-    if row["kernel"] != "decode" and row["bits"] > 4:  # a search in memory
-        loads[32], loads[8] = row["loads"]["32"], 8 * words
-    assert {int(width): count for width, count in row["loads"].items()} == dict(loads), row
-    assert {int(width): count for width, count in row["stores"].items()} == dict(stores), row
-    assert row["wide_loads"] == 8, row  # the whole kernel has them too
-    assert row["wide_stores"] == stores[128], row
+        stores += Counter({128: row["lanes"]})
+    assert {int(width): count for width, count in row["loads"].items()} == loads, row
+    assert {int(width): count for width, count in row["stores"].items()} == stores, row
+    assert row["wide_loads"] >= loads[128], row  # the whole kernel has them too
+    assert row["wide_stores"] >= stores[128], row
     assert row["spills"] == 0, row
-    assert 0 < row["registers"] <= (128 if row["bits"] <= 4 else 168), row  # 16 or 12 warps on a multiprocessor
+    assert 0 < row["registers"] <= 128, row  # 16 warps or more on a multiprocessor
 
 
 # Measured: instructions an element of the unmasked body on sm_90, for bfloat16 at 3 bits, of which gelu itself takes 33

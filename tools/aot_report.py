@@ -5,7 +5,8 @@
 
 Triton brings the assembler and disassembler. Registers and spills are those of the whole kernel; accesses and instructions are
 those of its unmasked body, which all programs but the last ones run, compiled as a kernel of its own. Instructions are counted
-in the text: no body has a loop, and the slow paths of divisions count in full.
+in the text, with the slow paths of divisions. It has no loops but one: where a table is searched in memory, as those beyond 4
+bits are, the text is that of one lane, and the numbers are a lane's.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Row:
     wide_loads, wide_stores  number of 128-bit accesses in the whole kernel
     loads, stores            width in bits -> number of accesses in the unmasked body
     instructions             of the unmasked body, an element
+    lanes                    in the text of the body: eight, or one that a loop runs through
     scalars                  thresholds, constants or levels that a program keeps in registers
     """
 
@@ -53,6 +55,7 @@ class Row:
     loads: dict[int, int]
     stores: dict[int, int]
     instructions: float
+    lanes: int
     scalars: int
 
 
@@ -62,7 +65,9 @@ def report(kernel: str, activation: str, dtype: str, bits: int, arch: int, n_div
     body = _disassemble(kernel, activation, dtype, bits, arch, n_divides, body=True)
     opcodes = _opcodes(whole.sass)
     body_opcodes = _opcodes(body.sass)
-    elements = packing.LANES * cuda.block_size(getattr(torch, dtype)) // (32 * cuda.OPTIONS["num_warps"])
+    constants = _source(kernel, activation, dtype, bits, body=True)[2]
+    lanes = 1 if "search" in constants and constants["search"].depth else packing.LANES
+    elements = lanes * constants["block"] // (32 * cuda.OPTIONS["num_warps"])
     return Row(
         kernel,
         activation,
@@ -76,7 +81,8 @@ def report(kernel: str, activation: str, dtype: str, bits: int, arch: int, n_div
         loads=_widths(body_opcodes, "LDG"),
         stores=_widths(body_opcodes, "STG"),
         instructions=round(len(body_opcodes) / elements, 2),
-        scalars=_scalars(*_source(kernel, activation, dtype, bits, body=True)),
+        lanes=lanes,
+        scalars=_scalars(constants),
     )
 
 
@@ -138,7 +144,7 @@ def _source(kernel: str, activation: str, dtype: str, bits: int, body: bool) -> 
     return function, signature, constants
 
 
-def _scalars(function: Any, signature: dict[str, str], constants: dict[str, Any]) -> int:
+def _scalars(constants: dict[str, Any]) -> int:
     if "search" in constants:
         return constants["search"].scalars + constants["count"]
     return 2 ** constants["bits"] if constants["bits"] <= 2 else 0

@@ -80,28 +80,48 @@ def encode_block(
 ):
     """The words from `first` on."""
     bits: tl.constexpr = search.bits
-    table = _load_scalars(thresholds, search.scalars)
-    parameters = _load_scalars(constants, count)
+    tensors = (x, y, thresholds, codes)
+    sizes = (n, words, first)
+    scalars = (_load_scalars(thresholds, search.scalars), _load_scalars(constants, count))
     word = tl.full([block], search.start, tl.uint32 if bits <= 4 else tl.uint64)
-    for lane in tl.static_range(LANES):
-        begin = first + lane * words.to(tl.int64)
-        left = _left(tl.minimum(n - begin, words - first), block)
-        value = _load(x + begin, left, block, masked)
-        wide = value.to(thresholds.dtype.element_ty)
-        if search.fold:
-            wide = tl.abs(wide)
-        if search.depth:
-            word |= _look_up(wide, thresholds, codes, search).to(word.dtype) << (lane * bits)
-        else:
-            word = _add_code(word, wide, table, search, lane * bits)
-        if masked:  # lanes past the end hold code 0
-            keep = search.all_ones - (((1 << bits) - 1) << (lane * bits))
-            word = tl.where(tl.arange(0, block) < left, word, word & keep)
-        if formula is not None:
-            _store(y + begin, formula(value, parameters).to(y.dtype.element_ty), left, block, masked)
+    if search.depth:  # a loop: unrolled, the loads of all lanes would crowd the registers
+        for lane in tl.range(LANES):
+            word = _encode_lane(word, lane, tensors, sizes, scalars, search, formula, block, masked)
+    else:
+        for lane in tl.static_range(LANES):
+            word = _encode_lane(word, lane, tensors, sizes, scalars, search, formula, block, masked)
     for plane in tl.static_range(bits):
         begin = first + plane * words.to(tl.int64)
         _store(packed + begin, (word >> (8 * plane)).to(tl.uint8), _left(words - first, block), block, masked)
+
+
+@triton.jit
+def _encode_lane(
+    word, lane, tensors, sizes, scalars, search: tl.constexpr, formula: tl.constexpr, block: tl.constexpr, masked: tl.constexpr
+):
+    """word with the codes of one lane, whose y, with a formula, is written."""
+    x, y, thresholds, codes = tensors
+    n, words, first = sizes
+    table, parameters = scalars
+    begin = first + lane * words.to(tl.int64)
+    left = _left(tl.minimum(n - begin, words - first), block)
+    value = _load(x + begin, left, block, masked)
+    wide = value.to(thresholds.dtype.element_ty)
+    if search.fold:
+        wide = tl.abs(wide)
+    if search.depth:
+        code = _look_up(wide, thresholds, codes, search)
+        if masked:  # lanes past the end hold code 0
+            code = tl.where(tl.arange(0, block) < left, code, 0)
+        word |= code.to(word.dtype) << (lane * search.bits)
+    else:
+        word = _add_code(word, wide, table, search, lane * search.bits)
+        if masked:
+            keep = search.all_ones - (((1 << search.bits) - 1) << (lane * search.bits))
+            word = tl.where(tl.arange(0, block) < left, word, word & keep)
+    if formula is not None:
+        _store(y + begin, formula(value, parameters).to(y.dtype.element_ty), left, block, masked)
+    return word
 
 
 @triton.jit
