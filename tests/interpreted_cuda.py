@@ -109,17 +109,17 @@ def test_sizes(n, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_kind_of_table_at_many_sizes(bits, dtype, rng):
+def test_every_kind_of_table(bits, dtype, rng):
     for coder in coders(rng, bits, dtype):
-        for n in (1, 7, 8, 9, 1023, 1024, 1025, 5000, 9001):
+        for n in (9, 1025, 5000):
             check(coder, n, dtype, rng)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_three_million_elements(dtype, rng, monkeypatch):
     monkeypatch.setattr(cuda, "_BYTES", 1 << 11)  # 128 times the elements a program
-    for bits in (3, 4, 8):
+    for bits in (3, 8):
         coder = run_coder(rng, bits, dtype)
         x, grad = adversarial(coder, 3_000_001, rng).to(dtype), torch.randn(3_000_001).to(dtype)
         packed = cuda.encode(x, coder)
