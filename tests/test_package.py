@@ -81,6 +81,11 @@ def test_shipped_tables_need_no_compiler():
     assert not loaded_after("import fewbit; fewbit.GELU(bits=3)") & {"numba", "matplotlib"}
 
 
+def test_triton_is_loaded_by_launches_alone():
+    code = "import torch, fewbit; from fewbit.kernels import cuda; cuda.supports(torch.device('meta'), torch.float32); fewbit.GELU()"
+    assert "triton" not in loaded_after(code)
+
+
 def test_a_second_process_compiles_nothing():
     code = """
 import torch, fewbit

@@ -38,12 +38,16 @@ def decode(packed: torch.Tensor, grad: torch.Tensor, coder: Coder) -> torch.Tens
 
 
 def _backend(tensor: torch.Tensor) -> ModuleType:
-    """Compiled kernels for plain tensors on the CPU; torch operations for all else: other devices, subclasses, fake tensors."""
-    return _on_cpu(tensor.dtype) if tensor.is_cpu and type(tensor) is torch.Tensor else reference
+    """Compiled kernels for plain tensors on a CPU or CUDA device; torch operations for all else: subclasses, fake tensors."""
+    return _on(tensor.device, tensor.dtype) if type(tensor) is torch.Tensor else reference
 
 
 @cache
-def _on_cpu(dtype: torch.dtype) -> ModuleType:
-    from fewbit.kernels import cpu  # here, since it loads numba
-
-    return cpu if cpu.supports(dtype) else reference
+def _on(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    if device.type == "cpu":
+        from fewbit.kernels import cpu as backend  # here, since it loads numba
+    elif device.type == "cuda":
+        from fewbit.kernels import cuda as backend  # loads Triton on first use, where installed
+    else:
+        return reference
+    return backend if backend.supports(device, dtype) else reference

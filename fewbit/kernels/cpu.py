@@ -62,7 +62,7 @@ def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
     return product
 
 
-def supports(dtype: torch.dtype) -> bool:
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether these kernels can take tensors of the dtype: float16 only where the processor converts it."""
     converts_half = binding.get_host_cpu_features().get("f16c") or platform.machine() in ("aarch64", "arm64")
     return dtype != torch.float16 or bool(converts_half)
