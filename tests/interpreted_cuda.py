@@ -7,6 +7,7 @@ Three of its faults are allowed for. It rounds float32 to bfloat16 by truncation
 misreads subnormal bfloat16 numbers. It has no libdevice: numpy's functions stand in, computed in float64 and rounded once.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,8 @@ from scipy import special
 from test_kernels import DTYPES, SIZES, adversarial, codes_of, random_coder
 
 import fewbit
-from fewbit import drop_in, packing
+from fewbit import activations, drop_in, kernels, packing
+from fewbit.autograd.activation import coded_activation
 from fewbit.kernels import Coder, cuda, reference
 
 BITS = range(1, 9)
@@ -140,6 +142,28 @@ def test_negated_views():
     x = torch._neg_view(torch.tensor([1.0, -2.0, 3.0]))
     coder = Coder(torch.tensor([0.0]), torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([5.0, 7.0]), 1)
     assert cuda.decode(cuda.encode(x, coder), torch.ones(3), coder).tolist() == [5.0, 7.0, 5.0]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 3, 129)], ids=str)
+def test_a_drop_in_takes_the_closed_form(shape, monkeypatch):
+    """As drop-ins call it on a GPU: value and codes from one program, through autograd, with tensors of any shape."""
+    monkeypatch.setattr(kernels, "_backend", lambda tensor: cuda)
+    record = activations.get("elu", alpha=0.5)
+    coder = drop_in.coder_for(record, 3, None, torch.float32, torch.device("cpu"))
+    x, grad = torch.randn(shape).requires_grad_(), torch.randn(shape)
+    y = coded_activation(x, lambda x: pytest.fail("torch's operation"), coder, formula=(record.name, record.parameters))
+    torch.testing.assert_close(y, record.forward(x), rtol=1e-6, atol=1e-6)
+    (found,) = torch.autograd.grad(y, x, grad)
+    assert torch.equal(found, oracles.expected_gradient(fewbit.load_table("elu", 3, alpha=0.5), x, grad))
+
+
+def test_closed_forms_are_those_of_built_in_activations():
+    x = torch.randn(3)
+    assert drop_in._formula(activations.get("elu", alpha=0.5), x) == ("elu", {"alpha": 0.5})
+    own = activations.get(lambda x, rate=1.0: (rate * x).sin())
+    assert drop_in._formula(own, x) is None
+    assert drop_in._formula(dataclasses.replace(own, name="elu"), x) is None  # one that has only the name
+    assert all(cuda.has_formula(name) for name in activations.names())
 
 
 def test_who_serves_what():
