@@ -109,11 +109,14 @@ def test_sizes(n, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [(dtype, bits) for dtype in DTYPES for bits in BITS if dtype == torch.float32 or bits in (1, 3, 8)],
+    ids=str,
+)
 def test_every_kind_of_table(bits, dtype, rng):
     for coder in coders(rng, bits, dtype):
-        for n in (9, 1025, 5000):
+        for n in (9, 5000):
             check(coder, n, dtype, rng)
 
 
