@@ -257,7 +257,7 @@ def describe(record: Activation, summary: str) -> str:
     inplace  overwrite the input; backward does not need it
     bits     of one code, 1 to 8; 3 if no table is given
     table    a CodeTable of your own, from `fewbit.design`
-    Returns  (*), the exact activation, bit for bit torch's
+    Returns  (*), the exact activation, bit for bit torch's (within one unit in the last place where a GPU kernel computes it)
 
     Where the input needs a gradient, ceil(n * bits / 8) bytes plus at most 512 are kept for n elements, and no reference to
     the input; the gradient is the incoming one times table(x). Otherwise this is torch's own operation.

@@ -73,7 +73,7 @@ class Task:
 
 
 def time_rounds(tasks: dict[Key, Task], repeats: int, device: torch.device) -> dict[Key, np.ndarray]:
-    """Seconds of one call of every task, (repeats,) each, after a warm-up.
+    """Mean seconds of a call of every task in each sample, (repeats,) each, after a warm-up.
 
     A round runs phase by phase, and the tasks of a phase in an order shuffled anew: element i of every array is of round i, so
     that their ratio is of times close together. A sample lasts at least LEAST_SECONDS, by as many calls as that takes.

@@ -88,3 +88,42 @@ class TestDoubleBackward:
         y = fewbit.functional.gelu(x).sum()
         first, second = (torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2))
         assert torch.equal(first, second)
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None
+
+
+def test_no_incoming_gradient_gives_none():
+    x = torch.randn(3, requires_grad=True)
+    _NoGradient.apply(fewbit.functional.gelu(x * 1)).sum().backward()
+    assert x.grad is None
+
+
+@pytest.mark.usefixtures("own_registry")
+@pytest.mark.parametrize(("dtype", "other"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_an_activation_that_changes_the_dtype(dtype, other):
+    fewbit.register("other_tanh", lambda x: x.to(other).tanh())
+    x, grad = torch.randn(500, dtype=dtype, requires_grad=True), torch.randn(500).to(other)
+    y = fewbit.functional.other_tanh(x, bits=3)
+    assert y.dtype == other
+    (found,) = torch.autograd.grad(y, x, grad)
+    expected = grad.double() * torch.from_numpy(fewbit.load_table("other_tanh", 3)(x.detach().double().numpy()))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_first_use_under_another_default_device():
+    """What is made once and kept lies where the input does."""
+    from fewbit.kernels import cpu
+
+    cpu._encoding.cache_clear()
+    x = torch.randn(4, 5, dtype=torch.bfloat16, requires_grad=True)
+    with torch.device("meta"):
+        fewbit.functional.gelu(x).backward(x.detach().t().contiguous().t())
+    assert x.grad.device.type == "cpu"

@@ -24,6 +24,16 @@ class TestOperators:
         packed = torch.ops.fewbit.encode(x, *tensors)
         torch.library.opcheck(torch.ops.fewbit.decode, (packed, grad, *tensors))
 
+    def test_sizes_that_do_not_fit(self):
+        thresholds, codes, levels = torch.zeros(1), torch.zeros(2, dtype=torch.uint8), torch.zeros(2)
+        with pytest.raises(InputError, match="m thresholds, m \\+ 1 uint8 codes"):
+            torch.ops.fewbit.encode(torch.zeros(5), torch.zeros(2), codes, levels, 1)
+        with pytest.raises(InputError, match="up to 2 levels"):
+            torch.ops.fewbit.encode(torch.zeros(5), thresholds, codes, torch.zeros(3), 1)
+        packed = torch.ops.fewbit.encode(torch.zeros(5), thresholds, codes, levels, 1)
+        with pytest.raises(InputError, match="2000 codes of 1 bits take 256 bytes, got 128"):
+            torch.ops.fewbit.decode(packed, torch.zeros(2000), thresholds, codes, levels, 1)
+
     def test_rows_are_packed_each_on_its_own(self):
         coder = drop_in._coder(fewbit.load_table("silu", 2), torch.device("cpu"), torch.float32)
         tensors = coder.thresholds, coder.codes, coder.levels, coder.bits

@@ -90,10 +90,10 @@ def test_a_second_process_compiles_nothing():
     code = """
 import torch, fewbit
 from fewbit.design import dynprog
-from fewbit.kernels import compiled
+from fewbit.kernels import loops
 kernels = []
-compile = compiled._compile
-compiled._compile = lambda *arguments: kernels.append(compile(*arguments)) or kernels[-1]
+compile = loops._compile
+loops._compile = lambda *arguments: kernels.append(compile(*arguments)) or kernels[-1]
 for coding in ("interval", "level"):
     fewbit.design("gelu", 2, coding=coding)
 fewbit.functional.gelu(torch.ones(9, requires_grad=True)).sum().backward()

@@ -60,6 +60,8 @@ class _CodedActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
+        if grad is None:
+            return (None,) * 5
         packed, anchor = ctx.saved_tensors
         coder, dtype, exact, layout = ctx.coded
         if layout is None and grad.is_contiguous() and not traced.is_watched(grad):
@@ -98,7 +100,7 @@ def _in_its_layout(
     shape, stride = layout or (grad.shape, torch.empty(grad.shape, device="meta").stride())
     order, watched = _memory_order(stride), traced.is_watched(grad)
     product = (traced.decode if watched else kernels.decode)(packed, grad.permute(order).reshape(-1), coder)
-    grad_x = product.view([shape[dim] for dim in order]).permute(_inverse(order))
+    grad_x = product.view([shape[dim] for dim in order]).permute(traced.inverse(order))
     if grad.stride() != grad_x.stride() and not watched:
         grad_x = _as_torch_lays_out(grad_x, grad, stride, exact)
     return grad_x
@@ -109,13 +111,6 @@ def _memory_order(stride: tuple[int, ...]) -> list[int]:
     return sorted(range(len(stride)), key=lambda dim: -stride[dim])
 
 
-def _inverse(order: list[int]) -> list[int]:
-    inverse = [0] * len(order)
-    for position, dim in enumerate(order):
-        inverse[dim] = position
-    return inverse
-
-
 def _as_torch_lays_out(grad_x: Tensor, grad: Tensor, stride: tuple[int, ...], forward: Callable[[Tensor], Tensor]) -> Tensor:
     """grad_x with the strides that torch's own backward gives where the layouts of x and grad differ.
 
@@ -123,20 +118,20 @@ def _as_torch_lays_out(grad_x: Tensor, grad: Tensor, stride: tuple[int, ...], fo
     """
     if grad_x.numel() == 0:
         return grad_x
-    x, small_grad = _miniature(grad.shape, stride).requires_grad_(), _miniature(grad.shape, grad.stride())
+    x, small_grad = _miniature(grad, stride).requires_grad_(), _miniature(grad, grad.stride())
     with torch.enable_grad():
         (like,) = torch.autograd.grad(forward(x), x, small_grad)
     order = _memory_order(like.stride())
     result = torch.empty([grad_x.shape[dim] for dim in order], dtype=grad_x.dtype, device=grad_x.device).permute(
-        _inverse(order)
+        traced.inverse(order)
     )
     return result.copy_(grad_x)
 
 
-def _miniature(shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    """Zeros with at most two elements a dimension, laid out in the order of the given strides."""
-    sizes, strides, step = [min(size, 2) for size in shape], [0] * len(shape), 1
+def _miniature(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Zeros with at most two elements in each of the tensor's dimensions, laid out in the order of the given strides."""
+    sizes, strides, step = [min(size, 2) for size in tensor.shape], [0] * tensor.dim(), 1
     for dim in reversed(_memory_order(stride)):
         if stride[dim]:
             strides[dim], step = step, step * sizes[dim]
-    return torch.zeros(step).as_strided(sizes, strides)
+    return torch.zeros(step, device=tensor.device).as_strided(sizes, strides)

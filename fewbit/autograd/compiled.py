@@ -18,6 +18,7 @@ Imported while tracing, since it loads dynamo.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from fewbit.kernels import Coder
 
 Tensor = torch.Tensor
 _exact: dict[str, Callable[[Tensor], Tensor]] = {}
+_numbers = itertools.count()
 
 
 class Constants:
@@ -37,7 +39,7 @@ class Constants:
     def __init__(self, coder: Coder, forward: Callable[[Tensor], Tensor], label: str, inplace: bool):
         self.thresholds, self.codes, self.levels, self.bits = coder.thresholds, coder.codes, coder.levels, coder.bits
         self.inplace = inplace
-        self.name = next((name for name, known in _exact.items() if known is forward), f"{label} #{len(_exact)}")
+        self.name = next((name for name, known in _exact.items() if known is forward), f"{label} #{next(_numbers)}")
         _exact[self.name] = forward
 
 

@@ -108,7 +108,7 @@ class _Activation(torch.autograd.Function):
         packed, anchor, *tensors = ctx.saved_tensors
         by_memory = grad.permute(ctx.order)
         product = _Product.apply(by_memory.reshape(-1), anchor, packed, *tensors, ctx.bits)
-        grad_x = product.view(by_memory.shape).permute(_inverse(ctx.order)).to(ctx.dtype)  # type: ignore[union-attr]
+        grad_x = product.view(by_memory.shape).permute(inverse(ctx.order)).to(ctx.dtype)  # type: ignore[union-attr]
         return grad_x, None, None, None, None, None, None
 
 
@@ -146,8 +146,9 @@ def _memory_order(x: Tensor) -> list[int]:
     return order
 
 
-def _inverse(order: list[int]) -> list[int]:
-    inverse = [0] * len(order)
+def inverse(order: list[int]) -> list[int]:
+    """The permutation that undoes `order`."""
+    undone = [0] * len(order)
     for position, dim in enumerate(order):
-        inverse[dim] = position
-    return inverse
+        undone[dim] = position
+    return undone

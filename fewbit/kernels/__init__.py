@@ -14,6 +14,7 @@ from fewbit.kernels.coder import Coder
 __all__ = ["Coder", "Formula", "decode", "encode", "forward"]
 
 Formula = tuple[str, Mapping[str, float]]  # name and parameters of a built-in activation, for backends that compute it
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def encode(x: torch.Tensor, coder: Coder) -> torch.Tensor:
@@ -39,7 +40,7 @@ def decode(packed: torch.Tensor, grad: torch.Tensor, coder: Coder) -> torch.Tens
 
 def _backend(tensor: torch.Tensor) -> ModuleType:
     """Compiled kernels for plain tensors on a CPU or CUDA device; torch operations for all else: subclasses, fake tensors."""
-    return _on(tensor.device, tensor.dtype) if type(tensor) is torch.Tensor else reference
+    return _on(tensor.device, tensor.dtype) if type(tensor) in _PLAIN else reference
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The CPU backend: encode and decode compiled by numba, at about the speed of a copy.
+"""The CPU backend: encode and decode compiled by numba (`fewbit bench --parts` holds them against a copy).
 
 Codes come without a search: each interval's code overwrites, where x lies below its upper threshold, those of the intervals
 above it. That is a comparison and a selection for each threshold, which vectorise fully, as a binary search would not. An
@@ -17,13 +17,14 @@ import torch
 from llvmlite import binding
 
 from fewbit import packing
-from fewbit.kernels import compiled
+from fewbit.kernels import loops, reference
 from fewbit.kernels.coder import Coder
 from fewbit.kernels.system import Kernel, empty_like
 
 Tensor = torch.Tensor
 Array = np.ndarray
 _HALVES = {torch.bfloat16: "uint16", torch.float16: "int16"}  # how their patterns are told apart
+_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 class Encoding(NamedTuple):
@@ -42,24 +43,31 @@ class Encoding(NamedTuple):
 
 def encode(x: Tensor, coder: Coder) -> Tensor:
     """As `fewbit.kernels.reference.encode`, for x on the CPU."""
-    if x.is_neg() or not x.is_contiguous():
-        x = x.resolve_neg().contiguous()
+    x = _in_memory(x)
     n, bits, encoding = x.numel(), coder.bits, _encoding(coder, x.dtype)
     words = packing.words(n, bits)
     packed = x.new_empty(bits * words, dtype=torch.uint8)
-    encoding.kernel.run(compiled.EncodeBlock(0, words, bits, packed.data_ptr(), n, x.data_ptr(), *encoding.block), n)
+    encoding.kernel.run(loops.EncodeBlock(0, words, bits, packed.data_ptr(), n, x.data_ptr(), *encoding.block), n)
     return packed
 
 
 def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
     """As `fewbit.kernels.reference.decode`, for tensors on the CPU."""
-    if grad.is_neg() or not grad.is_contiguous():
-        grad = grad.resolve_neg().contiguous()
+    if (grad.dtype == torch.float64) != (coder.levels.dtype == torch.float64):  # the operation changed the dtype: rare
+        return reference.decode(packed, grad, coder)
+    grad = _in_memory(grad)
     n, bits, product = grad.numel(), coder.bits, empty_like(grad)
     levels = _padded_levels(coder)  # by name: another thread may push it out of the cache meanwhile
     addresses = packed.data_ptr(), n, grad.data_ptr(), levels.data_ptr(), product.data_ptr()
-    _decoder(grad.dtype).run(compiled.DecodeBlock(0, packed.numel() // bits, bits, *addresses), n)
+    _decoder(grad.dtype).run(loops.DecodeBlock(0, packed.numel() // bits, bits, *addresses), n)
     return product
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """The same numbers, one after another in memory, as they are to be read."""
+    if tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -80,7 +88,7 @@ def _encoding(coder: Coder, dtype: torch.dtype) -> Encoding:
     # what is repeated comes first and gives the code of the first interval once more
     ordered = np.concatenate([np.repeat(ordered[:1], padding), ordered])
     table = np.concatenate([np.repeat(codes.numpy()[:1], padding), codes.numpy()]).astype(f"int{8 * ordered.itemsize}")
-    block = (ordered.ctypes.data, table.ctypes.data, fours, ones, fold, _infinity(dtype))
+    block = (ordered.ctypes.data, table.ctypes.data, fours, ones, fold, _INFINITY.get(dtype, 0))
     wide = ordered.itemsize > 2 or coder.bits > 4
     return Encoding(_encoder(ordered.dtype.name, wide), block, (ordered, table))
 
@@ -88,7 +96,7 @@ def _encoding(coder: Coder, dtype: torch.dtype) -> Encoding:
 def _sortable(thresholds: Tensor, dtype: torch.dtype) -> Array:
     """Thresholds as they are, or, for half-width inputs, as integers: x <= t holds for both or neither.
 
-    A threshold is rounded down to the half-width float below it, whose pattern is then ordered as in `compiled`.
+    A threshold is rounded down to the half-width float below it, whose pattern is then ordered as in `loops`.
     """
     if dtype not in _HALVES:
         return thresholds.to(dtype).numpy()
@@ -96,10 +104,6 @@ def _sortable(thresholds: Tensor, dtype: torch.dtype) -> Array:
     patterns = rounded.view(torch.int16).to(torch.int32)
     ordered = torch.where(patterns < 0, patterns ^ 0x7FFF, patterns) - (rounded.float() > thresholds).int()
     return torch.where(thresholds == 0, 0, ordered).to(torch.int16).numpy()  # -0 <= 0 and 0 <= -0
-
-
-def _infinity(dtype: torch.dtype) -> int:
-    return int(torch.tensor(torch.inf, dtype=dtype).view(torch.int16)) if dtype in _HALVES else 0
 
 
 @lru_cache(maxsize=256)
@@ -110,9 +114,9 @@ def _padded_levels(coder: Coder) -> Tensor:
 
 @cache
 def _encoder(element: str, wide: bool) -> Kernel:
-    return Kernel(compiled.encoder(element, wide))
+    return Kernel(loops.encoder(element, wide))
 
 
 @cache
 def _decoder(dtype: torch.dtype) -> Kernel:
-    return Kernel(compiled.decoder(_HALVES.get(dtype) or str(dtype).removeprefix("torch.")))
+    return Kernel(loops.decoder(_HALVES.get(dtype) or str(dtype).removeprefix("torch.")))

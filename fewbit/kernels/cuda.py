@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache, lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ class Constants(NamedTuple):
                 search,
                 torch.as_tensor(thresholds, dtype=coder.thresholds.dtype, device=device),
                 torch.as_tensor(codes.astype(np.uint8), device=device),
-                torch.nn.functional.pad(coder.levels, (0, 2**coder.bits - coder.levels.numel())),
+                torch.nn.functional.pad(coder.levels.cpu(), (0, 2**coder.bits - coder.levels.numel())).to(device),
             )
 
 
@@ -135,7 +135,10 @@ def _longest_run(members: np.ndarray) -> tuple[int, int]:
 @cache
 def available() -> bool:
     """Whether Triton is installed, 3.7 or newer, which torch 2.13 brings along; does not load it."""
-    return find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)
+    try:
+        return find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)
+    except (PackageNotFoundError, ValueError):  # distributed under another name: a build that was never tried
+        return False
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -182,11 +185,11 @@ def encode(x: Tensor, coder: Coder) -> Tensor:
 def forward(x: Tensor, coder: Coder, name: str, parameters: Mapping[str, float]) -> tuple[Tensor, Tensor]:
     """The activation and the packed codes of x, in one pass.
 
-    x           (n,) contiguous, on a GPU; float16, bfloat16, float32 or float64
+    x           (*) contiguous, on a GPU; float16, bfloat16, float32 or float64
     coder       as for `fewbit.kernels.reference.encode`
     name        of a built-in activation that `has_formula`
     parameters  as in its record, all of them, in the record's order
-    Returns     (n,) of x's dtype, at most one unit in the last place from torch's; (packed_bytes(n, bits),) uint8
+    Returns     (*) of x's shape and dtype, at most one unit in the last place from torch's; (packed_bytes(n, bits),) uint8
     """
     from fewbit.kernels import formulas
 

@@ -47,6 +47,8 @@ def decode(packed: Tensor, grad: Tensor, thresholds: Tensor, codes: Tensor, leve
     """
     coder = _coder(thresholds, codes, levels, bits)
     packed, grad = packed.contiguous(), grad.contiguous()
+    if packed.shape[-1] != (expected := packing.packed_bytes(grad.shape[-1], bits)):
+        raise InputError(f"{grad.shape[-1]} codes of {bits} bits take {expected} bytes, got {packed.shape[-1]}")
     if grad.dim() == 1:
         return kernels.decode(packed, grad, coder)
     product = torch.empty_like(grad)
@@ -67,15 +69,26 @@ def _coder(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Code
     """
     tensors = thresholds, codes, levels
     try:
-        key = (bits, thresholds.numel(), thresholds.dtype, *[(each.data_ptr(), each._version) for each in tensors])
+        key = (bits, *[(each.data_ptr(), each._version, each.numel(), each.dtype) for each in tensors])
     except RuntimeError:  # made in inference mode: no version
+        _check_sizes(*tensors, bits)
         return Coder(*tensors, bits)
     coder = _known.get(key)
     if coder is None:
+        _check_sizes(*tensors, bits)
         if len(_known) >= 256:
             _known.clear()
         coder = _known[key] = Coder(*tensors, bits)
     return coder
+
+
+def _check_sizes(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> None:
+    """What the kernels rely on: they read memory by address."""
+    if codes.numel() != thresholds.numel() + 1 or codes.dtype != torch.uint8 or not 1 <= levels.numel() <= 2**bits <= 256:
+        raise InputError(
+            f"a coder of {bits} bits has m thresholds, m + 1 uint8 codes and up to {2**bits} levels; got "
+            f"{thresholds.numel()} thresholds, {codes.numel()} {codes.dtype} codes and {levels.numel()} levels"
+        )
 
 
 _library.impl("encode", encode, "CompositeExplicitAutograd")

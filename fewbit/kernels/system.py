@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 _GRAIN = 1 << 15  # elements a thread at least, as in torch
-_HUGE = 1 << 22  # bytes from which on page faults cost more than asking for huge pages
+_HUGE = 1 << 25  # bytes from which on glibc maps memory anew for each tensor, of whose faults most of the time goes
 
 
 class Kernel:
@@ -24,7 +25,7 @@ class Kernel:
         self.compiled = compiled  # owns the machine code
         self.address = compiled.address
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # which releases the GIL
-        self.call_at_once = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # for work shorter than that would take
+        self.call_at_once = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # keeps it, for little work
 
     def run(self, block: ctypes.Structure, n: int) -> None:
         """Run on a block for n elements, in as many threads as torch would use."""
@@ -32,16 +33,22 @@ class Kernel:
         if n < _GRAIN:
             self.call_at_once(argument)
             return
-        threads = min(torch.get_num_threads(), n // _GRAIN)
+        threads = torch.get_num_threads() if n >= 2 * _GRAIN else 1
         if threads < 2:
             self.call(argument)
         elif (parallel := _openmp()) is not None:
-            parallel(self.address, argument, threads, 0)
+            parallel(self.address, argument, threads, 0)  # all of them: a smaller team would end the threads left over
         else:
-            others = [_pool(os.getpid()).submit(self.call, argument) for _ in range(threads - 1)]
+            self._run_in_pool(argument, min(threads, n // _GRAIN))
+
+    def _run_in_pool(self, argument: Any, threads: int) -> None:
+        others: list[Future] = []
+        try:
+            with contextlib.suppress(RuntimeError):  # no more threads can be started: those there are do the work
+                others.extend(_pool(os.getpid()).submit(self.call, argument) for _ in range(threads - 1))
             self.call(argument)
-            for other in others:
-                other.result()
+        finally:  # the block holds addresses of the caller's memory
+            wait(others)
 
 
 @cache

@@ -61,9 +61,9 @@ def encoder(element: str, wide: bool) -> Any:
         packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
         thresholds = _array(_pointer(block.thresholds), 4 * block.fours + ones, values)
         table = _array(_pointer(block.codes), 4 * block.fours + ones + 1, code)
-        chunk = min(CHUNK, word_count)
-        codes, scratch, words = np.empty((4, chunk), code), np.empty(chunk, values), np.empty((2, chunk), word)
         first = _claim(address)
+        chunk = min(CHUNK, word_count) if first < word_count else 0  # nothing is left for this thread
+        codes, scratch, words = np.empty((4, chunk), code), np.empty(chunk, values), np.empty((2, chunk), word)
         while first < word_count:
             size = min(CHUNK, word_count - first)
             for lane in range(8):
@@ -102,8 +102,8 @@ def decoder(element: str) -> Any:
         product = _array(_pointer(block.product), n, values)
         packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
         levels = _array(_pointer(block.levels), 1 << bits, wide)
-        words = np.empty(min(CHUNK, word_count), np.int32)
         first = _claim(address)
+        words = np.empty(min(CHUNK, word_count) if first < word_count else 0, np.int32)
         while first < word_count:
             size = min(CHUNK, word_count - first)
             for lane in range(8):
