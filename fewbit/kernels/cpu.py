@@ -32,7 +32,7 @@ class Encoding(NamedTuple):
 
     kernel  the compiled encoder
     block   its arguments: the last ones of an EncodeBlock
-    arrays  what they point to: thresholds in the order of `_sortable`, four or one a pass, the smallest first and padded by
+    arrays  what they point to: thresholds in the order of `_sortable`, four or two a pass, the smallest first and padded by
             repetition, and the codes of their intervals
     """
 
@@ -82,13 +82,12 @@ def _encoding(coder: Coder, dtype: torch.dtype) -> Encoding:
     if fold:
         thresholds, codes = thresholds[thresholds.numel() // 2 :], codes[codes.numel() // 2 :]
     ordered = _sortable(thresholds, dtype)
-    fours, ones = divmod(ordered.size, 4)
-    if padding := 4 - ones if ones > 2 else 0:
-        fours, ones = fours + 1, 0
+    fours, rest = divmod(ordered.size, 4)
+    fours, twos, padding = ((fours, 0, 0), (fours, 1, 1), (fours, 1, 0), (fours + 1, 0, 1))[rest]
     # what is repeated comes first and gives the code of the first interval once more
     ordered = np.concatenate([np.repeat(ordered[:1], padding), ordered])
     table = np.concatenate([np.repeat(codes.numpy()[:1], padding), codes.numpy()]).astype(f"int{8 * ordered.itemsize}")
-    block = (ordered.ctypes.data, table.ctypes.data, fours, ones, fold, _INFINITY.get(dtype, 0))
+    block = (ordered.ctypes.data, table.ctypes.data, fours, twos, fold, _INFINITY.get(dtype, 0))
     wide = ordered.itemsize > 2 or coder.bits > 4
     return Encoding(_encoder(ordered.dtype.name, wide), block, (ordered, table))
 

@@ -31,12 +31,12 @@ class EncodeBlock(ctypes.Structure):
 
     claimed     the words claimed so far: 0 at first
     x           n floats, or the patterns of half-width ones
-    thresholds  4 * fours + ones, of x's type, and codes: one more, both as in `fewbit.kernels.cpu.Encoding`
+    thresholds  4 * fours + 2 * twos, of x's type, and codes: one more, both as in `fewbit.kernels.cpu.Encoding`
     fold        whether to compare |x|
     infinity    the pattern of a half-width infinity
     """
 
-    _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "thresholds", "codes", "fours", "ones", "fold", "infinity")]
+    _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "thresholds", "codes", "fours", "twos", "fold", "infinity")]
 
 
 class DecodeBlock(ctypes.Structure):
@@ -56,11 +56,11 @@ def encoder(element: str, wide: bool) -> Any:
 
     def encode(address):
         block = _array(address, 1)[0]
-        n, word_count, bits, ones = block.n, block.words, block.bits, block.ones
+        n, word_count, bits, twos = block.n, block.words, block.bits, block.twos
         x = _array(_pointer(block.x), n, values)
         packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
-        thresholds = _array(_pointer(block.thresholds), 4 * block.fours + ones, values)
-        table = _array(_pointer(block.codes), 4 * block.fours + ones + 1, code)
+        thresholds = _array(_pointer(block.thresholds), 4 * block.fours + 2 * twos, values)
+        table = _array(_pointer(block.codes), 4 * block.fours + 2 * twos + 1, code)
         first = _claim(address)
         chunk = min(CHUNK, word_count) if first < word_count else 0  # nothing is left for this thread
         codes, scratch, words = np.empty((4, chunk), code), np.empty(chunk, values), np.empty((2, chunk), word)
@@ -70,12 +70,12 @@ def encoder(element: str, wide: bool) -> Any:
                 begin, end = min(lane * word_count + first, n), min(lane * word_count + first + size, n)
                 if halves:
                     _order(x[begin:end], block.fold, block.infinity, scratch)
-                    _encode_lane(scratch[: end - begin], thresholds, table, ones, codes[lane % 4])
+                    _encode_lane(scratch[: end - begin], thresholds, table, twos, codes[lane % 4])
                 elif block.fold:
                     _magnitudes(x[begin:end], scratch)
-                    _encode_lane(scratch[: end - begin], thresholds, table, ones, codes[lane % 4])
+                    _encode_lane(scratch[: end - begin], thresholds, table, twos, codes[lane % 4])
                 else:
-                    _encode_lane(x[begin:end], thresholds, table, ones, codes[lane % 4])
+                    _encode_lane(x[begin:end], thresholds, table, twos, codes[lane % 4])
                 codes[lane % 4, end - begin : size] = 0
                 if lane % 4 == 3:
                     _join(codes[0], codes[1], codes[2], codes[3], bits, words[lane // 4, :size])
@@ -128,22 +128,26 @@ def _compile(kernel: Any, block: type[ctypes.Structure]) -> Any:
 
 
 @_inlined
-def _encode_lane(x, thresholds, table, ones, codes):
+def _encode_lane(x, thresholds, table, twos, codes):
     """The code of each x: the last one, overwritten by that of every interval whose upper threshold is not below x."""
     codes[: x.size] = table[thresholds.size]
     at = thresholds.size
-    for _ in range(ones):
-        at -= 1
-        _overwrite(x, thresholds[at], table[at], codes)
+    for _ in range(twos):
+        at -= 2
+        _overwrite_two(x, thresholds[at : at + 2], table[at : at + 2], codes)
     while at > 0:
         at -= 4
         _overwrite_four(x, thresholds[at : at + 4], table[at : at + 4], codes)
 
 
 @_inlined
-def _overwrite(x, threshold, code, codes):
+def _overwrite_two(x, thresholds, table, codes):
+    """Two at once. One alone would become a store under a mask, and 16-bit stores have none."""
+    t0, t1, c0, c1 = thresholds[0], thresholds[1], table[0], table[1]
     for i in range(np.uintp(x.size)):
-        codes[i] = code if x[i] <= threshold else codes[i]
+        value, code = x[i], codes[i]
+        code = c1 if value <= t1 else code
+        codes[i] = c0 if value <= t0 else code
 
 
 @_inlined
