@@ -165,7 +165,8 @@ def test_no_compilation_of_the_look_up():
     """The warning of dynamo about functions with an lru_cache shows that it traces what should be a constant."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compiled(torch.nn.Sequential(fewbit.ELU(0.7), fewbit.GELU(bits=1)))(torch.randn(5))
+        y = compiled(torch.nn.Sequential(fewbit.ELU(0.7), fewbit.GELU(bits=1)))(torch.randn(5))
+    assert y.shape == (5,)
 
 
 def test_constants_are_not_copied_and_made_once():
