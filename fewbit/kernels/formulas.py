@@ -81,54 +81,54 @@ def _logistic(v, x):
 
 
 @triton.jit
-def gelu(x, p):
+def _gelu(x, p):
     v = _wide(x)
     return v * 0.5 * (1 + libdevice.erf(v * _SQRT_HALF))
 
 
 @triton.jit
-def gelu_tanh(x, p):
+def _gelu_tanh(x, p):
     v = _wide(x)
     inner = _TANH_BETA * (v + _TANH_KAPPA * (v * v * v))
     return 0.5 * v * (1 + libdevice.tanh(inner))
 
 
 @triton.jit
-def quick_gelu(x, p):
+def _quick_gelu(x, p):
     v = _wide(x)
     return v * _rounded(_logistic(_rounded(v * 1.702, x), x), x)
 
 
 @triton.jit
-def silu(x, p):
+def _silu(x, p):
     v = _wide(x)
     return _divide(v, 1 + libdevice.exp(-v), x)
 
 
 @triton.jit
-def mish(x, p):
+def _mish(x, p):
     v = _wide(x)
     return v * libdevice.tanh(libdevice.log1p(libdevice.exp(v)))
 
 
 @triton.jit
-def sigmoid(x, p):
+def _sigmoid(x, p):
     return _logistic(_wide(x), x)
 
 
 @triton.jit
-def tanh(x, p):
+def _tanh(x, p):
     return libdevice.tanh(_wide(x))
 
 
 @triton.jit
-def logsigmoid(x, p):
+def _logsigmoid(x, p):
     v = _wide(x)
     return tl.minimum(v, 0.0) - libdevice.log1p(libdevice.exp(-tl.abs(v)))
 
 
 @triton.jit
-def softplus(x, p):
+def _softplus(x, p):
     v = _wide(x)
     beta, threshold = p[0], p[1]
     z = v * beta
@@ -136,98 +136,98 @@ def softplus(x, p):
 
 
 @triton.jit
-def softsign(x, p):
+def _softsign(x, p):
     v = _wide(x)
     return _divide(v, _rounded(tl.abs(v) + 1, x), x)
 
 
 @triton.jit
-def tanhshrink(x, p):
+def _tanhshrink(x, p):
     v = _wide(x)
     return v - _rounded(libdevice.tanh(v), x)
 
 
 @triton.jit
-def elu(x, p):
+def _elu(x, p):
     v = _wide(x)
     negative, positive, rate = p[0], p[1], p[2]
     return tl.where(v > 0, v * positive, libdevice.expm1(v * rate) * negative)
 
 
 @triton.jit
-def hardswish(x, p):
+def _hardswish(x, p):
     v = _wide(x)
     return v * _clamp(v + 3, 0.0, 6.0) * _SIXTH
 
 
 @triton.jit
-def hardsigmoid(x, p):
+def _hardsigmoid(x, p):
     return _clamp(_wide(x) + 3, 0.0, 6.0) * _SIXTH
 
 
 @triton.jit
-def hardtanh(x, p):
+def _hardtanh(x, p):
     return _clamp(_wide(x), p[0], p[1])
 
 
 @triton.jit
-def relu(x, p):
+def _relu(x, p):
     return tl.maximum(_wide(x), 0.0, propagate_nan=_PROPAGATE)
 
 
 @triton.jit
-def relu6(x, p):
+def _relu6(x, p):
     return _clamp(_wide(x), 0.0, 6.0)
 
 
 @triton.jit
-def leaky_relu(x, p):
+def _leaky_relu(x, p):
     v = _wide(x)
     return tl.where(v > 0, v, v * p[0])
 
 
 @triton.jit
-def softshrink(x, p):
+def _softshrink(x, p):
     v = _wide(x)
     lambd = p[0]
     return tl.where(v > lambd, v - lambd, tl.where(v < -lambd, v + lambd, tl.where(v == v, 0.0, v)))
 
 
 @triton.jit
-def hardshrink(x, p):
+def _hardshrink(x, p):
     v = _wide(x)
     lambd = p[0]
     return tl.where((v >= -lambd) & (v <= lambd), 0.0, v)
 
 
 @triton.jit
-def threshold(x, p):
+def _threshold(x, p):
     v = _wide(x)
     return tl.where(v <= p[0], p[1], v)
 
 
 FORMULAS = {
-    "gelu": gelu,
-    "gelu_tanh": gelu_tanh,
-    "quick_gelu": quick_gelu,
-    "silu": silu,
-    "mish": mish,
-    "sigmoid": sigmoid,
-    "tanh": tanh,
-    "logsigmoid": logsigmoid,
-    "softplus": softplus,
-    "softsign": softsign,
-    "tanhshrink": tanhshrink,
-    "elu": elu,
-    "celu": elu,
-    "selu": elu,
-    "hardswish": hardswish,
-    "hardsigmoid": hardsigmoid,
-    "hardtanh": hardtanh,
-    "relu": relu,
-    "relu6": relu6,
-    "leaky_relu": leaky_relu,
-    "softshrink": softshrink,
-    "hardshrink": hardshrink,
-    "threshold": threshold,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "silu": _silu,
+    "mish": _mish,
+    "sigmoid": _sigmoid,
+    "tanh": _tanh,
+    "logsigmoid": _logsigmoid,
+    "softplus": _softplus,
+    "softsign": _softsign,
+    "tanhshrink": _tanhshrink,
+    "elu": _elu,
+    "celu": _elu,
+    "selu": _elu,
+    "hardswish": _hardswish,
+    "hardsigmoid": _hardsigmoid,
+    "hardtanh": _hardtanh,
+    "relu": _relu,
+    "relu6": _relu6,
+    "leaky_relu": _leaky_relu,
+    "softshrink": _softshrink,
+    "hardshrink": _hardshrink,
+    "threshold": _threshold,
 }
