@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from scipy import integrate
+from scipy import integrate, stats
 
 from fewbit import activations
 from fewbit.design.grid import Grid
@@ -35,10 +35,10 @@ def test_integrals_against_adaptive_quadrature(name, weight):
 
     total = quad(density, 10.0)
     x = np.array([-7.3, -0.011, 2.0, 10.0])
-    mass, first = grid.up_to(x)
-    np.testing.assert_allclose(mass, [quad(density, h) / total for h in x], atol=1e-10)
-    np.testing.assert_allclose(first[0], [quad(lambda t: density(t) * record.df(t), h) / total for h in x], atol=1e-10)
-    np.testing.assert_allclose(first[1], [quad(lambda t: density(t) * record.f(t), h) / total for h in x], atol=1e-10)
+    mass, first = grid.integrate_by(x[:-1], np.arange(4), 4)
+    np.testing.assert_allclose(np.cumsum(mass), [quad(density, h) / total for h in x], atol=1e-10)
+    for row, g in zip(first, (record.df, record.f), strict=True):
+        np.testing.assert_allclose(np.cumsum(row), [quad(lambda t, g=g: density(t) * g(t), h) / total for h in x], atol=1e-10)
     np.testing.assert_allclose(grid.power()[0], quad(lambda t: density(t) * record.df(t) ** 2, 10.0) / total, atol=1e-10)
     assert grid.mass.sum() == pytest.approx(1.0, abs=1e-12)
 
@@ -62,6 +62,21 @@ def test_levels_are_weighted_means_over_shared_codes():
     np.testing.assert_allclose(levels[0], expected, atol=1e-4)
     error = np.average((g - np.where(inner, levels[0, 1], levels[0, 0])) ** 2, weights=w)
     np.testing.assert_allclose(grid.error(thresholds, codes, levels), [error], atol=1e-5)
+
+
+def test_little_mass_far_out_keeps_its_digits():
+    grid, thresholds = grid_of("sigmoid", ("value",), "normal", cells=512), np.array([-6.0, 6.5])
+    mass, _ = grid.integrate_by(thresholds, np.arange(3), 3)
+    np.testing.assert_allclose(mass[[0, 2]], stats.norm.sf([6.0, 6.5]), rtol=1e-9)
+    shared, _ = grid.integrate_by(thresholds, np.array([1, 0, 1]), 2)
+    np.testing.assert_allclose(shared, [mass[1], mass[0] + mass[2]], rtol=1e-14)
+
+
+def test_errors_end_with_the_domain():
+    grid = grid_of("tanh", weight="normal", domain=(-1.0, 1.0))
+    inner, codes, levels = np.array([0.0]), np.array([0, 1]), np.array([[0.4, 0.9]])
+    wider = np.array([-3.0, 0.0, 2.5]), np.array([1, 0, 1, 0])
+    np.testing.assert_array_equal(grid.error(*wider, levels), grid.error(inner, codes, levels))
 
 
 @pytest.mark.parametrize(

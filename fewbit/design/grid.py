@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 
 import numpy as np
 
@@ -43,7 +42,7 @@ class Grid:
         if not np.isclose(self.integrate(halved[:-1], halved[1:])[0].sum(), total, rtol=1e-2):
             raise DesignError(f"weight {weight} is too narrow for the cells of {domain}; choose a smaller domain or more cells")
         self._total = total
-        self.mass, self._first, _ = self.integrate(self.edges[:-1], self.edges[1:])
+        self.mass = self.integrate(self.edges[:-1], self.edges[1:])[0]
         self.mean = self.mean_between(self.edges[:-1], self.edges[1:])
 
     def g(self, x: Array) -> Array:
@@ -81,23 +80,24 @@ class Grid:
         first = g[..., :1]
         return first[..., 0] + ((g - first) * dx).sum(-1) / np.where(mass > 0, mass, 1.0)
 
-    @cached_property
-    def _running(self) -> tuple[Array, Array]:
-        zero = np.zeros((self._first.shape[0], 1))
-        first = np.concatenate([zero, np.cumsum(self._first, axis=1)], axis=1)
-        return np.concatenate([[0.0], np.cumsum(self.mass)]), first
-
-    def up_to(self, x: Array) -> tuple[Array, Array]:
-        """∫ w (k,) and ∫ w g (channels, k) from the domain's left end to each x of (k,)."""
-        cell = np.clip(np.searchsorted(self.edges, x, side="right") - 1, 0, self.mass.size - 1)
-        mass, first = self._running
-        inner_mass, inner_first, _ = self.integrate(self.edges[cell], x)
-        return mass[cell] + inner_mass, first[:, cell] + inner_first
-
     def pieces(self, thresholds: Array) -> tuple[Array, Array]:
-        """Cells cut further at the thresholds: their edges (k+1,), and for each piece (k,) the interval it lies in."""
-        edges = np.union1d(self.edges, thresholds)
+        """Cells cut further at the thresholds: their edges (k+1,), and for each piece (k,) the interval it lies in.
+
+        Thresholds may lie outside the domain: the pieces end with it.
+        """
+        inside = (thresholds > self.edges[0]) & (thresholds < self.edges[-1])
+        edges = np.union1d(self.edges, thresholds[inside])
         return edges, np.searchsorted(thresholds, edges[1:], side="left")
+
+    def integrate_by(self, thresholds: Array, codes: Array, count: int) -> tuple[Array, Array]:
+        """∫ w (count,) and ∫ w g (channels, count) over each code.
+
+        Sums of what lies in each, not differences of running sums, in which the little mass of a code far out would drown.
+        """
+        edges, interval = self.pieces(thresholds)
+        mass, first, _ = self.integrate(edges[:-1], edges[1:])
+        code = codes[interval].astype(np.int64)
+        return np.bincount(code, mass, count), np.stack([np.bincount(code, row, count) for row in first])
 
     def mean_by(self, thresholds: Array, codes: Array, count: int) -> Array:
         """Mean of g over each code: (channels, count). Exact where g is constant over a code, NaN for an unused one."""

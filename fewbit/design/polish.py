@@ -89,10 +89,8 @@ def _stationarity(grid: Grid, s: Array, codes: Array, count: int, low: Array, hi
     enters the code on its left and leaves the one on its right, and moves each mean by (g(s_j) - mean) / mass of the code.
     """
     m = s.size
-    ends = grid.edges[[0, -1]]
-    mass, first = grid.up_to(np.concatenate([ends[:1], s, ends[1:]]))
-    total = np.bincount(codes, np.diff(mass), count)
-    total = np.where(total > 0, total, np.inf)
+    mass, first = grid.integrate_by(s, codes, count)
+    total = np.where(mass > 0, mass, np.inf)
     left, right = codes[:-1].astype(np.int64), codes[1:].astype(np.int64)
     g, density = grid.g(s), grid.w(s)
     h = 1e-6 * np.maximum(1.0, np.abs(s))
@@ -101,7 +99,7 @@ def _stationarity(grid: Grid, s: Array, codes: Array, count: int, low: Array, hi
     residual, jacobian = np.zeros(m), np.zeros((m, m))
     rows = np.arange(m)
     for c, factor in enumerate(grid.scale**2):
-        levels = np.bincount(codes, np.diff(first[c]), count) / total
+        levels = first[c] / total
         to_left, to_right = g[c] - levels[left], g[c] - levels[right]
         residual += factor * (levels[right] - levels[left]) * (to_left + to_right)
         jacobian[rows, rows] += 2 * factor * (levels[right] - levels[left]) * slope[c]
