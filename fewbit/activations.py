@@ -1,6 +1,7 @@
 """The registry: one frozen record per activation, the single place where facts about it stand.
 
 The functional API, the modules, the command line, the shipped tables and the tests all derive from `names()` and `get()`.
+`get()` also knows `IDENTITY`, f(x) = x, which is no activation and has no drop-in: its value tables quantize x itself.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def names() -> list[str]:
-    """Names of all registered activations, in order of registration."""
+    """Names of all registered activations, in order of registration: those with drop-ins."""
     return list(_REGISTRY)
 
 
 def get(activation: str | Activation | Callable[..., Any], /, **parameters: float) -> Activation:
     """The record of `activation`, with `parameters` replacing its defaults.
 
-    activation  a registered name, a record, one of `fewbit.functional`, or a pointwise function on tensors
+    activation  a registered name, "identity", a record, one of `fewbit.functional`, or a pointwise function on tensors
 
     Raises ActivationError for an unknown name (it suggests the nearest), an unknown parameter, or a parameter that is
     not a finite number.
@@ -43,9 +44,10 @@ def get(activation: str | Activation | Callable[..., Any], /, **parameters: floa
 
 
 def _look_up(name: str) -> Activation:
-    if name in _REGISTRY:
-        return _REGISTRY[name]
-    near = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=1, cutoff=0.5)
+    known = {**SHIPPED, **_REGISTRY}
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "fewbit.register() adds your own"
     raise ActivationError(f"unknown activation {name!r}; {hint} (`fewbit list` shows all)")
 
@@ -73,6 +75,7 @@ def register(
     overwrite   replace an activation of the same name, instead of raising
 
     Returns the record. Raises ActivationError if the name is taken or no identifier, or the function is not pointwise.
+    The name "identity" is always taken.
 
     >>> import fewbit
     >>> snake = fewbit.register("snake", lambda x: x + x.sin() ** 2, overwrite=True)
@@ -84,6 +87,8 @@ def register(
     record = from_callable(function, derivative, parameters=parameters, name=name)
     if reserved := sorted(_RESERVED.intersection(record.parameters)):
         raise ActivationError(f"{name}: a parameter cannot have the name of an argument that all activations take: {reserved}")
+    if name == IDENTITY.name:
+        raise ActivationError(f"{name!r} stands for f(x) = x, whose tables quantize x itself; choose another name")
     if name in _REGISTRY and not overwrite:
         raise ActivationError(f"an activation {name!r} exists; pass overwrite=True to replace it")
     replaced = _REGISTRY[name].module if name in _REGISTRY else None
@@ -304,4 +309,6 @@ _REGISTRY: dict[str, Activation] = {
         ),
     )
 }
-BUILT_IN: Mapping[str, Activation] = MappingProxyType(dict(_REGISTRY))  # what ships, whatever users register over it
+BUILT_IN: Mapping[str, Activation] = MappingProxyType(dict(_REGISTRY))  # whatever users register over them
+IDENTITY = _record("identity", "Identity", np.positive, np.ones_like, _EVEN, torch_function="torch.positive")
+SHIPPED: Mapping[str, Activation] = MappingProxyType({**BUILT_IN, IDENTITY.name: IDENTITY})  # one table file each

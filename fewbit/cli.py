@@ -155,14 +155,14 @@ def build(
 
     directory = output or tables_directory()
     steps = build_tables(directory, check=check)
-    progress = track(steps, "designing", total=len(activations.BUILT_IN), console=terminal.console(stderr=True))
+    progress = track(steps, "designing", total=len(activations.SHIPPED), console=terminal.console(stderr=True))
     changed = [name for name, differs in progress if differs]
     if check and changed:
         raise TableError(
             f"{len(changed)} files in {directory} differ from a new design: {', '.join(changed)}; run `fewbit tables build`"
         )
     state = "are as a new design makes them" if not changed else f"written; changed: {', '.join(changed)}"
-    print(f"{len(activations.BUILT_IN)} files in {directory} {state}")
+    print(f"{len(activations.SHIPPED)} files in {directory} {state}")
 
 
 @app.command()

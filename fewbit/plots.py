@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fewbit import activations
-from fewbit.constants import CODINGS, DEFAULT_BITS, DEFAULT_DOMAIN, SHIPPED_BITS
+from fewbit.constants import DEFAULT_BITS, DEFAULT_DOMAIN, SHIPPED_BITS, SHIPPED_CODINGS
 from fewbit.design.table import CodeTable
 from fewbit.record import Activation, plural
 from fewbit.store import load_table
@@ -78,8 +78,8 @@ def plot_gallery(bits: int = DEFAULT_BITS) -> Figure:
 
 
 def plot_errors() -> Figure:
-    """Relative rms error against bits for every built-in activation, both codings, at the default weight."""
-    errors = {name: {coding: _errors(name, coding) for coding in CODINGS} for name in activations.BUILT_IN}
+    """Relative rms error against bits for every built-in activation, both optimal codings, at the default weight."""
+    errors = {name: {coding: _errors(name, coding) for coding in SHIPPED_CODINGS} for name in activations.BUILT_IN}
     exact = [name for name, by_coding in errors.items() if max(by_coding["level"]) == 0]
     coded = sorted((name for name in errors if name not in exact), key=lambda name: -errors[name]["level"][-1])
     with mpl.rc_context(_STYLE):

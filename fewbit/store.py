@@ -1,6 +1,6 @@
 """Where tables come from: the shipped files, then the user's cache, then a design.
 
-Shipped files hold every built-in activation at its default parameters, at the bits, weights and codings named below. The
+`shipped_requests` says what the shipped files hold: every built-in activation at its default parameters, and the identity. The
 cache lies in `FEWBIT_CACHE_DIR`, or where the platform keeps a user's caches.
 """
 
@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from fewbit import activations
-from fewbit.constants import CODINGS, DEFAULT_BITS, DEFAULT_WEIGHT, SHIPPED_BITS, WEIGHTS
-from fewbit.design import design
+from fewbit.constants import CHANNELS, DEFAULT_BITS, MAX_BITS, SHIPPED_BITS, SHIPPED_CODINGS, WEIGHTS
 from fewbit.design.request import Request
 from fewbit.design.table import VERSION, CodeTable, dump_tables, read_tables, write_atomically
 from fewbit.errors import TableFileError
@@ -31,9 +30,9 @@ def load_table(
     activation: str | Activation | Callable[..., Any],
     bits: int = DEFAULT_BITS,
     *,
-    weight: Any = DEFAULT_WEIGHT,
+    weight: Any = None,
     coding: str | None = None,
-    channels: tuple[str, ...] = ("derivative",),
+    channels: str | tuple[str, ...] = ("derivative",),
     balance: float = 1.0,
     domain: tuple[float, float] | None = None,
     **parameters: Any,
@@ -56,7 +55,7 @@ def load_table(
 
 @lru_cache(maxsize=1024)
 def _load(request: Request) -> CodeTable:
-    if request.activation == activations.BUILT_IN.get(request.activation.name):
+    if request.activation == activations.SHIPPED.get(request.activation.name):
         for table in _shipped(request.activation.name):
             if request.answered_by(table):
                 return table
@@ -133,27 +132,35 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=6)
 
 
+def shipped_requests(name: str) -> Iterator[Request]:
+    """What the shipped file of a name answers, in the file's order.
+
+    For an activation: tables of the derivative under every named weight, in both optimal codings, then the joint tables. For
+    the identity: the quantizers of a unit normal. All else at its default.
+    """
+    record = activations.SHIPPED[name]
+    if record == activations.IDENTITY:
+        yield from (Request.of(record, bits, channels="value") for bits in range(1, MAX_BITS + 1))
+        return
+    for weight in WEIGHTS:
+        for coding in SHIPPED_CODINGS:
+            yield from (Request.of(record, bits, weight=weight, coding=coding) for bits in SHIPPED_BITS)
+    yield from (Request.of(record, bits, channels=CHANNELS) for bits in SHIPPED_BITS)
+
+
 def shipped_text(name: str) -> str:
-    """The text of the shipped file of a built-in activation, designed anew."""
-    record = activations.BUILT_IN[name]
-    return dump_tables(
-        [
-            design(record, bits, weight=weight, coding=coding)
-            for weight in WEIGHTS
-            for coding in CODINGS
-            for bits in SHIPPED_BITS
-        ]
-    )
+    """The text of the shipped file of a name, designed anew."""
+    return dump_tables([_search(request) for request in shipped_requests(name)])
 
 
 def build_tables(directory: Path, *, check: bool = False) -> Iterator[tuple[str, bool]]:
-    """Design every shipped file anew, one a step: yields the activation's name and whether its file differed.
+    """Design every shipped file anew, one a step: yields its name and whether its file differed.
 
     With `check` nothing is written.
     """
     if not check:
         directory.mkdir(parents=True, exist_ok=True)
-    for name in activations.BUILT_IN:
+    for name in activations.SHIPPED:
         path, text = directory / f"{name}.json", shipped_text(name)
         differs = not path.exists() or path.read_text(encoding="utf-8") != text
         if differs and not check:

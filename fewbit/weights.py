@@ -47,7 +47,7 @@ class Weight:
 
     @property
     def feature(self) -> tuple[float, float]:
-        """Where the density varies most, and over which distance."""
+        """Where the density varies most, and over which distance: its centre and scale."""
         return 0.0, 1.0
 
 
@@ -146,6 +146,14 @@ class Histogram(Weight):
     @property
     def domain(self) -> tuple[float, float]:  # type: ignore[override]
         return float(self.bin_edges[0]), float(self.bin_edges[-1])
+
+    @property
+    def feature(self) -> tuple[float, float]:
+        """Mean and standard deviation."""
+        middles, share = 0.5 * (self.bin_edges[1:] + self.bin_edges[:-1]), self.counts / self.counts.sum()
+        mean = share @ middles
+        variance = share @ ((middles - mean) ** 2 + np.diff(self.bin_edges) ** 2 / 12)
+        return float(mean), float(np.sqrt(variance))
 
     def density(self, x: Array) -> Array:
         inner = (x >= self.bin_edges[0]) & (x <= self.bin_edges[-1])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import torch
 from numba import njit
+from scipy import optimize, stats
 
 
 def cell_moments(df, density, edges):
@@ -38,6 +40,40 @@ def quadratic_program(mass, first, second, count):
                 if best[k - 1, i] + error < best[k, j]:
                     best[k, j] = best[k - 1, i] + error
     return best[1:, n]
+
+
+def lloyd_max(count):
+    """Thresholds, levels and error of the optimal quantizer of N(0, 1) with `count` levels.
+
+    Lloyd's fixed point (each threshold halfway between two levels, each level the mean of its interval) on the closed forms
+    of the normal integrals, found by a root finder from Panter and Dite's thresholds for many levels.
+    """
+
+    def levels_of(s):
+        ends = np.concatenate([[-np.inf], s, [np.inf]])
+        mass = np.where(ends[:-1] > 0, stats.norm.sf(ends[:-1]) - stats.norm.sf(ends[1:]), np.diff(stats.norm.cdf(ends)))
+        return -np.diff(stats.norm.pdf(ends)) / mass, mass
+
+    def residual(s):
+        levels, _ = levels_of(s)
+        return s - (levels[1:] + levels[:-1]) / 2
+
+    start = stats.norm.ppf(np.arange(1, count) / count, scale=3**0.5)
+    s, _, status, message = optimize.fsolve(residual, start, band=(1, 1), xtol=1e-13, full_output=True)
+    assert np.abs(residual(s)).max() < 1e-10, (status, message)
+    levels, mass = levels_of(s)
+    return s, levels, 1 - mass @ levels**2
+
+
+def uniform_codes(x, bias, bits):
+    """Codes and values as Chakrabarti & Moseley's formulas have them, for x and bias in units of the standard deviation.
+
+    Theirs but for min(): their shift grows beyond the last code, where all x lose their sign.
+    """
+    bins = 2**bits
+    shift = min(max(1, bins // 2 - math.floor(bias * bins / 6)), bins - 1)
+    codes = [min(max(math.floor(each * bins / 6) + shift, 0), bins - 1) for each in x]
+    return codes, [(code + 0.5 - shift) * 6 / bins for code in codes], shift
 
 
 def group_error(values, weights):

@@ -20,6 +20,7 @@ VARIANTS = [
     ("threshold", {"threshold": 0.7, "value": -3.0}),
 ]
 ALL = [activations.get(name) for name in activations.names()] + [activations.get(name, **values) for name, values in VARIANTS]
+ALL.append(activations.IDENTITY)
 
 
 def torch_value_and_derivative(record, x):
@@ -77,6 +78,15 @@ def test_the_built_in_ones():
     assert set(activations.BUILT_IN) == set(wanted.split())
 
 
+def test_the_identity_is_known_and_no_activation():
+    assert activations.get("identity") is activations.IDENTITY
+    assert "identity" not in activations.names()
+    assert not hasattr(fewbit.functional, "identity")
+    assert set(activations.SHIPPED) == {*activations.BUILT_IN, "identity"}
+    x = np.arange(3.0)
+    assert not np.shares_memory(activations.IDENTITY.f(x), x)
+
+
 @pytest.mark.parametrize("record", ALL, ids=str)
 def test_in_place_form_equals_the_other(record):
     x = torch.randn(50)
@@ -91,6 +101,7 @@ def test_in_place_form_equals_the_other(record):
     [
         ("geluu", {}, "unknown activation 'geluu'; did you mean 'gelu'"),
         ("SiLU", {}, "did you mean 'silu'"),
+        ("identty", {}, "did you mean 'identity'"),
         ("zzz", {}, r"fewbit.register\(\) adds your own"),
         ("gelu", {"alpha": 1.0}, "gelu has no parameter 'alpha'; its parameters: none"),
         ("elu", {"beta": 1.0}, "elu has no parameter 'beta'; its parameters: alpha"),
@@ -142,6 +153,11 @@ class TestRegister:
     def test_taken_name(self):
         with pytest.raises(ActivationError, match="'gelu' exists; pass overwrite=True"):
             activations.register("gelu", torch.sin)
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_the_name_of_the_identity(self, overwrite):
+        with pytest.raises(ActivationError, match=r"'identity' stands for f\(x\) = x, .*; choose another name"):
+            activations.register("identity", torch.sin, overwrite=overwrite)
 
     def test_name_must_be_an_identifier(self):
         with pytest.raises(ActivationError, match="must be a Python identifier without leading underscore, got 'my act'"):

@@ -140,7 +140,7 @@ def test_a_function_of_ones_own(capsys, tmp_path, monkeypatch):
 
 
 def test_build_and_check(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(activations, "BUILT_IN", {"relu": activations.get("relu")})
+    monkeypatch.setattr(activations, "SHIPPED", {"relu": activations.get("relu")})
     assert run(capsys, "tables", "build", "--output", tmp_path)[0] == 0
     assert (tmp_path / "relu.json").read_text() == (store.tables_directory() / "relu.json").read_text()
     status, out, _ = run(capsys, "tables", "build", "--check", "--output", tmp_path)

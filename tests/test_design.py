@@ -1,6 +1,8 @@
 import numpy as np
 import oracles
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fewbit
 from fewbit import activations
@@ -124,10 +126,11 @@ def test_any_number_of_levels(levels, bits):
 
 
 @pytest.mark.parametrize("balance", [0.1, 1.0, 30.0])
-def test_joint_tables_against_brute_force(balance):
+@pytest.mark.parametrize("name", ["gelu", "tanh", "relu"])
+def test_joint_tables_against_brute_force(name, balance):
     """12 cells, 3 intervals: every pair of cut points tried."""
-    table = fewbit.design("gelu", levels=3, channels=("derivative", "value"), balance=balance, cells=12, domain=(-3, 3))
-    record, density = activations.get("gelu"), as_weight("student").density
+    table = fewbit.design(name, levels=3, channels=("derivative", "value"), balance=balance, cells=12, domain=(-3, 3))
+    record, density = activations.get(name), as_weight("normal").density
     x = np.linspace(-3, 3, 12 * 500 + 1)
     x = (x[1:] + x[:-1]) / 2
     values = np.stack([record.df(x), np.sqrt(balance) * record.f(x)])
@@ -153,9 +156,48 @@ def test_joint_table_trades_one_channel_for_the_other():
 
 
 def test_value_channel_alone():
-    table = fewbit.design("tanh", 3, channels="value", weight="normal")
+    table = fewbit.design("tanh", 3, channels="value")
     x = np.linspace(-3, 3, 101)
     assert np.abs(table(x) - np.tanh(x)).max() < 0.2
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_identity_tables_are_the_quantizers_of_lloyd_and_max(bits):
+    table = fewbit.design("identity", bits, channels="value")
+    thresholds, levels, error = oracles.lloyd_max(2**bits)
+    assert table.weight == "normal"
+    assert table.mse == pytest.approx(error, rel=1e-7)
+    np.testing.assert_allclose(table.thresholds, thresholds, atol=1e-6)
+    np.testing.assert_allclose(table.levels[0], levels, atol=1e-6)
+    assert table.relative_rms == pytest.approx(np.sqrt(error), rel=1e-6)
+
+
+@settings(max_examples=10)
+@given(mean=st.floats(-3, 3), std=st.floats(0.05, 4), bits=st.integers(1, 4))
+def test_quantizers_move_and_stretch_with_the_weight(mean, std, bits):
+    unit = fewbit.design("identity", bits, channels="value")
+    weight, domain = f"normal(mean={mean}, std={std})", (mean - 10 * std, mean + 10 * std)
+    table = fewbit.design("identity", bits, channels="value", weight=weight, domain=domain)
+    np.testing.assert_allclose(table.thresholds, mean + std * unit.thresholds, atol=1e-5 * std)
+    np.testing.assert_allclose(table.levels, mean + std * unit.levels, atol=1e-5 * std)
+    assert table.mse == pytest.approx(std**2 * unit.mse, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "weight"),
+    [("derivative", "student"), ("value", "normal"), (("derivative", "value"), "normal"), (("value", "derivative"), "normal")],
+    ids=str,
+)
+def test_weight_left_out(channels, weight):
+    for make in (fewbit.design, fewbit.load_table):
+        assert make("gelu", 2, channels=channels).weight == weight
+        assert make("gelu", 2, channels=channels, weight=None).weight == weight
+        assert make("gelu", 2, channels=channels, weight="uniform").weight == "uniform"
+
+
+def test_the_derivative_of_the_identity_needs_no_code():
+    table = fewbit.design("identity", 3)
+    assert (table.thresholds.tolist(), table.levels.tolist(), table.mse) == ([], [[1.0]], 0.0)
 
 
 class TestWeights:
@@ -229,6 +271,11 @@ class TestActivations:
         ({"bits": 2.0}, DesignError, r"got 2\.0"),
         ({"levels": 257}, DesignError, "levels must be an integer from 2 to 256, got 257"),
         ({"levels": 9, "bits": 3}, DesignError, "9 levels need 4 bits, got bits=3"),
+        (
+            {"levels": 9, "coding": "uniform"},
+            DesignError,
+            r"'uniform' has 2\*\*bits levels, got 9 with bits=4; leave levels out",
+        ),
         ({"coding": "levle"}, DesignError, "coding must be one of .*got 'levle'"),
         ({"channels": ("derivative", "value"), "coding": "level"}, DesignError, "use coding='interval' for several"),
         ({"channels": ("slope",)}, DesignError, "channels must be some of"),

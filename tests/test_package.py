@@ -142,4 +142,4 @@ print(len(list(store.tables_directory().glob("*.json"))), fewbit.load_table("gel
 
     zipfile.ZipFile(wheel).extractall(wheel.with_suffix(""))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert result.stdout == "23 3\n", result.stderr
+    assert result.stdout == "24 3\n", result.stderr

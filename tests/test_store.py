@@ -11,7 +11,7 @@ import torch
 
 import fewbit
 from fewbit import activations, store
-from fewbit.constants import CODINGS, WEIGHTS
+from fewbit.constants import SHIPPED_BITS, SHIPPED_CODINGS, WEIGHTS
 from fewbit.design.request import Request
 from fewbit.errors import ActivationError, DesignError, TableFileError
 from fewbit.weights import Weight
@@ -24,7 +24,7 @@ def cached_file(folder):
     return path
 
 
-@pytest.mark.parametrize("name", ["tanh", "relu6", "hardswish"])
+@pytest.mark.parametrize("name", ["tanh", "relu6", "hardswish", "identity"])
 def test_shipped_files_are_what_a_design_gives(name):
     assert store.shipped_text(name) == (store.tables_directory() / f"{name}.json").read_text()
 
@@ -36,15 +36,37 @@ def test_all_shipped_files_are_what_a_design_gives():
 
 def test_everything_promised_is_shipped(record, empty_cache):
     for weight in WEIGHTS:
-        for coding in CODINGS:
-            for bits in store.SHIPPED_BITS:
+        for coding in SHIPPED_CODINGS:
+            for bits in SHIPPED_BITS:
                 table = fewbit.load_table(record.name, bits, weight=weight, coding=coding)
                 assert (table.activation, table.bits, table.weight, table.coding) == (record.name, bits, weight, coding)
+    for bits in SHIPPED_BITS:
+        table = fewbit.load_table(record, bits, channels=("derivative", "value"))
+        assert (table.bits, table.weight, table.coding, table.balance) == (bits, "normal", "interval", 1.0)
+        assert table.channels == ("derivative", "value")
     assert not empty_cache.exists()
 
 
+def test_quantizers_are_shipped(empty_cache):
+    for bits in range(1, 9):
+        table = fewbit.load_table("identity", bits, channels="value")
+        assert (table.activation, table.bits, table.weight) == ("identity", bits, "normal")
+        assert table.levels.shape == (1, 2**bits)
+    assert not empty_cache.exists()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"bits": 5}, {"balance": 3.0}, {"weight": "student"}, {"coding": "uniform"}, {"channels": ("value", "derivative")}],
+)
+def test_joint_tables_that_are_not_shipped_are_designed_and_cached(other, empty_cache):
+    request = {"bits": 3, "channels": ("derivative", "value"), **other}
+    assert fewbit.load_table("gelu", **request) == fewbit.design("gelu", **request)
+    assert cached_file(empty_cache).name.startswith(f"gelu-{request['bits']}bit-")
+
+
 def test_build_writes_only_what_differs(tmp_path, monkeypatch):
-    monkeypatch.setattr(activations, "BUILT_IN", {name: activations.get(name) for name in ("relu", "threshold")})
+    monkeypatch.setattr(activations, "SHIPPED", {name: activations.get(name) for name in ("relu", "threshold")})
     assert list(store.build_tables(tmp_path / "new")) == [("relu", True), ("threshold", True)]
     (tmp_path / "new" / "relu.json").write_text("{}")
     assert list(store.build_tables(tmp_path / "new", check=True)) == [("relu", True), ("threshold", False)]
@@ -64,7 +86,15 @@ def test_designed_on_a_miss_and_found_again(empty_cache, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"alpha": 0.25}, {"bits": 3}, {"weight": "normal"}, {"coding": "interval"}, {"domain": (-3, 3)}, {"channels": "value"}],
+    [
+        {"alpha": 0.25},
+        {"bits": 3},
+        {"weight": "normal"},
+        {"coding": "interval"},
+        {"coding": "uniform"},
+        {"domain": (-3, 3)},
+        {"channels": "value"},
+    ],
 )
 def test_all_arguments_are_part_of_the_key(change, empty_cache):
     first, second = fewbit.load_table(**REQUEST), fewbit.load_table(**{**REQUEST, **change})

@@ -91,6 +91,13 @@ def test_histogram_holds_all_samples_and_their_density(rng):
     assert weight.density(np.array([low - 1, high + 1])).tolist() == [0.0, 0.0]
 
 
+def test_features_are_centres_and_scales(rng):
+    assert as_weight("normal(mean=-1, std=2)").feature == (-1.0, 2.0)
+    assert as_weight("student(mean=3, scale=0.5)").feature == (3.0, 0.5)
+    samples = rng.normal(-3.0, 0.25, 10_000)
+    assert as_weight(samples).feature == pytest.approx((samples.mean(), samples.std()), rel=1e-3)
+
+
 def test_an_outlier_leaves_the_resolution_around_zero(rng):
     weight = Histogram.of(np.append(rng.normal(size=10_000), 1e6))
     near_zero = np.abs(weight.bin_edges[:-1]) < 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fewbit.constants import DEFAULT_WEIGHT
-
 if TYPE_CHECKING:
     from fewbit.design.table import CodeTable
     from fewbit.record import Activation
@@ -16,9 +14,9 @@ def design(
     activation: str | Activation | Callable[..., Any],
     bits: int | None = None,
     *,
-    weight: Any = DEFAULT_WEIGHT,
+    weight: Any = None,
     coding: str | None = None,
-    channels: tuple[str, ...] = ("derivative",),
+    channels: str | tuple[str, ...] = ("derivative",),
     balance: float = 1.0,
     levels: int | None = None,
     domain: tuple[float, float] | None = None,
@@ -27,12 +25,16 @@ def design(
 ) -> CodeTable:
     """The code table of least error ∫ w (f' - q)² dx among all with the given bits.
 
-    activation  a registered name, a record, or a pointwise function on tensors
+    activation  a registered name, a record, a pointwise function on tensors, or "identity": f(x) = x, no activation, but
+                with channels="value" the optimal quantizer of x itself (Lloyd-Max)
     bits        of one code, 1 to 8; 3 if neither `bits` nor `levels` is given
     weight      density of the pre-activation: a text such as "student", "normal(std=2)", "uniform", a function of a float64
-                array, an array of samples, or a Weight
+                array, an array of samples, or a Weight; left out, "student" for the derivative alone and "normal" as soon
+                as the value is among the channels, since values want light tails
     coding      "level": each x takes the level nearest to f'(x), and intervals share levels; the default, never worse.
-                "interval": a level for each interval, as published; the default, and the only one, for several channels
+                "interval": a level for each interval, as published; the default for several channels.
+                "uniform": equal bins over centre ± 3 scales of the weight with an edge at zero, so that the sign survives
+                (Chakrabarti & Moseley, NeurIPS 2019), each with f' or f of its middle as level; nothing is optimised
     channels    what backward will read: "derivative" (f'), "value" (f), or both from one code (a joint table)
     balance     factor with which the squared error of "value" counts against that of "derivative"
     levels      number of levels, 2 to 256, where it is not 2**bits
@@ -43,8 +45,9 @@ def design(
 
     The table is the global optimum on the grid (Novikov et al., ICML 2023, section 3, for "interval"; weighted k-means of
     the values f'(x), solved exactly, for "level"), then moved to the stationary point next to it. Where f' jumps and the
-    jump parts two levels, a threshold sits exactly on it, on the side that torch's backward takes. Thresholds
-    and levels are rounded to 9 significant digits unless the fit is exact.
+    jump parts two levels, a threshold sits exactly on it, on the side that torch's backward takes. Where the optimum for
+    values is antisymmetric, thresholds and levels are so to the last digit. Thresholds and levels are rounded to 9
+    significant digits unless the fit is exact.
 
     Raises DesignError or ActivationError, which say what was wrong and what would be right.
 

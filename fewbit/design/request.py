@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fewbit import activations
-from fewbit.constants import CHANNELS, CODINGS, DEFAULT_BITS, DEFAULT_WEIGHT, MAX_BITS
+from fewbit.constants import CHANNELS, CODINGS, DEFAULT_BITS, DEFAULT_WEIGHT, MAX_BITS, VALUE_WEIGHT
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError
 from fewbit.record import Activation
@@ -36,7 +36,7 @@ class Request:
         activation: str | Activation | Callable[..., Any],
         bits: int | None = None,
         *,
-        weight: Any = DEFAULT_WEIGHT,
+        weight: Any = None,
         coding: str | None = None,
         channels: Any = ("derivative",),
         balance: float = 1.0,
@@ -49,7 +49,9 @@ class Request:
         record = activations.get(activation, **parameters)
         bits, levels = _bits_and_levels(bits, levels)
         channels, coding = _channels_and_coding(channels, coding)
-        density = as_weight(weight)
+        if coding == "uniform" and levels != 2**bits:
+            raise DesignError(f"coding 'uniform' has 2**bits levels, got {levels} with bits={bits}; leave levels out")
+        density = as_weight(_default_weight(channels) if weight is None else weight)
         domain = _domain(density.domain if domain is None else domain)
         return cls(record, bits, levels, density, coding, channels, _balance(balance), domain, _cells(cells))
 
@@ -108,6 +110,11 @@ def _channels_and_coding(channels: Any, coding: str | None) -> tuple[tuple[str, 
     if coding == "level" and len(channels) > 1:
         raise DesignError("coding 'level' orders x by one function and so takes one channel; use coding='interval' for several")
     return channels, coding
+
+
+def _default_weight(channels: tuple[str, ...]) -> str:
+    """Measured: derivatives tolerate heavy tails and so serve many input scales, values want light ones."""
+    return VALUE_WEIGHT if "value" in channels else DEFAULT_WEIGHT
 
 
 def _balance(balance: Any) -> float:
