@@ -20,6 +20,7 @@ from fewbit.store import load_table
 RatioPanels = dict[str, dict[str, list[tuple[int, float, float, float]]]]
 
 _EXACT, _CODED = "0.15", "tab:red"  # in grey print they differ by width: 2.2 and 1.2 points
+_SYMBOLS = {"derivative": "f'", "value": "f"}
 _ERROR_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5)
 _COARSE_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _FINE_TICKS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 4)
@@ -33,21 +34,30 @@ _STYLE: dict[Any, Any] = {
 
 
 def plot_tables(record: Activation, tables: Sequence[CodeTable]) -> Figure:
-    """f' with the steps of each table, and the error below, the tables side by side."""
+    """For each channel the exact function with the steps of each table, and the error below, the tables side by side."""
+    channels = tables[0].channels
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(1.2 + 3.1 * len(tables), 5.6), layout="constrained")
-        axes = figure.subplots(2, len(tables), sharex=True, sharey="row", squeeze=False, height_ratios=(2, 1))
+        figure = Figure(figsize=(1.2 + 3.1 * len(tables), 0.9 + 4.7 * len(channels)), layout="constrained")
+        ratios = (2, 1) * len(channels)
+        axes = figure.subplots(2 * len(channels), len(tables), sharex=True, sharey="row", squeeze=False, height_ratios=ratios)
         span = _span(tables)
-        for (top, bottom), table in zip(axes.T, tables, strict=True):
-            _draw_steps(top, record, table, span)
-            _draw_error(bottom, record, table, span)
+        for column, table in zip(axes.T, tables, strict=True):
             sizes = f"{plural(table.levels.shape[1], 'level')}, {plural(table.codes.size, 'interval')}"
-            top.set_title(f"{plural(table.bits, 'bit')}: {sizes}\nrelative rms error {table.relative_rms:.3g}")
-        axes[0, 0].set_ylabel("derivative")
-        axes[1, 0].set_ylabel("coded − exact")
+            for top, bottom, channel, error in zip(
+                column[::2], column[1::2], channels, np.atleast_1d(table.relative_rms), strict=True
+            ):
+                _draw_steps(top, record, table, span, channel)
+                _draw_error(bottom, record, table, span, channel)
+                top.set_title(f"relative rms error {error:.3g}")
+            column[0].set_title(f"{plural(table.bits, 'bit')}: {sizes}\n{column[0].get_title()}")
+            column[-1].set_xlabel("pre-activation x")
+        for row, channel in enumerate(channels):
+            axes[2 * row, 0].set_ylabel(channel)
+            axes[2 * row + 1, 0].set_ylabel("coded − exact")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         between = "\n" if len(tables) == 1 else ", "
-        figure.suptitle(f"{record}: f' and its {tables[0].coding} codes{between}weight {tables[0].weight}")
+        functions = " and ".join(_SYMBOLS[channel] for channel in channels) + (" and its" if len(channels) == 1 else ": their")
+        figure.suptitle(f"{record}: {functions} {tables[0].coding} codes{between}weight {tables[0].weight}")
     return figure
 
 
@@ -185,18 +195,27 @@ def _label_ratio_ticks(axis: Axes, panels: RatioPanels) -> None:
     axis.minorticks_off()
 
 
-def _draw_steps(axis: Axes, record: Activation, table: CodeTable, span: tuple[float, float]) -> None:
+def _draw_steps(
+    axis: Axes, record: Activation, table: CodeTable, span: tuple[float, float], channel: str = "derivative"
+) -> None:
     x = _dense(table, span)
-    axis.plot(x, _broken(record, x), color=_EXACT, linewidth=2.2, alpha=0.55, label="exact f'")
-    axis.plot(x, table(x), color=_CODED, linewidth=1.2, label="coded")
+    axis.plot(x, _broken(record, x, channel), color=_EXACT, linewidth=2.2, alpha=0.55, label="exact")
+    axis.plot(x, _coded(table, x, channel), color=_CODED, linewidth=1.2, label="coded")
     axis.set_xlim(span)
 
 
-def _draw_error(axis: Axes, record: Activation, table: CodeTable, span: tuple[float, float]) -> None:
+def _draw_error(axis: Axes, record: Activation, table: CodeTable, span: tuple[float, float], channel: str) -> None:
     x = _dense(table, span)
     axis.axhline(0.0, color="0.8", linewidth=0.8)
-    axis.plot(x, table(x) - record.df(x), color=_CODED, linewidth=1.0)
-    axis.set_xlabel("pre-activation x")
+    axis.plot(x, _coded(table, x, channel) - _exact(record, x, channel), color=_CODED, linewidth=1.0)
+
+
+def _exact(record: Activation, x: np.ndarray, channel: str) -> np.ndarray:
+    return record.df(x) if channel == "derivative" else record.f(x)
+
+
+def _coded(table: CodeTable, x: np.ndarray, channel: str) -> np.ndarray:
+    return table.levels[table.channels.index(channel), table.encode(x)]
 
 
 def _dense(table: CodeTable, span: tuple[float, float]) -> np.ndarray:
@@ -204,11 +223,9 @@ def _dense(table: CodeTable, span: tuple[float, float]) -> np.ndarray:
     return np.unique(np.concatenate([np.linspace(*span, 2001), table.thresholds, table.thresholds + 1e-9]))
 
 
-def _broken(record: Activation, x: np.ndarray) -> np.ndarray:
-    """f'(x) with a gap at each jump."""
-    y = record.df(x)
-    y[np.isin(x, record.derivative_shape.jumps)] = np.nan
-    return y
+def _broken(record: Activation, x: np.ndarray, channel: str) -> np.ndarray:
+    """f' or f at x, with a gap at each jump of f'."""
+    return np.where(np.isin(x, record.derivative_shape.jumps), np.nan, _exact(record, x, channel))
 
 
 def _span(tables: Sequence[CodeTable]) -> tuple[float, float]:

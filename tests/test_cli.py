@@ -34,6 +34,24 @@ def no_window(monkeypatch):
         (["table", "gelu"], ["gelu: 3 bits, weight student, level coding", "-2.477302", "1.097579", "relative rms 0.06407"]),
         (["table", "elu", "--param", "alpha=0.5", "--bits", 1], ["elu alpha=0.5: 1 bit", "0.000000"]),
         (["table", "tanh", "--coding", "interval", "--weight", "normal(std=2)"], ["weight normal(std=2), interval coding"]),
+        (["table", "gelu", "--coding", "uniform", "--bits", 2], ["weight student, uniform coding", "-1.500000", "0.000774"]),
+        (
+            ["table", "gelu", "--channels", "derivative", "value"],
+            [
+                "gelu: 3 bits, derivative and value, balance 1, weight normal, interval coding",
+                "derivative      value",
+                "derivative: mse 0.00468674",
+                "value: mse 0.00941103, relative rms 0.148768 on [-10, 10]",
+            ],
+        ),
+        (
+            ["table", "identity", "--channels", "value", "--bits", 4],
+            ["4 bits, value, weight normal", "-0.128395", "\nmse 0.0095"],
+        ),
+        (
+            ["table", "silu", "--channels", "value", "--channels", "derivative", "--balance", 3],
+            ["value and derivative, balance 3"],
+        ),
         (["table", "silu", "--domain", -4, 5], ["on [-4, 5]"]),
         (["table", "torch:sin", "--bits", 1], ["sin: 1 bit"]),
         (["tables", "--help"], ["build"]),
@@ -54,6 +72,11 @@ def test_prints(capsys, argv, parts):
         (["table", "gelu", "--bits", 9], 2, "bits must be an integer from 1 to 8, got 9"),
         (["table", "gelu", "--bits", "x"], 2, "--bits"),
         (["table", "gelu", "--coding", "levle"], 2, "coding must be one of"),
+        (["table", "gelu", "--channels", "slope"], 2, "channels must be some of ('derivative', 'value'), each once"),
+        (["table", "gelu", "--channels", "value", "value"], 2, "each once; got ('value', 'value')"),
+        (["table", "gelu", "--channels", "derivative", "value", "--coding", "level"], 2, "use coding='interval' for several"),
+        (["table", "gelu", "--channels", "derivative", "value", "--balance", 0], 2, "balance must be a positive number"),
+        (["plot", "--gallery", "--channels", "value"], 2, "neither of them other options of the table"),
         (["table", "gelu", "--weight", "gauss"], 2, "weight must be one of student, normal, uniform"),
         (["table", "gelu", "--domain", 3, 1], 2, "domain must be two finite numbers"),
         (["table", "gelu", "--param", "alpha"], 2, "--param takes NAME=NUMBER, such as alpha=0.5; got 'alpha'"),
@@ -161,6 +184,8 @@ def test_build_and_check(capsys, tmp_path, monkeypatch):
         (["--gallery"], "fewbit-gallery.png"),
         (["--errors"], "fewbit-errors.png"),
         (["gelu", "--bits", "1", "3", "-o", "own.svg"], "own.svg"),
+        (["gelu", "--channels", "derivative", "value", "--bits", "2"], "fewbit-gelu.png"),
+        (["identity", "--channels", "value", "--coding", "uniform", "--bits", "3"], "fewbit-identity.png"),
     ],
 )
 def test_plots_name_the_file_they_wrote(capsys, argv, name, tmp_path, monkeypatch):
@@ -178,12 +203,21 @@ def test_plots_name_the_file_they_wrote(capsys, argv, name, tmp_path, monkeypatc
         (["plot", "--bits", "1", "--bits", "2", "-o", "7"], ["plot", "--bits", "1", "--bits", "2", "-o", "7"]),
         (["table", "gelu", "--bits", "3", "--domain", "-5", "5"], ["table", "gelu", "--bits", "3", "--domain", "-5", "5"]),
         (["bench", "--bits", "3", "1", "gelu"], ["bench", "--bits", "3", "--bits", "1", "gelu"]),
+        (["plot", "--channels", "value", "gelu"], ["plot", "--channels", "value", "gelu"]),
+        (
+            ["plot", "gelu", "--channels", "derivative", "value", "--bits", "1", "2"],
+            ["plot", "gelu", "--channels", "derivative", "--channels", "value", "--bits", "1", "--bits", "2"],
+        ),
+        (
+            ["table", "--channels", "derivative", "value", "gelu"],
+            ["table", "--channels", "derivative", "--channels", "value", "gelu"],
+        ),
         (["demo", "--bits", "3", "1", "--steps", "5"], ["demo", "--bits", "3", "--bits", "1", "--steps", "5"]),
     ],
     ids=str,
 )
-def test_bits_with_several_values(given, spread):
-    assert cli._spread_bits(given) == spread
+def test_options_with_several_values(given, spread):
+    assert cli._spread(given) == spread
 
 
 def test_a_backend_without_windows_gets_a_file(capsys, tmp_path, monkeypatch):

@@ -51,6 +51,33 @@ def test_tables(name, bits):
     assert figure.axes[-1].get_xlabel() == "pre-activation x"
 
 
+@pytest.mark.parametrize(
+    ("name", "channels", "coding"),
+    [
+        ("gelu", ("derivative", "value"), None),
+        ("hardshrink", ("value", "derivative"), "uniform"),
+        ("identity", ("value",), None),
+    ],
+)
+def test_tables_of_values_have_a_panel_for_each_channel(name, channels, coding):
+    record = activations.get(name)
+    tables = [fewbit.load_table(name, bits, channels=channels, coding=coding) for bits in (1, 3)]
+    figure = plots.plot_tables(record, tables)
+    check(figure)
+    axes = np.reshape(figure.axes, (2 * len(channels), 2))
+    for i, channel in enumerate(channels):
+        assert axes[2 * i, 0].get_ylabel() == channel
+        for top, bottom, table in zip(axes[2 * i], axes[2 * i + 1], tables, strict=True):
+            exact, coded = top.get_lines()
+            x = coded.get_xdata()
+            expected = record.df(x) if channel == "derivative" else record.f(x)
+            np.testing.assert_array_equal(coded.get_ydata(), np.reshape(table(x), (-1, x.size))[i])
+            np.testing.assert_array_equal(bottom.get_lines()[1].get_ydata(), coded.get_ydata() - expected)
+            inner = np.isfinite(exact.get_ydata())
+            np.testing.assert_array_equal(exact.get_ydata()[inner], expected[inner])
+            assert f"relative rms error {np.atleast_1d(table.relative_rms)[i]:.3g}" in top.get_title()
+
+
 def test_gallery_shows_every_activation():
     figure = plots.plot_gallery(3)
     check(figure)

@@ -1,0 +1,97 @@
+"""The `fewbit` command: thin, typed commands over the library. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fewbit.cli import pictures, tables, training
+from fewbit.constants import CHANNELS
+from fewbit.errors import ActivationError, DesignError, FewbitError
+
+app = typer.Typer(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tables_app = typer.Typer(help="The shipped tables.", no_args_is_help=True)
+app.add_typer(tables_app, name="tables")
+app.command("list")(tables.list_activations)
+app.command()(tables.table)
+tables_app.command("build")(tables.build)
+app.command()(pictures.plot)
+app.command()(training.demo)
+app.command()(training.bench)
+
+# the base of all usage errors, which typer exports under no name of its own in some versions
+_CommandError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+# options with several values, unknown to typer: the commands that take them, and what is such a value
+_SPREAD = {
+    "--bits": (("plot", "demo", "bench"), lambda text: text.lstrip("-").isdigit()),
+    "--channels": (("table", "plot"), CHANNELS.__contains__),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status: 0, 1 for a failure, 2 for wrong usage. Errors take one line on stderr."""
+    arguments = _spread(sys.argv[1:] if argv is None else argv)
+    try:
+        return app(args=arguments or ["--help"], prog_name="fewbit", standalone_mode=False) or 0
+    except _CommandError as error:
+        return _complain(error.format_message(), error.exit_code)
+    except (ActivationError, DesignError) as error:  # a wrong name or a value out of range on the command line
+        return _complain(str(error), 2)
+    except FewbitError as error:
+        return _complain(str(error), 1)
+    except BrokenPipeError:  # the reader of our output has gone: `fewbit list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _complain(f"{error.filename or 'file'}: {error.strerror or error}", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", 130)
+
+
+def _complain(message: str, status: int) -> int:
+    if message:  # there is none where typer has printed the help of a group without a command
+        print("fewbit: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _spread(arguments: list[str]) -> list[str]:
+    """`plot gelu --bits 1 2 3` -> `plot gelu --bits 1 --bits 2 --bits 3`, and so for each option with several values."""
+    options = {
+        option: is_value for option, (commands, is_value) in _SPREAD.items() if arguments[:1] and arguments[0] in commands
+    }
+    spread: list[str] = []
+    option = None  # the one whose values are being read
+    for argument in arguments:
+        if option and options[option](argument):
+            if spread[-1] != option:
+                spread.append(option)
+        else:
+            option = argument if argument in options else None
+        spread.append(argument)
+    return spread
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fewbit import __version__
+
+        print(f"fewbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Optimal few-bit codes for the backward pass of activations."""

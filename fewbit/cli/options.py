@@ -1,0 +1,135 @@
+"""What several commands share: options, and the checks and look-ups behind them."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fewbit.errors import ActivationError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fewbit.design.table import CodeTable
+    from fewbit.record import Activation
+
+Bits = Annotated[int, typer.Option(help="Bits of one code, 1 to 8.")]
+Weight = Annotated[
+    str | None,
+    typer.Option(
+        help="student (the default for the derivative alone), normal (the default with values), uniform, or with arguments: "
+        "'normal(mean=0, std=2)'."
+    ),
+]
+Coding = Annotated[
+    str | None,
+    typer.Option(
+        help="level (intervals share levels; the default for one channel), interval (one level each; for several), or uniform "
+        "(equal bins, not optimised)."
+    ),
+]
+Domain = Annotated[tuple[float, float] | None, typer.Option(help="Low and high end of x.", metavar="LOW HIGH")]
+Parameters = Annotated[list[str] | None, typer.Option("--param", help="A parameter, such as alpha=0.5; may be repeated.")]
+Samples = Annotated[Path | None, typer.Option(help="A .npy file of pre-activations to use as weight.")]
+Channels = Annotated[
+    list[str] | None,
+    typer.Option(help="What backward reads: derivative, the default, or value, or both: --channels derivative value."),
+]
+Balance = Annotated[float, typer.Option(help="How much an error of the value counts against one of the derivative.")]
+Name = Annotated[str, typer.Argument(help="An activation of `fewbit list`, identity, or package.module:function on tensors.")]
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """The options by which `table` and `plot` name a table of an activation, as they were given, or their defaults."""
+
+    weight: str | None = None
+    coding: str | None = None
+    channels: Sequence[str] = ()
+    balance: float = 1.0
+    domain: tuple[float, float] | None = None
+    parameters: Sequence[str] = ()
+    samples: Path | None = None
+
+    def find(self, record: Activation, bits: int) -> CodeTable:
+        """The table of the activation with these options: shipped, from the cache or designed."""
+        from fewbit.store import load_table
+
+        return load_table(
+            record.with_parameters(**_parse_parameters(self.parameters)),
+            bits,
+            weight=self.weight if self.samples is None else _read_samples(self.samples),
+            coding=self.coding,
+            channels=tuple(self.channels) or ("derivative",),
+            balance=self.balance,
+            domain=self.domain,
+        )
+
+
+def find_activation(name: str) -> Activation:
+    """The record of a registered name or of `package.module:function`, imported with the working folder on the path."""
+    from fewbit import activations
+    from fewbit.record import from_callable
+
+    if ":" not in name:
+        return activations.get(name)
+    home, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(home), attribute)
+    except Exception as error:  # whatever the module does on import
+        raise ActivationError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(function):
+        raise ActivationError(f"{name} is no function on tensors, but a {type(function).__name__}")
+    return from_callable(function)  # type: ignore[arg-type]
+
+
+def check_picture(path: Path, option: str = "--output") -> None:
+    """Raise before any work is done if no picture can be written to `path`."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise typer.BadParameter(f"{option} {path} must end in one of {', '.join(sorted(known))}")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Raise before any work is done if `path` has no folder to be written in."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
+
+
+def _read_samples(path: Path) -> np.ndarray:
+    import numpy as np
+
+    try:
+        with path.open("rb") as file:
+            samples = np.load(file)
+        if not isinstance(samples, np.ndarray):
+            raise ValueError("it holds several arrays")
+        return samples
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise typer.BadParameter(f"--samples {path} is no .npy file of numbers, as numpy.save writes it") from error
+
+
+def _parse_parameters(texts: Sequence[str]) -> dict[str, float]:
+    values = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            values[name.strip()] = float(number)
+        except ValueError as error:
+            raise typer.BadParameter(f"--param takes NAME=NUMBER, such as alpha=0.5; got {text!r}") from error
+    return values

@@ -1,0 +1,92 @@
+"""Commands that draw: `fewbit plot`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fewbit.cli.options import (
+    Balance,
+    Channels,
+    Coding,
+    Domain,
+    Parameters,
+    Samples,
+    TableOptions,
+    Weight,
+    check_picture,
+    find_activation,
+)
+from fewbit.constants import DEFAULT_BITS, SHIPPED_BITS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot(
+    name: Annotated[str | None, typer.Argument(help="An activation, or package.module:function.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="One or more: --bits 1 2 3 4.")] = None,
+    weight: Weight = None,
+    coding: Coding = None,
+    channels: Channels = None,
+    balance: Balance = 1.0,
+    domain: Domain = None,
+    param: Parameters = None,
+    samples: Samples = None,
+    gallery: Annotated[bool, typer.Option("--gallery", help="All activations, at one number of bits.")] = False,
+    errors: Annotated[
+        bool, typer.Option("--errors", help="Error against bits, all activations, both optimal codings.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Picture to write: .png, .svg, .pdf.")] = None,
+) -> None:
+    """Draw f' (or f, or both) with the steps of its tables and the error, or an overview of all activations."""
+    if (name is not None) + gallery + errors != 1:
+        raise typer.BadParameter("give an activation's name, or --gallery, or --errors")
+    options = TableOptions(weight, coding, channels or (), balance, domain, param or (), samples)
+    if (gallery or errors) and (options != TableOptions() or (errors and bits) or len(bits or []) > 1):
+        raise typer.BadParameter("--gallery takes one --bits, --errors none, and neither of them other options of the table")
+    from fewbit import plots
+
+    if errors:
+        figure, stem = plots.plot_errors(), "errors"
+    elif gallery:
+        figure, stem = plots.plot_gallery((bits or [DEFAULT_BITS])[0]), "gallery"
+    else:
+        record = find_activation(str(name))
+        found = [options.find(record, b) for b in bits or SHIPPED_BITS]
+        bound = record.with_parameters(**found[0].parameters)
+        figure, stem = plots.plot_tables(bound, found), record.name
+    _show_or_save(figure, output, f"fewbit-{stem}.png")
+
+
+def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:
+    """Write the figure to `output`; without one, show it in a window, or where there is no display write it to `default`."""
+    if output is None and _has_display():
+        import matplotlib.pyplot as plt
+
+        width, height = figure.get_size_inches()
+        manager = plt.figure(figsize=(width, height)).canvas.manager
+        if manager is not None:
+            manager.canvas.figure = figure
+            figure.set_canvas(manager.canvas)
+            plt.show()
+            return
+    path = output or Path(default)
+    check_picture(path)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+def _has_display() -> bool:
+    """Whether matplotlib opens windows here: it looks for a display, and without one falls back to drawing into memory."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+    from matplotlib.backends.registry import BackendFilter, backend_registry
+
+    try:
+        plt.switch_backend(mpl.get_backend())
+    except (ImportError, ValueError):  # MPLBACKEND names one that is not there
+        return False
+    return mpl.get_backend().lower() in backend_registry.list_builtin(BackendFilter.INTERACTIVE)

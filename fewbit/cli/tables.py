@@ -1,0 +1,114 @@
+"""Commands that show and write tables: `fewbit list`, `fewbit table`, `fewbit tables build`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fewbit.cli.options import (
+    Balance,
+    Bits,
+    Channels,
+    Coding,
+    Domain,
+    Name,
+    Parameters,
+    Samples,
+    TableOptions,
+    Weight,
+    find_activation,
+)
+from fewbit.constants import DEFAULT_BITS, SHIPPED_BITS
+
+if TYPE_CHECKING:
+    from fewbit.design import CodeTable
+
+
+def list_activations() -> None:
+    """All activations, with the error of their shipped tables."""
+    from fewbit import activations, terminal
+    from fewbit.record import plural
+    from fewbit.store import load_table
+
+    view = terminal.table(("activation", "module", "parameters"), tuple(plural(bits, "bit") for bits in SHIPPED_BITS))
+    for record in map(activations.get, activations.names()):
+        arguments = {**record.options, **{name: f"{value:g}" for name, value in record.parameters.items()}}
+        shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        errors = [load_table(record, bits).relative_rms for bits in SHIPPED_BITS]
+        view.add_row(record.name, record.module, shown, *(f"{error:.4f}" if error else "exact" for error in errors))
+    terminal.console().print("Relative rms error of the derivative's codes, weight student, level coding\n", view, sep="\n")
+
+
+def table(
+    name: Name,
+    bits: Bits = DEFAULT_BITS,
+    weight: Weight = None,
+    coding: Coding = None,
+    channels: Channels = None,
+    balance: Balance = 1.0,
+    domain: Domain = None,
+    param: Parameters = None,
+    samples: Samples = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Show the optimal code table of an activation, and write it where --output says."""
+    options = TableOptions(weight, coding, channels or (), balance, domain, param or (), samples)
+    found = options.find(find_activation(name), bits)
+    if output:
+        found.save(output)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    _print_table(found)
+    if output:
+        print(f"wrote {output}")
+
+
+def build(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file would change.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; the shipped tables' own if left out.")] = None,
+) -> None:
+    """Design all shipped tables anew."""
+    from rich.progress import track
+
+    from fewbit import activations, terminal
+    from fewbit.errors import TableError
+    from fewbit.store import build_tables, tables_directory
+
+    directory = output or tables_directory()
+    steps = build_tables(directory, check=check)
+    progress = track(steps, "designing", total=len(activations.SHIPPED), console=terminal.console(stderr=True))
+    changed = [name for name, differs in progress if differs]
+    if check and changed:
+        raise TableError(
+            f"{len(changed)} files in {directory} differ from a new design: {', '.join(changed)}; run `fewbit tables build`"
+        )
+    state = "are as a new design makes them" if not changed else f"written; changed: {', '.join(changed)}"
+    print(f"{len(activations.SHIPPED)} files in {directory} {state}")
+
+
+def _print_table(found: CodeTable) -> None:
+    import numpy as np
+
+    from fewbit import terminal
+    from fewbit.record import label, plural
+
+    alone = found.channels == ("derivative",)
+    view = terminal.table((), ("x above", "up to", "code", *(("level",) if alone else found.channels)))
+    ends = ["-inf", *(f"{threshold:.6f}" for threshold in found.thresholds), "inf"]
+    for low, high, code in zip(ends[:-1], ends[1:], found.codes, strict=True):
+        view.add_row(low, high, str(code), *(f"{level:.6f}" for level in found.levels[:, code]))
+    holds = [] if alone else [" and ".join(found.channels)]
+    if len(found.channels) > 1:
+        holds.append(f"balance {found.balance:g}")
+    title = ", ".join([plural(found.bits, "bit"), *holds, f"weight {found.weight}", f"{found.coding} coding"])
+    console = terminal.console()
+    console.print(f"{label(found.activation or 'custom', found.parameters)}: {title}\n", view, "", sep="\n")
+    low, high = found.domain or (float("nan"),) * 2
+    for channel, mse, rms in zip(found.channels, np.atleast_1d(found.mse), np.atleast_1d(found.relative_rms), strict=True):
+        named = "" if len(found.channels) == 1 else f"{channel}: "
+        console.print(f"{named}mse {mse:.6g}, relative rms {rms:.6g} on [{low:g}, {high:g}]")
