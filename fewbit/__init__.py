@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fewbit import functional, nn
     from fewbit.activations import register
     from fewbit.design.table import CodeTable
+    from fewbit.models.convert import convert, revert
     from fewbit.store import load_table
 
 __version__ = "0.1.0"
@@ -21,13 +22,21 @@ __all__ = [
     "InputError",
     "TableError",
     "TableFileError",
+    "convert",
     "design",
     "functional",
     "load_table",
     "nn",
     "register",
+    "revert",
 ]
-_HOMES = {"CodeTable": "fewbit.design.table", "load_table": "fewbit.store", "register": "fewbit.activations"}
+_HOMES = {
+    "CodeTable": "fewbit.design.table",
+    "convert": "fewbit.models.convert",
+    "load_table": "fewbit.store",
+    "register": "fewbit.activations",
+    "revert": "fewbit.models.convert",
+}
 
 
 def __getattr__(name: str) -> Any:

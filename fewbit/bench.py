@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewbit import __version__, drop_in, kernels
+from fewbit import __version__, coders, drop_in, kernels
 from fewbit.design.table import check_bits
 from fewbit.errors import DesignError, FewbitError, InputError
 from fewbit.measuring import Key, Quantiles, Task, find_device, kept_bytes, quantiles, time_rounds, torch_threads
@@ -257,7 +257,7 @@ def _run_tasks(each: Run, x: Tensor, grad: Tensor) -> dict[Key, Task]:
 
 
 def _part_tasks(each: Run, case: Case, x: Tensor, grad: Tensor) -> dict[Key, Task]:
-    coder = drop_in.coder_for(case.record, each.bits, None, case.dtype, x.device)
+    coder = coders.derivative_coder(case.record, each.bits, None, case.dtype, x.device)
     packed = kernels.encode(x, coder)
     return {
         ("encode", each.label): Task(lambda: x, lambda x: kernels.encode(x, coder)),

@@ -2,6 +2,7 @@
 
 MAX_BITS = 8
 DEFAULT_BITS = 3
+DEFAULT_LAYER_BITS = 4  # of layers with weights
 DEFAULT_WEIGHT = "student"  # of tables that hold the derivative alone, which tolerate heavy tails
 VALUE_WEIGHT = "normal"  # of all others: values want light tails
 DEFAULT_DOMAIN = (-10.0, 10.0)

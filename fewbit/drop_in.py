@@ -7,40 +7,45 @@ from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
-from fewbit import activations
-from fewbit.autograd import traced
-from fewbit.autograd.activation import coded_activation
-from fewbit.constants import DEFAULT_BITS, SHIPPED_BITS
-from fewbit.design.table import CodeTable, check_bits
-from fewbit.errors import ActivationError, DesignError, InputError, TableError
+from fewbit import activations, coders
+from fewbit.autograd import handle, traced
+from fewbit.autograd.activation import activation_of_coded, coded_activation
+from fewbit.coders import JOINT
+from fewbit.constants import SHIPPED_BITS
+from fewbit.design.table import CodeTable
+from fewbit.errors import ActivationError, InputError
 from fewbit.kernels import Coder, Formula
-from fewbit.record import Activation, finite_number, label
+from fewbit.record import Activation, finite_number
 from fewbit.store import load_table
 
 Tensor = torch.Tensor
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_EXTRAS = frozenset(("bits", "table", "inplace"))  # what every drop-in takes besides torch's own arguments
+_EXTRAS = frozenset(("bits", "table", "shared", "inplace"))  # what every drop-in takes besides torch's own arguments
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def apply(
-    record: Activation, x: Tensor, bits: int | None = None, table: CodeTable | None = None, inplace: bool = False
+    record: Activation,
+    x: Tensor,
+    bits: int | None = None,
+    table: CodeTable | None = None,
+    shared: bool = False,
+    inplace: bool = False,
 ) -> Tensor:
     """The activation of a record on x: exact, with codes for backward where x needs a gradient.
 
     x        float16, bfloat16, float32 or float64; any shape, strides and device
-    bits     of one code, 1 to 8: the shipped table with weight "student" and level coding; 3 if no table is given
-    table    a table of your own, instead; it has a "derivative" channel alone
+    bits     of one code, 1 to 8: a shipped table; 3 if no table is given
+    table    a table of your own, instead, with the channel "derivative", or with "derivative" and "value", which is shared
+    shared   whether one code is to serve the coded layers that read the result, too
     inplace  overwrite x, which backward does not need
     Returns  a tensor of x's shape, and of x's dtype unless autocast says otherwise
 
     Raises InputError for other dtypes, DesignError for other bits, TableError for a table of another activation.
     """
-    _check_input(record.name, x)
+    check_input(record.name, x)
     check_arguments(record, bits, table)
     traced.check_no_tangent(x, record.name)
     if not (torch.is_grad_enabled() and (x.requires_grad or traced.wants_gradient(x))):
@@ -48,13 +53,28 @@ def apply(
     if x.layout != torch.strided or x.is_nested:
         kind = "a nested tensor" if x.is_nested else x.layout
         raise InputError(f"{record.name} can code a dense tensor, got {kind}; convert it first")
-    coder = coder_for(record, bits, table, x.dtype, x.device)
-    if not inplace:
-        return coded_activation(x, record.forward, coder, formula=_formula(record, x) if x.is_cuda else None)
-    _check_overwritable(record.name, x)
-    if x._is_view():  # torch lets no function with two outputs, as coded_activation has inside, overwrite a view
-        return x.copy_(coded_activation(x, record.forward, coder))
-    return coded_activation(x, record.forward, coder, record.forward_inplace)
+    forward_inplace = record.forward_inplace if inplace and not x._is_view() else None
+    if inplace:
+        _check_overwritable(record.name, x)
+    coder, value_coder = coders_for(record, bits, table, shared, x.dtype, x.device)
+    if value_coder is not None and (slopes := _slopes(record)) is not None:
+        recipe = handle.find(x)
+        if recipe is not None and recipe.keeps_sign:
+            y = activation_of_coded(x, recipe, record.forward, slopes, forward_inplace)
+            return x.copy_(y) if inplace and forward_inplace is None else y
+    formula = _formula(record, x) if x.is_cuda and not inplace else None
+    y = coded_activation(x, record.forward, coder, forward_inplace, formula, value_coder)
+    # torch lets no function with two outputs, as coded_activation has inside, overwrite a view
+    return x.copy_(y) if inplace and forward_inplace is None else y
+
+
+@lru_cache(maxsize=256)
+def _slopes(record: Activation) -> tuple[float, float] | None:
+    """f' below and above 0, for an f of two straight lines that meet there."""
+    if record.derivative_shape.jumps != (0.0,):
+        return None
+    table = load_table(record, 1)
+    return tuple(table.levels[0, table.codes].tolist()) if table.mse == 0 and table.thresholds.tolist() == [0] else None
 
 
 def _formula(record: Activation, x: Tensor) -> Formula | None:
@@ -75,10 +95,10 @@ def apply_compiled(record: Activation, x: Tensor, *args: Any, **kwargs: Any) -> 
     """
     from fewbit.autograd import compiled  # here, since it loads dynamo
 
-    _check_input(record.name, x)
+    check_input(record.name, x)
     numbers, named = [_number(value) for value in args], {name: _number(value) for name, value in kwargs.items()}
     found = compiled.constant(_constants, record, x.dtype, x.device, *numbers, **named)
-    y = compiled.activation(x, found.thresholds, found.codes, found.levels, found.bits, found.name)
+    y = compiled.activation(x, found.tensors, found.bits, found.name)
     return x.copy_(y) if found.inplace else y
 
 
@@ -96,31 +116,33 @@ def _constants(record: Activation, dtype: torch.dtype, device: torch.device, /, 
     from fewbit.autograd.compiled import Constants
 
     given = bind(_signature(record), record.name, None, *args, **kwargs)
-    bits, table = given.get("bits"), given.get("table")
+    bits, table, shared = given.get("bits"), given.get("table"), given.get("shared", False)
     record = bound_record(record, given)
     check_arguments(record, bits, table)
-    return Constants(coder_for(record, bits, table, dtype, device), record.forward, record.name, bool(given.get("inplace")))
+    coder, value_coder = coders_for(record, bits, table, shared, dtype, device)
+    slopes = _slopes(record) if value_coder is not None else None
+    return Constants(coder, value_coder, slopes, record.forward, record.name, bool(given.get("inplace")))
 
 
-def coder_for(record: Activation, bits: int | None, table: CodeTable | None, dtype: torch.dtype, device: torch.device) -> Coder:
-    """What the kernels take to code an input of this dtype on this device, with a table of your own or the shipped one."""
-    return _coder(table, device, dtype) if table else _own_coder(record, bits or DEFAULT_BITS, device, dtype)
+def coders_for(
+    record: Activation, bits: int | None, table: CodeTable | None, shared: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Coder, Coder | None]:
+    """The coders of the derivative and, where the code is shared, of the value."""
+    if shared or (table is not None and table.channels == JOINT):
+        derivative, value = coders.joint_coders(record, bits, table, dtype, device)
+        return derivative, value
+    return coders.derivative_coder(record, bits, table, dtype, device), None
 
 
 def check_arguments(record: Activation, bits: int | None, table: CodeTable | None) -> None:
-    """Raise DesignError for bad bits, TableError for a table that does not hold the derivative of this activation alone."""
-    if bits is not None:
-        check_bits(bits, DesignError)
-    if table is not None:
-        _check_table(record, bits, table)
+    """Raise DesignError for bad bits, TableError for a table that does not hold the derivative of this activation."""
+    joint = isinstance(table, CodeTable) and table.channels == JOINT
+    coders.check_arguments(record.name, bits, table, JOINT if joint else ("derivative",))
+    coders.check_table_of(record, table)
 
 
-@lru_cache(maxsize=256)
-def _own_coder(record: Activation, bits: int, device: torch.device, dtype: torch.dtype) -> Coder:
-    return _coder(load_table(record, bits), device, dtype)
-
-
-def _check_input(name: str, x: Any) -> None:
+def check_input(name: str, x: Any) -> None:
+    """Raise InputError for what cannot be coded: no tensor, or one of another dtype."""
     if not isinstance(x, Tensor):
         if isinstance(x, torch.fx.Proxy):
             raise InputError(
@@ -145,39 +167,6 @@ def _check_overwritable(name: str, x: Tensor) -> None:
             f"{name} cannot overwrite this view: it is one of several that a function such as chunk returned, or was made "
             "without gradients; pass inplace=False"
         )
-
-
-def _check_table(record: Activation, bits: int | None, table: CodeTable) -> None:
-    if not isinstance(table, CodeTable):
-        raise TableError(f"table must be a fewbit.CodeTable, got {type(table).__name__}; CodeTable.load(path) reads one")
-    if table.channels != ("derivative",):
-        raise TableError(f"{record.name} needs a table with the channel 'derivative' alone, got {table.channels}")
-    if bits is not None and bits != table.bits:
-        raise TableError(f"bits={bits} contradicts the table, which has {table.bits}; leave bits out")
-    if table.activation not in (None, record.name) or (table.activation and table.parameters != dict(record.parameters)):
-        raise TableError(
-            f"the table is for {label(table.activation, table.parameters)}, not for {record}; design one for it, or set the "
-            "table's activation to None with dataclasses.replace if that is what you mean"
-        )
-
-
-@lru_cache(maxsize=256)
-def _coder(table: CodeTable, device: torch.device, dtype: torch.dtype) -> Coder:
-    """The table as tensors, for inputs of a dtype.
-
-    Thresholds are rounded down to float32: for a float32 x, x <= t holds for both or neither. Whatever mode or transform is
-    active when they are first asked for, they outlast it: `torch.tensor` would make fake tensors, or wrap them for a transform.
-    """
-    thresholds, levels = table.thresholds.copy(), table.levels[0].copy()
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    if dtype == torch.float32:
-        single = thresholds.astype(np.float32)
-        thresholds = np.where(single > thresholds, np.nextafter(single, np.float32(-np.inf)), single)
-        levels = levels.astype(np.float32)
-    with torch.inference_mode(False), _disable_current_modes():
-        arrays = thresholds, table.codes.copy(), levels
-        thresholds, codes, levels = (torch.from_numpy(array).to(device) for array in arrays)
-        return Coder(thresholds, codes, levels, table.bits)
 
 
 @cache
@@ -215,11 +204,11 @@ def bind(signature: inspect.Signature, name: str, *args: Any, **kwargs: Any) -> 
 
 
 def arguments(record: Activation) -> dict[str, inspect.Parameter]:
-    """What a drop-in takes besides its input: torch's own arguments in torch's order, then `inplace`, `bits`, `table`."""
+    """What a drop-in takes besides its input: torch's arguments in torch's order, then `inplace`, `bits`, `table`, `shared`."""
     own = {**(record.options if _selects_variant(record) else {}), **record.parameters, "inplace": False}
     taken = {name: inspect.Parameter(name, _POSITIONAL, default=default) for name, default in own.items()}
-    for name in ("bits", "table"):
-        taken[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    for name, default in (("bits", None), ("table", None), ("shared", False)):
+        taken[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
     return taken
 
 
@@ -257,6 +246,7 @@ def describe(record: Activation, summary: str) -> str:
     inplace  overwrite the input; backward does not need it
     bits     of one code, 1 to 8; 3 if no table is given
     table    a CodeTable of your own, from `fewbit.design`
+    shared   one code for f' and f, which coded layers that read the output keep, too, and not the output
     Returns  (*), the exact activation, bit for bit torch's (within one unit in the last place where a GPU kernel computes it)
 
     Where the input needs a gradient, ceil(n * bits / 8) bytes plus at most 512 are kept for n elements, and no reference to

@@ -18,7 +18,7 @@ from scipy import special
 from test_kernels import DTYPES, SIZES, adversarial, codes_of, random_coder
 
 import fewbit
-from fewbit import activations, drop_in, kernels, packing
+from fewbit import activations, coders, drop_in, kernels, packing
 from fewbit.autograd.activation import coded_activation
 from fewbit.kernels import Coder, cuda, reference
 
@@ -67,7 +67,7 @@ def run_coder(rng, bits, dtype=torch.float32, step=1, even=False):
     return Coder(torch.from_numpy(thresholds).to(wide), torch.from_numpy(codes), levels, bits)
 
 
-def coders(rng, bits, dtype):
+def all_coders(rng, bits, dtype):
     """One table of each kind: searched by selections or in memory, even or not, falling, trivial."""
     return [
         run_coder(rng, bits, dtype),
@@ -100,7 +100,7 @@ def check(coder, n, dtype, rng):
 @pytest.mark.parametrize("bits", BITS)
 def test_bytes_and_gradients(bits, rng):
     for i, dtype in enumerate(DTYPES):
-        check(coders(rng, bits, dtype)[(bits + 2 * i) % 8], (1025, 9, 1024, 1)[(bits // 2 + i) % 4], dtype, rng)
+        check(all_coders(rng, bits, dtype)[(bits + 2 * i) % 8], (1025, 9, 1024, 1)[(bits // 2 + i) % 4], dtype, rng)
 
 
 @pytest.mark.parametrize("n", [*SIZES, 8 * 512, 8 * 512 + 1, 8 * 640 - 3])
@@ -115,7 +115,7 @@ def test_sizes(n, rng):
     ids=str,
 )
 def test_every_kind_of_table(bits, dtype, rng):
-    for coder in coders(rng, bits, dtype):
+    for coder in all_coders(rng, bits, dtype):
         for n in (9, 5000):
             check(coder, n, dtype, rng)
 
@@ -152,7 +152,7 @@ def test_a_drop_in_takes_the_closed_form(shape, monkeypatch):
     """As drop-ins call it on a GPU: value and codes from one program, through autograd, with tensors of any shape."""
     monkeypatch.setattr(kernels, "_backend", lambda tensor: cuda)
     record = activations.get("elu", alpha=0.5)
-    coder = drop_in.coder_for(record, 3, None, torch.float32, torch.device("cpu"))
+    coder = coders.derivative_coder(record, 3, None, torch.float32, torch.device("cpu"))
     x, grad = torch.randn(shape).requires_grad_(), torch.randn(shape)
     y = coded_activation(x, lambda x: pytest.fail("torch's operation"), coder, formula=(record.name, record.parameters))
     torch.testing.assert_close(y, record.forward(x), rtol=1e-6, atol=1e-6)
@@ -178,7 +178,7 @@ def test_who_serves_what():
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
 def test_shipped_tables(bits, record, rng):
-    coder = drop_in._coder(fewbit.load_table(record, bits), torch.device("cpu"), torch.float32)
+    coder = coders.channel_coders(fewbit.load_table(record, bits), torch.float32, torch.device("cpu"))[0]
     x = adversarial(coder, 1000, rng)
     assert torch.equal(cuda.encode(x, coder), reference.encode(x, coder))
 
@@ -219,7 +219,7 @@ def check_forward(record, dtype):
     if dtype == torch.bfloat16:
         x = x[(x == 0) | ~(x.abs() < info.smallest_normal)]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    coder = drop_in._coder(fewbit.load_table(record, 2), torch.device("cpu"), wide)
+    coder = coders.channel_coders(fewbit.load_table(record, 2), wide, torch.device("cpu"))[0]
     y, packed = cuda.forward(x, coder, record.name, record.parameters)
     assert y.dtype == dtype
     assert torch.equal(packed, reference.encode(x, coder))

@@ -12,7 +12,7 @@ import torch
 from test_kernels import DTYPES, SIZES, adversarial, random_coder
 
 import fewbit
-from fewbit import activations, drop_in, kernels
+from fewbit import activations, coders, kernels
 from fewbit.kernels import Coder, cuda, reference
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def test_without_triton_the_reference_serves(monkeypatch):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_shipped_tables_are_searched_in_registers(record, bits):
     for dtype in (torch.float32, torch.float64):
-        coder = drop_in._coder(fewbit.load_table(record, bits), torch.device("cpu"), dtype)
+        coder = coders.channel_coders(fewbit.load_table(record, bits), dtype, torch.device("cpu"))[0]
         search = cuda.Constants.of(coder).search
         assert search.depth == 0
         assert len(search.extras) <= 4
@@ -155,7 +155,7 @@ class TestOnADevice:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_forward_is_torchs_to_one_unit(self, record, dtype):
         x = torch.cat([torch.randn(1_000_001) * 4, torch.linspace(-100, 100, 5001)]).to(dtype).cuda()
-        coder = drop_in._coder(fewbit.load_table(record, 3), x.device, torch.promote_types(dtype, torch.float32))
+        coder = coders.channel_coders(fewbit.load_table(record, 3), torch.promote_types(dtype, torch.float32), x.device)[0]
         y, packed = cuda.forward(x, coder, record.name, record.parameters)
         assert torch.equal(packed, reference.encode(x, coder))
         expected = record.forward(x)

@@ -224,12 +224,12 @@ class TestArguments:
     @pytest.mark.parametrize("name", [name for name in activations.names() if name != "quick_gelu"])  # torch has none
     def test_signatures_are_torchs_plus_ours(self, name):
         own = list(inspect.signature(getattr(fewbit.functional, name)).parameters)
-        assert own[-3:] == ["inplace", "bits", "table"]
+        assert own[-4:] == ["inplace", "bits", "table", "shared"]
         try:
             torchs = list(inspect.signature(activations.get(name)._torch_call).parameters)
         except ValueError:
             pytest.skip("torch's function is a builtin, which shows no signature")
-        assert own[: len(torchs)] == torchs if "inplace" in torchs else own[:-3] == torchs
+        assert own[: len(torchs)] == torchs if "inplace" in torchs else own[:-4] == torchs
 
     @pytest.mark.parametrize(
         ("call", "error", "message"),
@@ -257,7 +257,7 @@ class TestArguments:
             ),
             (lambda f, x: f.gelu(x, table="gelu.json"), TableError, "must be a fewbit.CodeTable, got str"),
             (
-                lambda f, x: f.gelu(x, table=fewbit.design("gelu", 3, channels=("derivative", "value"))),
+                lambda f, x: f.gelu(x, table=fewbit.design("gelu", 3, channels="value")),
                 TableError,
                 "the channel 'derivative' alone",
             ),
@@ -289,7 +289,7 @@ def test_registered_activations_have_a_drop_in():
     assert torch.equal(y, x + (2 * x).sin() ** 2 / 2)
     (grad,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(grad, 1 + (4 * x).sin(), rtol=0, atol=0.05)
-    assert str(inspect.signature(fewbit.functional.snake)) == "(input, a=1.0, inplace=False, *, bits=None, table=None)"
+    assert str(inspect.signature(fewbit.functional.snake)) == "(input, a=1.0, inplace=False, *, bits=None, table=None, shared=False)"
 
 
 def test_thresholds_between_float32_values_part_float32_inputs_as_in_float64():

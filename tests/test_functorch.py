@@ -7,7 +7,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import fewbit
-from fewbit import drop_in
+from fewbit import coders
 from fewbit.autograd import traced
 from fewbit.errors import InputError
 from fewbit.functional import gelu, leaky_relu, silu
@@ -165,14 +165,14 @@ def test_plain_eager_code_takes_the_quick_way(monkeypatch):
 def test_both_ways_agree():
     x, weight = torch.randn(3, 1000), torch.randn(3, 1000)
     results = []
-    for function in (gelu, lambda x: traced.coded_activation(x, torch.nn.functional.gelu, CODER)):
+    for function in (gelu, lambda x: traced.coded_activation(x, torch.nn.functional.gelu, CODER)[0]):
         leaf = x.clone().requires_grad_()
         (function(leaf) * weight).sum().backward()
         results.append(leaf.grad)
     assert torch.equal(*results)
 
 
-CODER = drop_in._coder(fewbit.load_table("gelu", 3), torch.device("cpu"), torch.float32)
+CODER = coders.channel_coders(fewbit.load_table("gelu", 3), torch.float32, torch.device("cpu"))[0]
 
 
 class TestSecondDerivatives:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fewbit
-from fewbit import drop_in, kernels, packing
+from fewbit import coders, kernels, packing
 from fewbit.kernels import Coder, cpu, reference, system
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -157,10 +157,10 @@ def test_even_tables_compare_magnitudes():
     for name in ("tanh", "sigmoid", "softsign", "hardtanh", "hardshrink"):
         for dtype in (torch.float32, torch.float64):
             table = fewbit.load_table(name, 4)
-            coder = drop_in._coder(table, torch.device("cpu"), dtype)
+            coder = coders.channel_coders(table, dtype, torch.device("cpu"))[0]
             assert coder.is_even
             assert cpu._encoding(coder, dtype).arrays[0].size <= 16
-    assert not drop_in._coder(fewbit.load_table("gelu", 4), torch.device("cpu"), torch.float32).is_even
+    assert not coders.channel_coders(fewbit.load_table("gelu", 4), torch.float32, torch.device("cpu"))[0].is_even
 
 
 def test_who_serves_what():

@@ -131,7 +131,7 @@ def test_subclasses():
 
 def test_help_tells_what_users_ask():
     text = fewbit.GELU.__doc__ or ""
-    assert str(inspect.signature(fewbit.GELU)) == "(approximate='none', inplace=False, *, bits=None, table=None)"
+    assert str(inspect.signature(fewbit.GELU)) == "(approximate='none', inplace=False, *, bits=None, table=None, shared=False)"
     for part in (
         "(*), any shape",
         "load_table('gelu', bits)",

@@ -6,7 +6,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fewbit
-from fewbit import drop_in, packing
+from fewbit import coders, packing
 from fewbit.errors import InputError
 
 # torch's own: export asks each input that is no leaf for its .grad
@@ -17,7 +17,7 @@ class TestOperators:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
     @pytest.mark.parametrize("shape", [(0,), (1,), (1025,), (3, 7), (2, 3, 129)], ids=str)
     def test_opcheck(self, dtype, shape):
-        coder = drop_in._coder(fewbit.load_table("gelu", 3), torch.device("cpu"), dtype)
+        coder = coders.channel_coders(fewbit.load_table("gelu", 3), dtype, torch.device("cpu"))[0]
         tensors = coder.thresholds, coder.codes, coder.levels, coder.bits
         x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
         torch.library.opcheck(torch.ops.fewbit.encode, (x, *tensors))
@@ -35,7 +35,7 @@ class TestOperators:
             torch.ops.fewbit.decode(packed, torch.zeros(2000), thresholds, codes, levels, 1)
 
     def test_rows_are_packed_each_on_its_own(self):
-        coder = drop_in._coder(fewbit.load_table("silu", 2), torch.device("cpu"), torch.float32)
+        coder = coders.channel_coders(fewbit.load_table("silu", 2), torch.float32, torch.device("cpu"))[0]
         tensors = coder.thresholds, coder.codes, coder.levels, coder.bits
         x = torch.randn(3, 4, 50)
         packed = torch.ops.fewbit.encode(x, *tensors)

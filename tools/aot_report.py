@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fewbit import activations, packing
-from fewbit.drop_in import _coder
+from fewbit.coders import channel_coders
 from fewbit.kernels import cuda
 from fewbit.store import load_table
 
@@ -152,7 +152,7 @@ def _scalars(constants: dict[str, Any]) -> int:
 
 def _search(activation: str, dtype: str, bits: int) -> cuda.Search:
     wide = torch.float64 if dtype == "float64" else torch.float32
-    return cuda.Constants.of(_coder(load_table(activation, bits), torch.device("cpu"), wide)).search
+    return cuda.Constants.of(channel_coders(load_table(activation, bits), wide, torch.device("cpu"))[0]).search
 
 
 def _opcodes(sass: str) -> list[str]:

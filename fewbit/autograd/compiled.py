@@ -19,28 +19,54 @@ Imported while tracing, since it loads dynamo.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fewbit.autograd import traced
+from fewbit.autograd import handle, traced
+from fewbit.autograd.activation import activation_of_coded, coded_activation
 from fewbit.kernels import Coder
 
 Tensor = torch.Tensor
-_exact: dict[str, Callable[[Tensor], Tensor]] = {}
+_known: dict[str, Any] = {}
 _numbers = itertools.count()
 
 
 class Constants:
-    """What a graph needs of an activation: the coder, the name under which `activation` finds the exact operation, and
-    whether to overwrite the input. Flat, since dynamo follows attributes of such an object, but no functions in it."""
+    """What a graph needs of an activation: the tensors of its coder, and of the second one's levels, the name under which
+    `activation` finds the rest, and whether to overwrite the input. Dynamo follows the attributes of such an object, but no
+    functions in it."""
 
-    def __init__(self, coder: Coder, forward: Callable[[Tensor], Tensor], label: str, inplace: bool):
-        self.thresholds, self.codes, self.levels, self.bits = coder.thresholds, coder.codes, coder.levels, coder.bits
-        self.inplace = inplace
-        self.name = next((name for name, known in _exact.items() if known is forward), f"{label} #{next(_numbers)}")
-        _exact[self.name] = forward
+    def __init__(
+        self,
+        coder: Coder,
+        value_coder: Coder | None,
+        slopes: tuple[float, float] | None,
+        forward: Callable[[Tensor], Tensor],
+        label: str,
+        inplace: bool,
+    ):
+        self.tensors = [coder.thresholds, coder.codes, coder.levels]
+        if value_coder is not None:
+            self.tensors.append(value_coder.levels)
+        self.bits, self.inplace = coder.bits, inplace
+        self.name = _remember((forward, slopes), label)
+
+
+class LayerConstants:
+    """The same of a layer: three tensors a coder."""
+
+    def __init__(self, exact: Callable[..., Tensor], coded: Callable[..., Tensor], coders: Sequence[Coder], label: str):
+        self.tensors = [tensor for coder in coders for tensor in (coder.thresholds, coder.codes, coder.levels)]
+        self.bits, self.name = coders[0].bits, _remember((exact, coded), label)
+
+
+def _remember(thing: Any, label: str) -> str:
+    """A name for something that a graph cannot hold, the same for what is equal."""
+    name = next((name for name, known in _known.items() if known == thing), f"{label} #{next(_numbers)}")
+    _known[name] = thing
+    return name
 
 
 @torch.compiler.assume_constant_result
@@ -50,10 +76,26 @@ def constant(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 
 
 @torch.compiler.allow_in_graph
-def activation(x: Tensor, thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int, name: str) -> Tensor:
+def activation(x: Tensor, tensors: list[Tensor], bits: int, name: str) -> Tensor:
     """The exact operation of that name on x, coded where a gradient may be asked for; exported programs hold it alone, since
     an exported graph keeps no autograd Function."""
+    forward, slopes = _known[name]
     traced.check_no_tangent(x, name.partition(" ")[0])
     if torch.compiler.is_exporting() or not (torch.is_grad_enabled() and traced.wants_gradient(x)):
-        return _exact[name](x)
-    return traced.coded_activation(x, _exact[name], Coder(thresholds, codes, levels, bits))
+        return forward(x)
+    thresholds, codes, *levels = tensors
+    coder, *value_coder = (Coder(thresholds, codes, each, bits) for each in levels)
+    recipe = handle.find(x) if slopes and not traced.is_transformed() else None
+    if recipe is not None and recipe.keeps_sign:
+        return activation_of_coded(x, recipe, forward, slopes)
+    return coded_activation(x, forward, coder, value_coder=value_coder[0] if value_coder else None)
+
+
+@torch.compiler.allow_in_graph
+def layer(operands: list[Tensor | None], tensors: list[Tensor], bits: int, name: str) -> Tensor:
+    """The layer of that name on its operands."""
+    exact, coded = _known[name]
+    if not traced.wants_codes(operands):
+        return exact(*operands)
+    parts = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
+    return coded(*operands, *(Coder(thresholds, codes, levels, bits) for thresholds, codes, levels in parts))

@@ -6,12 +6,13 @@ its kernels would disappear from a trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from fewbit.autograd.layout import Layout
 from fewbit.errors import InputError
 from fewbit.kernels import Coder, ops
 
@@ -24,15 +25,33 @@ def is_watched(x: Tensor) -> bool:
     batch of the older vmap behind `is_grads_batched` and `jacobian(vectorize=True)`."""
     return (
         torch.compiler.is_compiling()
-        or _functorch.peek_interpreter_stack() is not None
+        or is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0
         or _functorch.is_legacy_batchedtensor(x)
     )
 
 
+def is_transformed() -> bool:
+    """Whether a functorch transform is active, under which tensors change their identity."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
 def wants_gradient(x: Tensor) -> bool:
     """Whether x needs a gradient at any level: under `grad(vmap(f))`, f sees a batch whose own `requires_grad` is False."""
     return any(level.requires_grad for level in _levels(x))
+
+
+def wants_codes(operands: Sequence[Tensor | None]) -> bool:
+    """Whether a layer of these operands is to keep codes: one of them needs a gradient, of the kind that codes can give."""
+    given = [each for each in operands if each is not None]
+    return (
+        torch.is_grad_enabled()
+        and any(each.requires_grad for each in given)
+        and not is_transformed()
+        and forward_ad._current_level < 0
+        and not torch.compiler.is_exporting()
+        and all(each.layout == torch.strided and not each.is_nested for each in given)
+    )
 
 
 def check_no_tangent(x: Tensor, name: str) -> None:
@@ -63,19 +82,29 @@ def _levels(x: Tensor) -> Iterator[Tensor]:
 
 
 def coded_activation(
-    x: Tensor, forward: Callable[[Tensor], Tensor], coder: Coder, forward_inplace: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """As `fewbit.autograd.activation.coded_activation`, differentiable by every reverse-mode transform."""
-    tensors = (_as_constant(tensor) for tensor in (coder.thresholds, coder.codes, coder.levels))
-    y, _ = _Activation.apply(x, x.reshape(-1)[:0].clone(), forward, *tensors, coder.bits)  # type: ignore[misc]
+    x: Tensor,
+    forward: Callable[[Tensor], Tensor],
+    coder: Coder,
+    forward_inplace: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `fewbit.autograd.activation.coded_activation`, differentiable by every reverse-mode transform; y and the codes."""
+    y, packed = _Activation.apply(x, x.reshape(-1)[:0].clone(), forward, *_constants(coder), coder.bits)  # type: ignore[misc]
     # functorch has no rule for a Function that overwrites its input; a compiler makes one kernel of the two operations
-    return y if forward_inplace is None else x.copy_(y)
+    return (y if forward_inplace is None else x.copy_(y)), packed
+
+
+def encode(x: Tensor, coder: Coder) -> Tensor:
+    """As `fewbit.kernels.encode` of (n,), as an operator."""
+    return torch.ops.fewbit.encode(x, *_constants(coder), coder.bits)
 
 
 def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
-    """As `fewbit.kernels.decode`, where a transform of backward alone looks on: vmap over `torch.autograd.grad`."""
-    tensors = (_as_constant(tensor) for tensor in (coder.thresholds, coder.codes, coder.levels))
-    return torch.ops.fewbit.decode(packed, grad, *tensors, coder.bits)
+    """As `fewbit.kernels.decode` of (n,), as an operator."""
+    return torch.ops.fewbit.decode(packed, grad, *_constants(coder), coder.bits)
+
+
+def _constants(coder: Coder) -> tuple[Tensor, ...]:
+    return tuple(_as_constant(tensor) for tensor in (coder.thresholds, coder.codes, coder.levels))
 
 
 def _as_constant(tensor: Tensor) -> Tensor:
@@ -88,7 +117,7 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     def forward(x, anchor, forward, thresholds, codes, levels, bits):
-        packed = torch.ops.fewbit.encode(x.permute(_memory_order(x)).reshape(-1), thresholds, codes, levels, bits)
+        packed = torch.ops.fewbit.encode(Layout.of(x).flatten(x), thresholds, codes, levels, bits)
         return forward(x), packed
 
     @staticmethod
@@ -98,7 +127,7 @@ class _Activation(torch.autograd.Function):
         ctx.mark_non_differentiable(packed)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(packed, anchor, *tensors)
-        ctx.order, ctx.dtype, ctx.bits = _memory_order(x), x.dtype, bits
+        ctx.layout, ctx.dtype, ctx.bits = Layout.of(x), x.dtype, bits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -106,10 +135,8 @@ class _Activation(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         packed, anchor, *tensors = ctx.saved_tensors
-        by_memory = grad.permute(ctx.order)
-        product = _Product.apply(by_memory.reshape(-1), anchor, packed, *tensors, ctx.bits)
-        grad_x = product.view(by_memory.shape).permute(inverse(ctx.order)).to(ctx.dtype)  # type: ignore[union-attr]
-        return grad_x, None, None, None, None, None, None
+        product = _Product.apply(ctx.layout.flatten(grad), anchor, packed, *tensors, ctx.bits)
+        return ctx.layout.unflatten(product).to(ctx.dtype), None, None, None, None, None, None
 
 
 class _Product(torch.autograd.Function):
@@ -128,27 +155,3 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         ops.refuse_second_derivative()
-
-
-def _memory_order(x: Tensor) -> list[int]:
-    """The dimensions from the outermost in memory to the innermost, so that a dense x is read without a copy.
-
-    Sorted by insertion, since dynamo cannot sort by symbolic strides, but compares them.
-    """
-    order: list[int] = []
-    if x.is_contiguous():  # also for shapes that depend on data, whose strides cannot be compared
-        return list(range(x.dim()))
-    for dim, stride in enumerate(x.stride()):
-        place = len(order)
-        while place and x.stride(order[place - 1]) < stride:
-            place -= 1
-        order.insert(place, dim)
-    return order
-
-
-def inverse(order: list[int]) -> list[int]:
-    """The permutation that undoes `order`."""
-    undone = [0] * len(order)
-    for position, dim in enumerate(order):
-        undone[dim] = position
-    return undone

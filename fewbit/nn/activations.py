@@ -1,7 +1,6 @@
-"""The module drop-ins: torch's classes and constructors, plus `bits`, `table` and `inplace`.
+"""The modules of activations: torch's classes and constructors, plus `bits`, `table`, `shared` and `inplace`.
 
-`fewbit.GELU(approximate="tanh", bits=3)` and its siblings: each a subclass of torch's own module, made from the registry when
-first asked for. They hold no parameters or buffers beyond torch's, so `state_dict` keys stay the same.
+Made from the registry when first asked for. They hold no parameters or buffers beyond torch's.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ class CodedActivation(torch.nn.Module):
 
     bits   of one code, or None for the table's, or else 3
     table  the CodeTable given, or None for the shipped one
+    shared  whether coded layers that read the output keep the same code
     """
 
     name: str  # of the activation in the registry
@@ -32,13 +32,14 @@ class CodedActivation(torch.nn.Module):
     _taken: tuple[str, ...]  # names of the constructor's arguments, which are attributes
     bits: int | None
     table: CodeTable | None
+    shared: bool
     inplace: bool
 
     def __init__(self, *args: Any, **kwargs: Any):
         signature = inspect.signature(type(self))
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
         given = {**defaults, **drop_in.bind(signature, type(self).__name__, *args, **kwargs)}
-        ours = ("inplace", "bits", "table")
+        ours = ("inplace", "bits", "table", "shared")
         super().__init__(**{name: value for name, value in given.items() if self._of_torch and name not in ours})
         for name, value in given.items():
             setattr(self, name, value)
@@ -46,13 +47,18 @@ class CodedActivation(torch.nn.Module):
 
     def record(self) -> Activation:
         """The activation's record at this module's parameters, which are torch's attributes (alpha, negative_slope, …)."""
-        return drop_in.bound_record(activations.get(self.name), vars(self))
+        return self.record_of(self)
+
+    @classmethod
+    def record_of(cls, module: torch.nn.Module) -> Activation:
+        """The same at the parameters of a module of torch's own class."""
+        return drop_in.bound_record(activations.get(cls.name), vars(module))
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             record = activations.get(self.name)
             return drop_in.apply_compiled(record, input, **{name: getattr(self, name) for name in self._taken})
-        return drop_in.apply(self.record(), input, self.bits, self.table, self.inplace)
+        return drop_in.apply(self.record(), input, self.bits, self.table, self.shared, self.inplace)
 
     def extra_repr(self) -> str:
         torchs = (
@@ -60,18 +66,20 @@ class CodedActivation(torch.nn.Module):
         )
         own = f"table={self.table!r}" if self.table is not None else f"bits={self.bits or DEFAULT_BITS}"
         inplace = "inplace=True" if self.inplace and "inplace" not in torchs else ""
-        return ", ".join(filter(None, (torchs, inplace, own)))
+        return ", ".join(filter(None, (torchs, inplace, own, "shared=True" if self.shared else "")))
 
 
-def __getattr__(name: str) -> type[CodedActivation]:
+def module(name: str) -> type[CodedActivation] | None:
+    """The class of that name: one for each activation in the registry."""
     for record in map(activations.get, activations.names()):
         if record.module == name:
             return _module_class(record)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return None
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *(activations.get(name).module for name in activations.names())])
+def names() -> list[str]:
+    """The names of all these classes."""
+    return [activations.get(name).module for name in activations.names()]
 
 
 @cache
@@ -81,7 +89,7 @@ def _module_class(record: Activation) -> type[CodedActivation]:
     taken = drop_in.arguments(record)
     described = f"torch.nn.{record.module}" if torch_class is not torch.nn.Module else f"The module of {record.torch_name}"
     contents = {
-        "__module__": __name__,
+        "__module__": "fewbit.nn",
         "__qualname__": record.module,
         "__doc__": drop_in.describe(record, f"{described}: exact forward, backward from codes of a few bits an element."),
         "__signature__": inspect.Signature(list(taken.values())),

@@ -1,0 +1,87 @@
+"""Gated units, f(gate) * up, that keep codes of gate and up, and not their product.
+
+Backward reads f(gate), f'(gate) and up: one joint code of gate carries two of them, a code of up the third; the product that
+the next layer reads is made anew from both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fewbit.autograd.codes import Quantizer, decode, encode, scaled, values
+from fewbit.autograd.handle import Recipe, attach
+from fewbit.autograd.layout import Layout
+from fewbit.autograd.once import once
+from fewbit.kernels import Coder
+
+Tensor = torch.Tensor
+
+
+def coded_gate(
+    gate: Tensor,
+    up: Tensor,
+    derivative: Coder,
+    value: Coder,
+    normal: Coder,
+    *,
+    exact: Callable[[Tensor, Tensor], Tensor],
+    stochastic: bool = False,
+) -> Tensor:
+    """exact(gate, up) = f(gate) * up, with codes of both for backward and for the coded layers that read the result.
+
+    gate, up           (*) floating-point, of one shape and dtype
+    derivative, value  one joint code of gate, with the levels of f' and of f
+    normal             of a standard normal number, for codes of up, which have scales by channel (the last dimension) and row
+    stochastic         as in `fewbit.autograd.codes.Quantizer`, for up
+    """
+    with torch.no_grad():
+        of_up = scaled(up, Quantizer(normal, stochastic), -1)
+    y, _, packed, layout = _CodedGate.apply(gate, up, of_up, (derivative, value), exact)  # type: ignore[misc]
+
+    def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return of_up.rebuild(kept[1:], dtype).mul_(values(kept[0], layout, dtype, value))
+
+    return attach(y, Recipe((packed, *of_up.kept), rebuild))
+
+
+class _CodedGate(torch.autograd.Function):
+    """Its second output is the anchor of `once`; then come the codes of gate and their layout."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        of_up: Recipe,
+        coders: tuple[Coder, Coder],
+        exact: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Layout]:
+        layout = Layout.of(gate)
+        packed, anchor = encode(layout.flatten(gate), coders[0]), gate.new_empty(0)
+        ctx.save_for_backward(anchor, packed, *of_up.kept)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(packed)
+        ctx.coded = coders, layout, of_up.rebuild
+        return exact(gate, up), anchor, packed, layout
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if grad is None:
+            return (None,) * 5
+        anchor, packed, *kept = ctx.saved_tensors
+        (derivative, value), layout, rebuild = ctx.coded
+        grad_gate, grad_up = None, None
+        if ctx.needs_input_grad[0]:
+            by_up = rebuild(kept, grad.dtype).mul_(grad)
+            grad_gate = once(_times(packed, by_up, derivative, layout), grad, anchor)
+        if ctx.needs_input_grad[1]:
+            grad_up = once(_times(packed, grad, value, layout), grad, anchor)
+        return grad_gate, grad_up, None, None, None
+
+
+def _times(packed: Tensor, grad: Tensor, coder: Coder, layout: Layout) -> Tensor:
+    return layout.unflatten(decode(packed, layout.flatten(grad), coder))

@@ -1,0 +1,24 @@
+"""The module drop-ins: torch's classes and constructors, plus `bits` and its kin.
+
+`fewbit.GELU(approximate="tanh", bits=3)` and its siblings, one for every activation in the registry; `fewbit.Linear`,
+convolutions, norms and gated units. Each is a subclass of torch's own module, where there is one, with the same parameters and
+buffers, so that `state_dict` keys stay the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fewbit.nn import activations as _activations
+from fewbit.nn import layers as _layers
+
+
+def __getattr__(name: str) -> Any:
+    module = _layers.CLASSES.get(name) or _activations.module(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return module
+
+
+def __dir__() -> list[str]:
+    return sorted([*_layers.CLASSES, *_activations.names()])
