@@ -289,7 +289,10 @@ def test_registered_activations_have_a_drop_in():
     assert torch.equal(y, x + (2 * x).sin() ** 2 / 2)
     (grad,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(grad, 1 + (4 * x).sin(), rtol=0, atol=0.05)
-    assert str(inspect.signature(fewbit.functional.snake)) == "(input, a=1.0, inplace=False, *, bits=None, table=None, shared=False)"
+    assert (
+        str(inspect.signature(fewbit.functional.snake))
+        == "(input, a=1.0, inplace=False, *, bits=None, table=None, shared=False)"
+    )
 
 
 def test_thresholds_between_float32_values_part_float32_inputs_as_in_float64():

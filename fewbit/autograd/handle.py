@@ -74,8 +74,8 @@ _VIEW_NODES = frozenset(f"{name}Backward{number}" for name in _VIEWS for number 
 def is_kept_exactly(tensor: Tensor) -> bool:
     """Whether the operation that made the tensor, or made what it is a view of, keeps this output for its own backward, as
     scaled_dot_product_attention, tanh and relu do. To keep the tensor exactly then costs nothing, and codes would."""
-    node = tensor.grad_fn
+    node, output = tensor.grad_fn, tensor.output_nr
     while node is not None and type(node).__name__ in _VIEW_NODES:
-        node = node.next_functions[0][0]
+        node, output = node.next_functions[0]
     # of the class: to ask the node itself would unpack the tensor
-    return any(hasattr(type(node), name) for name in ("_saved_result", "_saved_output"))
+    return output == 0 and any(hasattr(type(node), name) for name in ("_saved_result", "_saved_output"))
