@@ -6,7 +6,7 @@ their mean square 1, whatever x is. From the same codes the layers that read y m
 Where each channel has its own w and b, what is coded is x̂ + shift, with a shift that puts the x̂ at which y = 0 on the nearest
 threshold. A ReLU that reads y then finds in its codes the sign of y, exactly, as in Chakrabarti and Moseley (NeurIPS 2019), who
 shift uniform bins for that. The shift is less than half an interval, but for channels whose y is hardly ever positive; where y
-is hardly ever negative, there is none, since the values matter more there than a rare sign.
+is hardly ever negative, or never positive, there is none, since the values matter more there than a rare sign.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Tensor = torch.Tensor
 Needed = Sequence[bool]  # which gradients: of x, weight, bias
 Statistics = tuple[Tensor, Tensor | None, Tensor]
 _aten = torch.ops.aten
+_FARTHEST = 3.0  # shift: y is then positive beyond some 5σ alone
 
 
 class Normalization(Protocol):
@@ -70,7 +71,7 @@ class RMSNorm(NamedTuple):
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
         dims = tuple(range(-len(self.shape), 0))
         wide = x if x.dtype == torch.float64 else x.float()
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps  # as torch: of the dtype that it computes in
         scale = wide.square().mean(dims, keepdim=True).add_(eps).rsqrt_()
         return torch.nn.functional.rms_norm(x, self.shape, weight, self.eps), None, scale
 
@@ -155,7 +156,8 @@ def coded_normalization(
     """
     *running, coder = others
     if exact is not None and torch.is_autocast_enabled(x.device.type):
-        dtype = exact(x[:0].detach(), weight, bias).dtype
+        probe = x.detach() if normalization.by_channel else x.detach().unsqueeze(0)
+        dtype = exact(probe[:0], weight, bias).dtype
         if dtype != x.dtype:
             x = x.to(dtype)
             weight, bias = (each if each is None else each.to(dtype) for each in (weight, bias))
@@ -238,8 +240,12 @@ def _along_channels(statistic: Tensor, x: Tensor) -> Tensor:
 
 
 def _shift(weight: Tensor, bias: Tensor, thresholds: Tensor) -> Tensor:
-    """What is to be added to x̂ so that y = weight x̂ + bias is 0 on a threshold; 0 where y is hardly ever negative."""
+    """What is to be added to x̂ so that y = weight x̂ + bias is 0 on a threshold; 0 where y is hardly ever negative, and where
+    y is never positive: that far outside, all codes would be one, and stand for an x̂ as far off."""
     zero = torch.where(weight == 0, 0, -bias / weight)
     nearest = torch.bucketize(zero, 0.5 * (thresholds[1:] + thresholds[:-1]))
-    shift = thresholds[nearest] - zero
-    return torch.where((weight == 0) | (shift * weight.sign() > 0.5), 0, shift)
+    edge = thresholds[nearest]
+    # an x̂ on the threshold has the code below it, where y is negative or, if the weight is, positive: but y is 0
+    edge = torch.where(weight < 0, torch.nextafter(edge, torch.full_like(edge, torch.inf)), edge)
+    shift = edge - zero
+    return torch.where((weight == 0) | (shift * weight.sign() > 0.5) | ~(shift.abs() < _FARTHEST), 0, shift)
