@@ -71,6 +71,8 @@ def _convolution(dims: int) -> Callable[..., Tensor]:
     def convolution(code: Code, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
         dilation = _each(dilation, dims)
         if isinstance(padding, str):
+            if padding == "same" and set(_each(stride, dims)) != {1}:
+                raise DesignError(f"padding='same' needs stride=1, got stride={stride}; give the padding in integers")
             input, padding = _padded(input, weight, padding, dilation)
         options = _each(stride, dims), _each(padding, dims), dilation, False, (0,) * dims, groups
         return _run_batched(dims, options, input, weight, bias, code)

@@ -32,11 +32,13 @@ def coded_gate(
 ) -> Tensor:
     """exact(gate, up) = f(gate) * up, with codes of both for backward and for the coded layers that read the result.
 
-    gate, up           (*) floating-point, of one shape and dtype
+    gate, up           (*) floating-point, of one dtype, and of one shape or broadcast to it
     derivative, value  one joint code of gate, with the levels of f' and of f
     normal             of a standard normal number, for codes of up, which have scales by channel (the last dimension) and row
     stochastic         as in `fewbit.autograd.codes.Quantizer`, for up
     """
+    if gate.shape != up.shape:
+        gate, up = torch.broadcast_tensors(gate, up)
     with torch.no_grad():
         of_up = scaled(up, Quantizer(normal, stochastic), -1)
     y, _, packed, layout = _CodedGate.apply(gate, up, of_up, (derivative, value), exact)  # type: ignore[misc]
