@@ -34,8 +34,7 @@ class Recipe(NamedTuple):
 
 class _Entry(NamedTuple):
     recipe: Recipe
-    version: int
-    strides: tuple[int, ...]
+    state: tuple
 
 
 _entries = WeakTensorKeyDictionary()
@@ -43,7 +42,7 @@ _entries = WeakTensorKeyDictionary()
 
 def attach(tensor: Tensor, recipe: Recipe) -> Tensor:
     """Let the readers of the tensor, as it is now, find the recipe. Returns the tensor."""
-    _entries[tensor] = _Entry(recipe, tensor._version, tensor.stride())
+    _entries[tensor] = _Entry(recipe, _state(tensor))
     return tensor
 
 
@@ -51,15 +50,22 @@ def find(tensor: Tensor) -> Recipe | None:
     """The recipe of the tensor, if there is one that holds for it as it is now."""
     entry = _entries.get(tensor)
     if entry is not None:
-        return entry.recipe if (tensor._version, tensor.stride()) == (entry.version, entry.strides) else None
+        return entry.recipe if _state(tensor) == entry.state else None
     base = tensor._base
     entry = None if base is None else _entries.get(base)
-    if base is None or entry is None or (base._version, base.stride()) != (entry.version, entry.strides):
+    if base is None or entry is None or _state(base) != entry.state:
         return None
     if tensor.shape.numel() != base.shape.numel() or not (tensor.is_contiguous() and base.is_contiguous()):
         return None
+    if (tensor.dtype, tensor.is_neg()) != (base.dtype, base.is_neg()):
+        return None
     inner, shape = entry.recipe, tensor.shape
     return inner._replace(rebuild=lambda kept, dtype: inner.rebuild(kept, dtype).reshape(shape))
+
+
+def _state(tensor: Tensor) -> tuple:
+    """What differs after the tensor was changed: its version, its strides, and, after `tensor.data = ...`, its storage."""
+    return tensor._version, tensor.stride(), tensor.untyped_storage()._cdata
 
 
 def as_it_is(tensor: Tensor) -> Recipe:
