@@ -69,8 +69,9 @@ def convert(
         elif inputs is not None:
             plan.append((module, coded_class, _layer_attributes(coded_class, inputs, coding)))
     for module, coded_class, attributes in plan:
-        added = [name for name in attributes if not hasattr(module, name)]
-        module.__dict__.update({_BEFORE: (type(module), added), **attributes})
+        attributes = {name: value for name, value in attributes.items() if vars(module).get(name, _BEFORE) != value}
+        before = {name: vars(module)[name] for name in attributes if name in vars(module)}
+        module.__dict__.update({_BEFORE: (type(module), before, tuple(attributes)), **attributes})
         module.__class__ = coded_class
     return model
 
@@ -79,10 +80,11 @@ def revert(model: Model) -> Model:
     """Make what `convert` changed torch's own again, in place; modules that were built as fewbit's stay. Returns the model."""
     for module in model.modules():
         if _BEFORE in vars(module):
-            original, added = vars(module).pop(_BEFORE)
+            original, before, names = vars(module).pop(_BEFORE)
             module.__class__ = original
-            for name in added:
-                delattr(module, name)
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(before)
     return model
 
 
