@@ -95,6 +95,7 @@ def check(coder, n, dtype, rng):
     else:
         expected = reference.decode(packed, grad, coder)
     assert torch.equal(product, expected)
+    assert torch.equal(cuda.values(packed, n, coder, wide := coder.levels.dtype), reference.values(packed, n, coder, wide))
 
 
 @pytest.mark.parametrize("bits", BITS)

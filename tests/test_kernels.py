@@ -74,6 +74,7 @@ def test_decode_multiplies_by_the_level(backend, bits, dtype, n, rng):
     level = coder.levels[torch.from_numpy(codes_of(x, coder).astype(np.int64))]
     assert product.dtype == dtype
     assert torch.equal(product, (grad.to(coder.levels.dtype) * level).to(dtype))
+    assert torch.equal(backend.values(backend.encode(x, coder), n, coder, dtype), level.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

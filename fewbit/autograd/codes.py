@@ -55,8 +55,10 @@ def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
 
 def values(packed: Tensor, layout: Layout, dtype: torch.dtype, coder: Coder) -> Tensor:
     """The levels of the packed codes, as a tensor of that layout and dtype."""
-    ones = torch.ones(layout.shape.numel(), dtype=dtype, device=packed.device)  # type: ignore[attr-defined]
-    return layout.unflatten(decode(packed, ones, coder))
+    n = layout.shape.numel()
+    if traced.is_watched(packed):
+        return layout.unflatten(traced.decode(packed, torch.ones(n, dtype=dtype, device=packed.device), coder))
+    return layout.unflatten(kernels.values(packed, n, coder, dtype))
 
 
 def scaled(x: Tensor, quantizer: Quantizer, channel: int) -> Recipe:

@@ -11,7 +11,7 @@ import torch
 from fewbit.kernels import reference
 from fewbit.kernels.coder import Coder
 
-__all__ = ["Coder", "Formula", "decode", "encode", "forward"]
+__all__ = ["Coder", "Formula", "decode", "encode", "forward", "values"]
 
 Formula = tuple[str, Mapping[str, float]]  # name and parameters of a built-in activation, for backends that compute it
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -36,6 +36,12 @@ def forward(
 def decode(packed: torch.Tensor, grad: torch.Tensor, coder: Coder) -> torch.Tensor:
     """grad times the levels of the packed codes; see `fewbit.kernels.reference.decode`."""
     return _backend(grad).decode(packed, grad, coder)
+
+
+def values(packed: torch.Tensor, n: int, coder: Coder, dtype: torch.dtype) -> torch.Tensor:
+    """The levels (n,) of the packed codes, as numbers of the dtype; see `fewbit.kernels.reference.values`."""
+    backend = _on(packed.device, dtype) if type(packed) in _PLAIN else reference
+    return backend.values(packed, n, coder, dtype)
 
 
 def _backend(tensor: torch.Tensor) -> ModuleType:

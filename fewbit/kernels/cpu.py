@@ -56,10 +56,22 @@ def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
     if (grad.dtype == torch.float64) != (coder.levels.dtype == torch.float64):  # the operation changed the dtype: rare
         return reference.decode(packed, grad, coder)
     grad = _in_memory(grad)
-    n, bits, product = grad.numel(), coder.bits, empty_like(grad)
+    return _decode(packed, grad.data_ptr(), empty_like(grad), coder)
+
+
+def values(packed: Tensor, n: int, coder: Coder, dtype: torch.dtype) -> Tensor:
+    """As `fewbit.kernels.reference.values`, for tensors on the CPU."""
+    if (dtype == torch.float64) != (coder.levels.dtype == torch.float64):
+        return reference.values(packed, n, coder, dtype)
+    return _decode(packed, 0, torch.empty(n, dtype=dtype), coder)
+
+
+def _decode(packed: Tensor, grad: int, product: Tensor, coder: Coder) -> Tensor:
+    """Fill the product; grad is an address, or 0 for ones."""
+    n, bits = product.numel(), coder.bits
     levels = _padded_levels(coder)  # by name: another thread may push it out of the cache meanwhile
-    addresses = packed.data_ptr(), n, grad.data_ptr(), levels.data_ptr(), product.data_ptr()
-    _decoder(grad.dtype).run(loops.DecodeBlock(0, packed.numel() // bits, bits, *addresses), n)
+    addresses = packed.data_ptr(), n, grad, levels.data_ptr(), product.data_ptr()
+    _decoder(product.dtype).run(loops.DecodeBlock(0, packed.numel() // bits, bits, *addresses), n)
     return product
 
 

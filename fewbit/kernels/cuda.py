@@ -200,24 +200,22 @@ def forward(x: Tensor, coder: Coder, name: str, parameters: Mapping[str, float])
 
 def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
     """As `fewbit.kernels.reference.decode`, for tensors on a GPU."""
+    grad = grad.detach().resolve_neg().contiguous()
+    return _decode(packed, grad, torch.empty_like(grad), coder)
+
+
+def values(packed: Tensor, n: int, coder: Coder, dtype: torch.dtype) -> Tensor:
+    """As `fewbit.kernels.reference.values`, for tensors on a GPU."""
+    return _decode(packed, None, torch.empty(n, dtype=dtype, device=packed.device), coder)
+
+
+def _decode(packed: Tensor, grad: Tensor | None, product: Tensor, coder: Coder) -> Tensor:
+    """Fill the product; ones where there is no grad."""
     from fewbit.kernels import programs
 
-    grad = grad.detach().resolve_neg().contiguous()
-    product = torch.empty_like(grad)
-    words, block = packed.numel() // coder.bits, block_size(grad.dtype)
-    _launch(
-        programs.decode,
-        words,
-        block,
-        packed,
-        grad,
-        Constants.of(coder).levels,
-        product,
-        grad.numel(),
-        words,
-        coder.bits,
-        block,
-    )
+    words, block = packed.numel() // coder.bits, block_size(product.dtype)
+    levels = Constants.of(coder).levels
+    _launch(programs.decode, words, block, packed, grad, levels, product, product.numel(), words, coder.bits, block)
     return product
 
 

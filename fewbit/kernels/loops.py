@@ -19,6 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba import cfunc, from_dtype, njit, types
 
+_ONES = {"uint16": 0x3F80, "int16": 0x3C00}  # the pattern of 1 in bfloat16 and float16
 CHUNK = 4096  # words: one lane of their inputs and its codes stay in the first-level cache or close to it
 _inlined = njit(error_model="numpy")
 _intrinsic: Any = numba.extending.intrinsic  # what it decorates is called without the typing context
@@ -40,7 +41,8 @@ class EncodeBlock(ctypes.Structure):
 
 
 class DecodeBlock(ctypes.Structure):
-    """The arguments of a decoder: x is the incoming gradient, of n elements as the product is; levels are (2**bits,)."""
+    """The arguments of a decoder: x is the incoming gradient, of n elements as the product is, or 0, for ones; levels are
+    (2**bits,)."""
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "levels", "product")]
 
@@ -94,16 +96,19 @@ def decoder(element: str) -> Any:
     """
     values = np.dtype(element).type
     wide = np.float64 if element == "float64" else np.float32
+    one = values(_ONES.get(element, 1))
 
     def decode(address):
         block = _array(address, 1)[0]
         n, word_count, bits = block.n, block.words, block.bits
-        grad = _array(_pointer(block.x), n, values)
+        has_grad = block.x != 0
+        grad = _array(_pointer(block.x), n if has_grad else 0, values)
         product = _array(_pointer(block.product), n, values)
         packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
         levels = _array(_pointer(block.levels), 1 << bits, wide)
         first = _claim(address)
-        words = np.empty(min(CHUNK, word_count) if first < word_count else 0, np.int32)
+        chunk = min(CHUNK, word_count) if first < word_count else 0
+        words, ones = np.empty(chunk, np.int32), np.full(0 if has_grad else chunk, one, values)
         while first < word_count:
             size = min(CHUNK, word_count - first)
             for lane in range(8):
@@ -113,7 +118,8 @@ def decoder(element: str) -> Any:
                         begin = plane * word_count + first
                         _put_byte(packed[begin : begin + size], 8 * plane - lane * bits, 4 * bits, words)
                 begin, end = min(lane * word_count + first, n), min(lane * word_count + first + size, n)
-                _multiply(words, lane % 4 * bits, bits, levels, grad[begin:end], product[begin:end])
+                factors = grad[begin:end] if has_grad else ones[: end - begin]
+                _multiply(words, lane % 4 * bits, bits, levels, factors, product[begin:end])
             first = _claim(address)
 
     return _compile(decode, DecodeBlock)

@@ -53,7 +53,7 @@ def encode(
 
 @triton.jit(do_not_specialize=["n"])
 def decode(packed, grad, levels, product, n, words, bits: tl.constexpr, block: tl.constexpr):
-    """product = grad times the levels of the packed codes."""
+    """product = grad times the levels of the packed codes; the levels themselves where grad is None."""
     first = tl.program_id(0).to(tl.int64) * block
     if (LANES - 1) * words.to(tl.int64) + first + block <= n:
         decode_block(packed, grad, levels, product, n, words, first, bits, block, False)
@@ -136,8 +136,9 @@ def decode_block(packed, grad, levels, product, n, words, first, bits: tl.conste
         begin = first + lane * words.to(tl.int64)
         left = _left(tl.minimum(n - begin, words - first), block)
         level = _level(word >> (lane * bits), levels, table, bits)
-        value = _load(grad + begin, left, block, masked).to(levels.dtype.element_ty) * level
-        _store(product + begin, value.to(product.dtype.element_ty), left, block, masked)
+        if grad is not None:
+            level = _load(grad + begin, left, block, masked).to(levels.dtype.element_ty) * level
+        _store(product + begin, level.to(product.dtype.element_ty), left, block, masked)
 
 
 @triton.jit

@@ -52,6 +52,11 @@ def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
     return product.view(shape)
 
 
+def values(packed: Tensor, n: int, coder: Coder, dtype: torch.dtype) -> Tensor:
+    """The levels of n packed codes: (n,) of the dtype."""
+    return decode(packed, torch.ones(n, dtype=dtype, device=packed.device), coder)
+
+
 def _code(x: Tensor, coder: Coder) -> Tensor:
     """Code of each x, uint8: the last interval's, plus the differences of the codes, modulo 256, at all thresholds >= x.
 
