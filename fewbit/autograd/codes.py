@@ -61,35 +61,45 @@ def values(packed: Tensor, layout: Layout, dtype: torch.dtype, coder: Coder) -> 
     return layout.unflatten(kernels.values(packed, n, coder, dtype))
 
 
+def standardized(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """x, center and spread along `dims`: ((x - center) / spread, center, spread), the latter of size 1 there.
+
+    The spread is the mean magnitude as a standard normal number has it: single outliers move it less than a mean square. It is
+    positive, also where x is constant.
+    """
+    if not dims or x.numel() == 0:
+        return x, torch.zeros_like(x[:1]), torch.ones_like(x[:1])
+    center = x.mean(tuple(dims), keepdim=True)
+    centered = x - center
+    spread = _mean_magnitude(centered, dims)
+    return centered.div_(spread), center, spread
+
+
 def scaled(x: Tensor, quantizer: Quantizer, channel: int) -> Recipe:
-    """The recipe of codes of x, scaled to a mean magnitude of 1 by channel and then by row.
+    """The recipe of codes of x, standardized by channel, and then scaled by row.
 
     x        floating-point, any shape and strides
     channel  the dimension of the channels: -1 for linear layers, 1 for convolutions. Rows are all that has one place in the
              dimensions before it: a token, or an image.
 
-    A scale for each channel, over all rows, takes up the channels that large models have far outside the range of all others;
-    one for each row the tokens that differ in size. Both together cost a number a row and a number a channel, less than the
-    scales of groups do, whose codes an outlier spoils for its whole group. Magnitudes, not squares, are averaged, so that
-    single outliers move the scales little.
+    A center and a spread for each channel, over all rows, take up the channels that large models have far outside the range of
+    all others; a scale for each row the tokens that differ in size. Together they cost a number a row and two a channel, less
+    than the scales of groups do, whose codes an outlier spoils for its whole group.
     """
     channel %= max(x.dim(), 1)
-    wide = x.to(quantizer.coder.levels.dtype)
-    by_channel = _mean_magnitude(wide, [dim for dim in range(x.dim()) if dim != channel])
-    by_row = _mean_magnitude(wide / by_channel, list(range(channel, x.dim())))
-    normal = wide / (by_channel * by_row)
-    layout = Layout.of(normal)
-    kept = quantizer.encode(layout.flatten(normal)), by_channel, by_row
-    coder = quantizer.coder
+    normal, center, spread = standardized(x.to(quantizer.coder.levels.dtype), [dim for dim in range(x.dim()) if dim != channel])
+    row = _mean_magnitude(normal, range(channel, x.dim()))
+    normal = normal / row
+    layout, coder = Layout.of(normal), quantizer.coder
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        packed, by_channel, by_row = kept
-        return values(packed, layout, dtype, coder).mul_(by_channel).mul_(by_row)
+        packed, center, spread, row = kept
+        return torch.addcmul(center.to(dtype), values(packed, layout, dtype, coder).mul_(row), spread.to(dtype))
 
-    return Recipe(kept, rebuild)
+    return Recipe((quantizer.encode(layout.flatten(normal)), center, spread, row), rebuild)
 
 
-def _mean_magnitude(x: Tensor, dims: list[int]) -> Tensor:
+def _mean_magnitude(x: Tensor, dims: Sequence[int]) -> Tensor:
     """That of the numbers along `dims`, relative to a standard normal number's; positive, of x's number of dimensions."""
-    mean = x.abs().mean(dims, keepdim=True) if dims else x.abs()
+    mean = x.abs().mean(tuple(dims), keepdim=True)
     return (mean / _MEAN_MAGNITUDE).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)

@@ -1,12 +1,13 @@
 """Normalization layers that keep codes of the normalized values, not their input.
 
-With x̂ = (x - mean) / σ and y = w x̂ + b, backward reads x̂ and 1/σ. The normalized values need no scale: their mean is 0 and
-their mean square 1, whatever x is. From the same codes the layers that read y make it anew, as w x̂ + b.
+With x̂ = (x - mean) / σ and y = w x̂ + b, backward reads x̂ and 1/σ. The numbers that are coded are standardized by channel
+besides: trained networks have channels that are always far from 0, or far larger than all others, in what a layer norm makes of
+each token. From the same codes the layers that read y make it anew.
 
-Where each channel has its own w and b, what is coded is x̂ + shift, with a shift that puts the x̂ at which y = 0 on the nearest
-threshold. A ReLU that reads y then finds in its codes the sign of y, exactly, as in Chakrabarti and Moseley (NeurIPS 2019), who
-shift uniform bins for that. The shift is less than half an interval, but for channels whose y is hardly ever positive; where y
-is hardly ever negative, or never positive, there is none, since the values matter more there than a rare sign.
+Where w and b belong to the channels of images, the numbers are moved so that y = 0 lies on a threshold. A ReLU that reads y
+then finds in its codes the sign of y, exactly, as in Chakrabarti and Moseley (NeurIPS 2019), who move uniform bins for that.
+The way is less than half an interval; a channel whose y changes its sign beyond the outermost threshold is shrunk until that
+is there, by half at most. Farther out, where y hardly ever changes its sign, the rare sign is given up.
 """
 
 from __future__ import annotations
@@ -16,31 +17,32 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fewbit.autograd.codes import Quantizer, values
+from fewbit.autograd.codes import Quantizer, standardized, values
 from fewbit.autograd.handle import Recipe, attach
 from fewbit.autograd.layout import Layout
 from fewbit.autograd.once import once
+from fewbit.kernels import Coder
 
 Tensor = torch.Tensor
 Needed = Sequence[bool]  # which gradients: of x, weight, bias
 Statistics = tuple[Tensor, Tensor | None, Tensor]
 _aten = torch.ops.aten
-_FARTHEST = 3.0  # shift: y is then positive beyond some 5σ alone
 
 
 class Normalization(Protocol):
     """An operation y = w x̂ + b. Statistics are of the dtype of the operation's own."""
 
     by_channel: bool  # whether w and b belong to dimension 1, instead of to the last ones
+    standardizes: bool  # whether x̂ is standardized by channel as it is
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | None) -> Statistics:
         """y, exactly torch's, and the mean (None if not taken) and 1/σ in shapes that broadcast with x."""
         ...
 
     def backward(
-        self, grad: Tensor, values: Tensor, shift: Tensor | None, scale: Tensor, weight: Tensor | None, needed: Needed
+        self, grad: Tensor, x_hat: Tensor, scale: Tensor, weight: Tensor | None, needed: Needed
     ) -> tuple[Tensor | None, ...]:
-        """The gradients of x, weight and bias, those needed, with x̂ = values - shift and 1/σ = scale."""
+        """The gradients of x, weight and bias, those needed, with scale = 1/σ."""
         ...
 
 
@@ -50,14 +52,15 @@ class LayerNorm(NamedTuple):
     shape: tuple[int, ...]
     eps: float
     by_channel: bool = False
+    standardizes: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
         return torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
 
-    def backward(self, grad, values, shift, scale, weight, needed):
+    def backward(self, grad, x_hat, scale, weight, needed):
         mean, one = torch.zeros_like(scale), torch.ones_like(scale)
         bias = weight if needed[2] else None  # its shape and dtype
-        grad_x, *others = _aten.native_layer_norm_backward(grad, values, self.shape, mean, one, weight, bias, needed)
+        grad_x, *others = _aten.native_layer_norm_backward(grad, x_hat, self.shape, mean, one, weight, bias, needed)
         return grad_x.mul_(scale) if needed[0] else None, *others
 
 
@@ -67,6 +70,7 @@ class RMSNorm(NamedTuple):
     shape: tuple[int, ...]
     eps: float | None
     by_channel: bool = False
+    standardizes: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
         dims = tuple(range(-len(self.shape), 0))
@@ -75,11 +79,14 @@ class RMSNorm(NamedTuple):
         scale = wide.square().mean(dims, keepdim=True).add_(eps).rsqrt_()
         return torch.nn.functional.rms_norm(x, self.shape, weight, self.eps), None, scale
 
-    def backward(self, grad, values, shift, scale, weight, needed):
+    def backward(self, grad, x_hat, scale, weight, needed):
         dims, rows = tuple(range(-len(self.shape), 0)), tuple(range(grad.dim() - len(self.shape)))
         inner = grad if weight is None else grad * weight
-        grad_x = torch.addcmul(inner, values, (inner * values).mean(dims, keepdim=True), value=-1).mul_(scale)
-        return grad_x if needed[0] else None, (grad * values).sum(rows) if needed[1] else None, None
+        grad_x = torch.addcmul(inner, x_hat, (inner * x_hat).mean(dims, keepdim=True), value=-1).mul_(scale)
+        by_weight = grad * x_hat if needed[1] else None
+        if by_weight is not None and rows:  # else there is one row: sum(()) would sum all
+            by_weight = by_weight.sum(rows)
+        return grad_x if needed[0] else None, by_weight, None
 
 
 class GroupNorm(NamedTuple):
@@ -88,17 +95,16 @@ class GroupNorm(NamedTuple):
     groups: int
     eps: float
     by_channel: bool = True
+    standardizes: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
         y, mean, scale = torch.native_group_norm(x, weight, bias, *self._sizes(x), self.groups, self.eps)
         return y, self._by_channel(mean, x), self._by_channel(scale, x)
 
-    def backward(self, grad, values, shift, scale, weight, needed):
-        if shift is not None:
-            values = (values - shift).to(grad.dtype)
+    def backward(self, grad, x_hat, scale, weight, needed):
         mean = grad.new_zeros(grad.shape[0], self.groups, dtype=scale.dtype)
         grad_x, *others = _aten.native_group_norm_backward(
-            grad.contiguous(), values.contiguous(), mean, mean + 1, weight, *self._sizes(grad), self.groups, needed
+            grad.contiguous(), x_hat.contiguous(), mean, mean + 1, weight, *self._sizes(grad), self.groups, needed
         )
         return grad_x.mul_(scale) if needed[0] else None, *others
 
@@ -118,6 +124,10 @@ class BatchNorm(NamedTuple):
     eps: float
     by_channel: bool = True
 
+    @property
+    def standardizes(self) -> bool:  # type: ignore[override]
+        return self.training
+
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | None) -> Statistics:
         running_mean, running_var = running
         y, mean, scale, *_ = torch._batch_norm_impl_index(  # type: ignore[attr-defined]
@@ -129,13 +139,11 @@ class BatchNorm(NamedTuple):
             mean, scale = running_mean, (running_var + self.eps).rsqrt()
         return y, _along_channels(mean, x), _along_channels(scale, x)
 
-    def backward(self, grad, values, shift, scale, weight, needed):
+    def backward(self, grad, x_hat, scale, weight, needed):
         scale = scale.flatten()
-        shift = torch.zeros_like(scale) if shift is None else shift.flatten().to(scale.dtype)
         weight = scale if weight is None else weight * scale  # then the gradient of x is that for σ = 1
-        return _aten.native_batch_norm_backward(
-            grad, values, weight, shift, torch.ones_like(scale), shift, torch.ones_like(scale), self.training, 0.0, needed
-        )
+        mean, one = torch.zeros_like(scale), torch.ones_like(scale)
+        return _aten.native_batch_norm_backward(grad, x_hat, weight, mean, one, mean, one, self.training, 0.0, needed)
 
 
 def coded_normalization(
@@ -161,31 +169,24 @@ def coded_normalization(
         if dtype != x.dtype:
             x = x.to(dtype)
             weight, bias = (each if each is None else each.to(dtype) for each in (weight, bias))
-    with torch.no_grad():
-        wide = coder.levels.dtype
-        # copies: weights may change, or be freed as in sharded training, before the readers' backward
-        factor, offset = (
-            each if each is None else _placed(each, x, normalization).to(wide, copy=True) for each in (weight, bias)
-        )
-        shift = None
-        if normalization.by_channel and factor is not None and offset is not None:
-            shift = _shift(factor, offset, coder.thresholds)
-            offset = torch.addcmul(offset, factor, shift, value=-1)
-    quantizer = Quantizer(coder, stochastic)
-    y, _, packed, layout = _CodedNormalization.apply(x, weight, bias, shift, normalization, quantizer, *running)  # type: ignore[misc]
+    y, _, packed, center, spread, layout = _CodedNormalization.apply(  # type: ignore[misc]
+        x, weight, bias, normalization, Quantizer(coder, stochastic), *running
+    )
+    with torch.no_grad():  # w x̂ + b with x̂ = spread * level + center
+        factor, offset = _composed(weight, bias, center, spread, normalization)
+    wide = factor.dtype if normalization.by_channel else None  # in which no sign is lost
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        x_hat = values(kept[0], layout, dtype, coder)
-        if len(kept) == 3:
-            return torch.addcmul(kept[2], x_hat, kept[1]).to(dtype)
-        return x_hat.mul_(kept[1]) if len(kept) == 2 else x_hat
+        packed, factor, offset = kept
+        return _affine(packed, factor, offset, layout, wide or dtype, coder).to(dtype)
 
-    affine = [each for each in (factor, offset) if each is not None]
-    return attach(y, Recipe((packed, *affine), rebuild, keeps_sign=shift is not None or weight is None))
+    return attach(
+        y, Recipe((packed, factor, offset), rebuild, keeps_sign=normalization.by_channel and coder.thresholds.numel() > 1)
+    )
 
 
 class _CodedNormalization(torch.autograd.Function):
-    """Its second output is the anchor of `once`; then come the codes and their layout."""
+    """Its second output is the anchor of `once`; then come the codes, what turns their levels into x̂, and their layout."""
 
     @staticmethod
     def forward(
@@ -193,59 +194,86 @@ class _CodedNormalization(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        shift: Tensor | None,
         normalization: Normalization,
         quantizer: Quantizer,
         *running: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Layout]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Layout]:
         y, mean, scale = normalization.forward(x, weight, bias, *running)
-        x_hat = _normalized(x, mean, scale, shift)
-        layout = Layout.of(x_hat)
-        packed, anchor = quantizer.encode(layout.flatten(x_hat)), x.new_empty(0)
-        ctx.save_for_backward(anchor, packed, scale, shift, weight)
+        normal, center, spread = _standardized(_normalized(x, mean, scale), normalization)
+        if normalization.by_channel:
+            composed = _composed(weight, bias, center, spread, normalization)
+            shrink, shift = _to_a_threshold(*composed, quantizer.coder.thresholds)
+            normal = torch.addcmul(shift, normal, shrink)
+            spread = spread / shrink
+            center = torch.addcmul(center, spread, shift, value=-1)
+        layout = Layout.of(normal)
+        packed, anchor = quantizer.encode(layout.flatten(normal)), x.new_empty(0)
+        ctx.save_for_backward(anchor, packed, center, spread, scale, weight)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(packed)
+        ctx.mark_non_differentiable(packed, center, spread)
         ctx.coded = normalization, layout, quantizer.coder, x.dtype
-        return y, anchor, packed, layout
+        return y, anchor, packed, center, spread, layout
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad, others = grads[0], (None,) * (len(ctx.needs_input_grad) - 3)
         if grad is None:
             return None, None, None, *others
-        anchor, packed, scale, shift, weight = ctx.saved_tensors
+        anchor, packed, center, spread, scale, weight = ctx.saved_tensors
         normalization, layout, coder, dtype = ctx.coded
-        x_hat = values(packed, layout, grad.dtype, coder)
-        grad_x, *grads_affine = normalization.backward(grad, x_hat, shift, scale, weight, list(ctx.needs_input_grad[:3]))
+        x_hat = _affine(packed, spread, center, layout, grad.dtype, coder)
+        grad_x, *grads_affine = normalization.backward(grad, x_hat, scale, weight, list(ctx.needs_input_grad[:3]))
         found = (None if grad_x is None else grad_x.to(dtype), *grads_affine)
         return *(each if each is None else once(each, grad, anchor) for each in found), *others
 
 
-def _normalized(x: Tensor, mean: Tensor | None, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """(x - mean) * scale + shift, in float32 at least."""
-    wide = torch.promote_types(scale.dtype, torch.float32)
-    scale, offset = scale.to(wide), None if shift is None else shift.to(wide)
-    if mean is not None:
-        offset = torch.addcmul(torch.zeros_like(scale) if offset is None else offset, mean.to(wide), scale, value=-1)
-    return x * scale if offset is None else torch.addcmul(offset, x.to(wide), scale)
+def _normalized(x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
+    """(x - mean) * scale, in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = scale.to(wide)
+    return x * scale if mean is None else torch.addcmul(-mean.to(wide) * scale, x.to(wide), scale)
 
 
-def _placed(parameter: Tensor, x: Tensor, normalization: Normalization) -> Tensor:
-    """The weight or bias in a shape that broadcasts with x."""
-    return _along_channels(parameter, x) if normalization.by_channel else parameter
+def _standardized(x_hat: Tensor, normalization: Normalization) -> tuple[Tensor, Tensor, Tensor]:
+    """x̂ standardized by channel, with center and spread."""
+    channels = range(1, 2) if normalization.by_channel else range(x_hat.dim() - len(normalization.shape), x_hat.dim())  # type: ignore[attr-defined]
+    if normalization.standardizes:
+        one = x_hat.new_ones([x_hat.shape[dim] if dim in channels else 1 for dim in range(x_hat.dim())])
+        return x_hat, torch.zeros_like(one), one
+    return standardized(x_hat, [dim for dim in range(x_hat.dim()) if dim not in channels])
+
+
+def _composed(
+    weight: Tensor | None, bias: Tensor | None, center: Tensor, spread: Tensor, normalization: Normalization
+) -> tuple[Tensor, Tensor]:
+    """Factor and offset of w x̂ + b in a z with x̂ = spread z + center: new tensors, since weights may change, or be freed as
+    in sharded training, before what reads y runs its backward."""
+    if weight is not None:
+        weight = weight.to(center.dtype).view_as(center)
+        center, spread = center * weight, spread * weight
+    if bias is not None:
+        center = center + bias.to(center.dtype).view_as(center)
+    return spread, center
+
+
+def _affine(packed: Tensor, factor: Tensor, offset: Tensor, layout: Layout, dtype: torch.dtype, coder: Coder) -> Tensor:
+    return torch.addcmul(offset.to(dtype), values(packed, layout, dtype, coder), factor.to(dtype))
 
 
 def _along_channels(statistic: Tensor, x: Tensor) -> Tensor:
     return statistic.detach().view(-1, *[1] * (x.dim() - 2))
 
 
-def _shift(weight: Tensor, bias: Tensor, thresholds: Tensor) -> Tensor:
-    """What is to be added to x̂ so that y = weight x̂ + bias is 0 on a threshold; 0 where y is hardly ever negative, and where
-    y is never positive: that far outside, all codes would be one, and stand for an x̂ as far off."""
-    zero = torch.where(weight == 0, 0, -bias / weight)
-    nearest = torch.bucketize(zero, 0.5 * (thresholds[1:] + thresholds[:-1]))
-    edge = thresholds[nearest]
-    # an x̂ on the threshold has the code below it, where y is negative or, if the weight is, positive: but y is 0
-    edge = torch.where(weight < 0, torch.nextafter(edge, torch.full_like(edge, torch.inf)), edge)
-    shift = edge - zero
-    return torch.where((weight == 0) | (shift * weight.sign() > 0.5) | ~(shift.abs() < _FARTHEST), 0, shift)
+def _to_a_threshold(factor: Tensor, offset: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """shrink and shift, with which the z where factor z + offset = 0 comes to lie on the threshold next to it.
+
+    1 and 0 for a z beyond twice the outermost threshold, and where there is none.
+    """
+    zero, outermost = torch.where(factor == 0, torch.inf, -offset / factor), thresholds.abs().max()
+    near = zero.abs() <= 2 * outermost
+    zero = torch.where(near, zero, 0)
+    shrink = torch.where(near, outermost / zero.abs().maximum(outermost), 1)
+    edge = thresholds[torch.bucketize(shrink * zero, 0.5 * (thresholds[1:] + thresholds[:-1]))]
+    # a z on the threshold has the code below it, where factor z + offset is negative or, if the factor is, positive: but it is 0
+    edge = torch.where(factor < 0, torch.nextafter(edge, torch.full_like(edge, torch.inf)), edge)
+    return shrink, torch.where(near, edge - shrink * zero, 0)
