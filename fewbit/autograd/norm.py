@@ -274,6 +274,6 @@ def _to_a_threshold(factor: Tensor, offset: Tensor, thresholds: Tensor) -> tuple
     zero = torch.where(near, zero, 0)
     shrink = torch.where(near, outermost / zero.abs().maximum(outermost), 1)
     edge = thresholds[torch.bucketize(shrink * zero, 0.5 * (thresholds[1:] + thresholds[:-1]))]
-    # a z on the threshold has the code below it, where factor z + offset is negative or, if the factor is, positive: but it is 0
+    # a z on the threshold has the code below it, where y is negative or, if the factor is, positive: but y is 0
     edge = torch.where(factor < 0, torch.nextafter(edge, torch.full_like(edge, torch.inf)), edge)
     return shrink, torch.where(near, edge - shrink * zero, 0)
