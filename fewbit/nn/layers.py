@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ class CodedLayer(nn.Module):
         super().__init__(*args, **kwargs)
         self.bits, self.table, self.rounding = bits, table, rounding
         layers.check_code(type(self).__name__, layers.Code(bits, table, rounding), self.gate)
+
+    def __init_subclass__(cls) -> None:
+        """Show torch's arguments and then ours as those of the constructor."""
+        ours = [each for each in inspect.signature(CodedLayer.__init__).parameters.values() if each.kind is each.KEYWORD_ONLY]
+        torchs = [each for each in cls.__mro__ if each is not nn.Module and each.__module__.startswith("torch.nn")]
+        if torchs:
+            cls.__signature__ = inspect.Signature([*inspect.signature(torchs[0]).parameters.values(), *ours])
 
     @property
     def code(self) -> dict[str, Any]:
@@ -171,6 +179,9 @@ class GEGLU(CodedLayer):
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return layers.geglu(gate, up, self.approximate, **self.code)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}, {super().extra_repr()}"
 
 
 class ReGLU(CodedLayer):
