@@ -61,9 +61,8 @@ def activation_of_coded(
     Keeps what the recipe keeps and no more: one code for what made x, for f and for the readers of f(x).
     """
     y, _ = _ActivationOfCoded.apply(x, recipe, forward, slopes, forward_inplace)  # type: ignore[misc]
-    return attach(
-        y, Recipe(recipe.kept, lambda kept, dtype: forward(recipe.rebuild(kept, dtype)), keeps_sign=slopes[0] >= 0 < slopes[1])
-    )
+    rebuild, keeps_sign = recipe.rebuild, slopes[0] >= 0 < slopes[1]
+    return attach(y, Recipe(recipe.kept, lambda kept, dtype: forward(rebuild(kept, dtype)), keeps_sign))
 
 
 class _CodedActivation(torch.autograd.Function):

@@ -43,8 +43,10 @@ def coded_gate(
         of_up = scaled(up, Quantizer(normal, stochastic), -1)
     y, _, packed, layout = _CodedGate.apply(gate, up, of_up, (derivative, value), exact)  # type: ignore[misc]
 
+    rebuild_up = of_up.rebuild
+
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return of_up.rebuild(kept[1:], dtype).mul_(values(kept[0], layout, dtype, value))
+        return rebuild_up(kept[1:], dtype).mul_(values(kept[0], layout, dtype, value))
 
     return attach(y, Recipe((packed, *of_up.kept), rebuild))
 

@@ -23,7 +23,8 @@ class Recipe(NamedTuple):
     """How to make a tensor anew, nearly, from what is kept.
 
     kept        tensors to save for backward
-    rebuild     of these, as saved, and a dtype: the tensor, of its shape and that dtype
+    rebuild     of these, as saved, and a dtype: the tensor, of its shape and that dtype. It holds none of them itself, so that
+                hooks on saved tensors (checkpointing, offloading) can free them.
     keeps_sign  whether what is rebuilt is positive where the tensor is, and nowhere else
     """
 
@@ -57,10 +58,10 @@ def find(tensor: Tensor) -> Recipe | None:
         return None
     if tensor.shape.numel() != base.shape.numel() or not (tensor.is_contiguous() and base.is_contiguous()):
         return None
-    if (tensor.dtype, tensor.is_neg()) != (base.dtype, base.is_neg()):
+    if (tensor.dtype, tensor.is_neg(), tensor.storage_offset()) != (base.dtype, base.is_neg(), base.storage_offset()):
         return None
-    inner, shape = entry.recipe, tensor.shape
-    return inner._replace(rebuild=lambda kept, dtype: inner.rebuild(kept, dtype).reshape(shape))
+    rebuild, shape = entry.recipe.rebuild, tensor.shape
+    return entry.recipe._replace(rebuild=lambda kept, dtype: rebuild(kept, dtype).reshape(shape))
 
 
 def _state(tensor: Tensor) -> tuple:
