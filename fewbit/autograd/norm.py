@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 from fewbit.autograd.codes import Quantizer, standardized, values
 from fewbit.autograd.handle import Recipe, attach
@@ -98,7 +99,9 @@ class GroupNorm(NamedTuple):
     standardizes: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
-        y, mean, scale = torch.native_group_norm(x, weight, bias, *self._sizes(x), self.groups, self.eps)
+        # torch's own function does the same before it calls this one
+        dense = x.contiguous(memory_format=suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format)
+        y, mean, scale = torch.native_group_norm(dense, weight, bias, *self._sizes(x), self.groups, self.eps)
         return y, self._by_channel(mean, x), self._by_channel(scale, x)
 
     def backward(self, grad, x_hat, scale, weight, needed):

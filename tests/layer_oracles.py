@@ -1,0 +1,205 @@
+"""Naive code for the coded layers: what they read instead of their input, and gradients in closed form, all in float64.
+
+Nothing here calls what it checks, but for the tables, which are plain numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+import fewbit
+
+MEAN_MAGNITUDE = math.sqrt(2 / math.pi)
+
+
+class Case(NamedTuple):
+    """A layer: the name of its function in torch and in fewbit, and what to call it with."""
+
+    function: str
+    x: tuple[int, ...]
+    parameters: dict[str, tuple[int, ...]]
+    keywords: dict = {}
+
+    def make(self, dtype=torch.float32):
+        """The input and the parameters."""
+        x = (2 * torch.randn(self.x, dtype=torch.float64) + 0.3).to(dtype)
+        return x, {name: torch.randn(shape, dtype=torch.float64).to(dtype) for name, shape in self.parameters.items()}
+
+    def exact(self, x, parameters):
+        return getattr(functional, self.function)(x, **parameters, **self.keywords)
+
+    def coded(self, x, parameters, **code):
+        return getattr(fewbit.functional, self.function)(x, **parameters, **self.keywords, **code)
+
+
+def wb(weight, bias):
+    return {"weight": weight, "bias": (bias,)}
+
+
+PRODUCTS = {
+    "linear": Case("linear", (5, 7, 6), wb((4, 6), 4)),
+    "linear, no bias": Case("linear", (33, 17), {"weight": (9, 17)}),
+    "linear, one row": Case("linear", (6,), wb((4, 6), 4)),
+    "linear, one output": Case("linear", (2, 3, 2, 5), wb((1, 5), 1)),
+    "conv1d": Case("conv1d", (3, 4, 11), wb((5, 4, 3), 5)),
+    "conv1d, unbatched": Case("conv1d", (4, 11), wb((5, 4, 3), 5), {"padding": 1}),
+    "conv2d": Case("conv2d", (2, 3, 7, 9), wb((4, 3, 3, 3), 4)),
+    "conv2d, no bias": Case("conv2d", (2, 3, 7, 9), {"weight": (4, 3, 3, 3)}, {"stride": 2, "padding": (1, 0)}),
+    "conv2d, dilation": Case("conv2d", (2, 3, 9, 9), wb((4, 3, 3, 2), 4), {"dilation": (2, 1), "stride": (1, 2)}),
+    "conv2d, groups": Case("conv2d", (2, 4, 7, 7), wb((6, 2, 3, 3), 6), {"groups": 2, "padding": 1}),
+    "conv2d, depthwise": Case("conv2d", (2, 4, 7, 7), wb((4, 1, 3, 3), 4), {"groups": 4}),
+    "conv2d, same": Case("conv2d", (2, 3, 7, 8), wb((4, 3, 2, 3), 4), {"padding": "same", "dilation": (3, 2)}),
+    "conv2d, valid": Case("conv2d", (2, 3, 7, 8), wb((4, 3, 2, 3), 4), {"padding": "valid", "stride": 2}),
+    "conv2d, unbatched": Case("conv2d", (3, 7, 8), wb((4, 3, 1, 1), 4)),
+    "conv3d": Case("conv3d", (2, 2, 4, 5, 6), wb((3, 2, 2, 2, 2), 3), {"stride": 2, "padding": 1}),
+    "conv_transpose1d": Case("conv_transpose1d", (2, 3, 6), wb((3, 2, 3), 2), {"stride": 2, "output_padding": 1}),
+    "conv_transpose2d": Case(
+        "conv_transpose2d", (2, 4, 5, 6), wb((4, 2, 3, 3), 4), {"stride": (2, 1), "padding": 1, "groups": 2, "dilation": 2}
+    ),
+    "conv_transpose3d": Case("conv_transpose3d", (1, 2, 3, 3, 3), wb((2, 3, 2, 2, 2), 3), {"stride": 2}),
+}
+NORMS = {
+    "layer_norm": Case("layer_norm", (5, 7, 12), wb((12,), 12), {"normalized_shape": (12,)}),
+    "layer_norm, two dims": Case("layer_norm", (5, 3, 4), {"weight": (3, 4), "bias": (3, 4)}, {"normalized_shape": (3, 4)}),
+    "layer_norm, no bias": Case("layer_norm", (6, 9), {"weight": (9,)}, {"normalized_shape": [9], "eps": 0.1}),
+    "layer_norm, plain": Case("layer_norm", (6, 9), {}, {"normalized_shape": (9,)}),
+    "layer_norm, one row": Case("layer_norm", (9,), wb((9,), 9), {"normalized_shape": (9,)}),
+    "rms_norm": Case("rms_norm", (5, 7, 12), {"weight": (12,)}, {"normalized_shape": (12,)}),
+    "rms_norm, eps": Case("rms_norm", (5, 3, 4), {"weight": (3, 4)}, {"normalized_shape": (3, 4), "eps": 0.5}),
+    "rms_norm, one row": Case("rms_norm", (9,), {"weight": (9,)}, {"normalized_shape": (9,)}),
+    "rms_norm, plain": Case("rms_norm", (11, 8), {}, {"normalized_shape": (8,)}),
+    "group_norm": Case("group_norm", (3, 6, 5, 4), wb((6,), 6), {"num_groups": 2}),
+    "group_norm, instances": Case("group_norm", (3, 4, 7), wb((4,), 4), {"num_groups": 4}),
+    "group_norm, no dims": Case("group_norm", (5, 8), wb((8,), 8), {"num_groups": 2}),
+    "group_norm, plain": Case("group_norm", (3, 6, 5), {}, {"num_groups": 3}),
+    "batch_norm": Case("batch_norm", (6, 5, 4, 3), wb((5,), 5), {"running_mean": None, "running_var": None, "training": True}),
+    "batch_norm, rows": Case("batch_norm", (20, 5), wb((5,), 5), {"running_mean": None, "running_var": None, "training": True}),
+    "batch_norm, plain": Case(
+        "batch_norm", (6, 5, 4), {}, {"running_mean": None, "running_var": None, "training": True, "eps": 0.2}
+    ),
+}
+CASES = {**PRODUCTS, **NORMS}
+
+
+def value_table(bits):
+    return fewbit.load_table("identity", bits, channels="value")
+
+
+def lookup(table, x, channel=0):
+    """The levels of x, float64, of its shape."""
+    return torch.from_numpy(table.levels[channel, table.encode(x.detach().double().numpy())].reshape(x.shape))
+
+
+def scales(x, channel):
+    """For each channel and then for each row: the mean magnitude, relative to a standard normal number's."""
+    wide = x.detach().double()
+    channel %= wide.dim()
+    rest = tuple(dim for dim in range(wide.dim()) if dim != channel)
+    by_channel = (wide.abs().mean(rest, keepdim=True) if rest else wide.abs()) / MEAN_MAGNITUDE
+    return by_channel * (wide / by_channel).abs().mean(tuple(range(channel, wide.dim())), keepdim=True) / MEAN_MAGNITUDE
+
+
+def scaled_values(table, x, channel):
+    """What codes with these scales stand for."""
+    scale = scales(x, channel)
+    return lookup(table, x.detach().double() / scale) * scale
+
+
+def row_scaled_values(table, x):
+    """The same with a plain scale for each row of (rows, channels)."""
+    scale = x.double().square().mean(1, keepdim=True).sqrt()
+    return lookup(table, x.double() / scale) * scale
+
+
+def product_gradients(case, x, parameters, grad, table):
+    """Those of x and the bias as torch has them at x, that of the weight at what codes of x stand for."""
+    dims = 0 if case.function == "linear" else int(case.function[-2])
+    seen = x.detach().double()
+    if case.keywords.get("padding") == "same":  # codes are of the input with what torch adds to one side alone
+        sizes = zip(case.keywords["dilation"], parameters["weight"].shape[2:], strict=True)
+        odd = [step * (size - 1) % 2 for step, size in sizes]
+        seen = functional.pad(seen, [part for each in reversed(odd) for part in (0, each)])
+        case = case._replace(
+            keywords={
+                **case.keywords,
+                "padding": [
+                    s * (k - 1) // 2 for s, k in zip(case.keywords["dilation"], parameters["weight"].shape[2:], strict=True)
+                ],
+            }
+        )
+    batch = seen.unsqueeze(0) if dims and x.dim() == dims + 1 else seen
+    approximate = scaled_values(table, batch, 1 if dims else -1).reshape(seen.shape)
+    wide = {name: each.detach().double() for name, each in parameters.items()}
+    exact = torch_gradients(case, seen, wide, grad.double())
+    exact["x"] = exact["x"][tuple(slice(size) for size in x.shape)]
+    return {**exact, "weight": torch_gradients(case, approximate, wide, grad.double())["weight"]}
+
+
+def torch_gradients(case, x, parameters, grad):
+    """torch's own, by name."""
+    leaves = {"x": x.detach().clone(), **{name: each.detach().clone() for name, each in parameters.items()}}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    y = case.exact(leaves["x"], {name: leaf for name, leaf in leaves.items() if name != "x"})
+    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
+
+
+def sign_shifts(weight, bias, thresholds):
+    """For each channel what puts the zero of weight * x + bias on the nearest threshold."""
+    shifts = []
+    for w, b in zip(weight.double().tolist(), bias.double().tolist(), strict=True):
+        zero = -b / w if w else 0.0
+        shift = thresholds[np.abs(thresholds - zero).argmin()] - zero
+        hardly_ever_negative = shift * math.copysign(1, w) > 0.5
+        shifts.append(0.0 if w == 0 or hardly_ever_negative or abs(shift) >= 3 else shift)
+    return torch.tensor(shifts, dtype=torch.float64)
+
+
+def norm_gradients(case, x, parameters, grad, table):
+    """In closed form, at the levels of the normalized values."""
+    x, grad = x.detach().double(), grad.double()
+    weight = parameters["weight"].detach().double() if "weight" in parameters else None
+    eps = case.keywords.get("eps", None if case.function == "rms_norm" else 1e-5)
+    if case.function in ("layer_norm", "rms_norm"):
+        dims = tuple(range(-len(case.keywords["normalized_shape"]), 0))
+        grouped, rows, back = x, tuple(range(x.dim() + dims[0])), lambda t: t
+    elif case.function == "batch_norm":
+        dims = rows = (0, *range(2, x.dim()))
+        grouped, back = x, lambda t: t
+        weight = None if weight is None else weight.view(-1, *[1] * (x.dim() - 2))
+    else:
+        groups = case.keywords["num_groups"]
+        grouped = x.reshape(x.shape[0], groups, -1)
+        dims, rows, back = (2,), (0, *range(2, x.dim())), lambda t: t.reshape(x.shape)
+        weight = None if weight is None else weight.view(-1, *[1] * (x.dim() - 2))
+    mean = 0 if case.function == "rms_norm" else grouped.mean(dims, keepdim=True)
+    eps = torch.finfo(torch.float64).eps if eps is None else eps
+    scale = 1 / ((grouped - mean).square().mean(dims, keepdim=True) + eps).sqrt()
+    x_hat = back((grouped - mean) * scale)
+    shift = 0
+    if case.function in ("group_norm", "batch_norm") and "bias" in parameters:
+        shifts = sign_shifts(parameters["weight"].detach(), parameters["bias"].detach(), table.thresholds)
+        shift = shifts.view(-1, *[1] * (x.dim() - 2))
+    x_hat = lookup(table, x_hat + shift) - shift
+    inner = (grad if weight is None else grad * weight).reshape(grouped.shape)
+    values = x_hat.reshape(grouped.shape)
+    grad_x = inner - values * (inner * values).mean(dims, keepdim=True)
+    if case.function != "rms_norm":
+        grad_x = grad_x - inner.mean(dims, keepdim=True)
+    found = {"x": back(grad_x * scale)}
+    if weight is not None:
+        found["weight"] = (grad * x_hat).sum(rows) if rows else grad * x_hat
+    if "bias" in parameters:
+        found["bias"] = grad.sum(rows) if rows else grad
+    return found
+
+
+def relative(found, exact):
+    """|found - exact| / |exact|, a float."""
+    found, exact = found.detach().double(), exact.detach().double()
+    return ((found - exact).norm() / exact.norm().clamp_min(1e-300)).item()
