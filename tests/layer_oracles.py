@@ -6,7 +6,9 @@ Nothing here calls what it checks, but for the tables, which are plain numbers.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ class Case(NamedTuple):
     function: str
     x: tuple[int, ...]
     parameters: dict[str, tuple[int, ...]]
-    keywords: dict = {}
+    keywords: Mapping[str, Any] = MappingProxyType({})
 
     def make(self, dtype=torch.float32):
         """The input and the parameters."""

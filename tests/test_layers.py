@@ -395,7 +395,7 @@ class TestStochastic:
         values, scale = torch.stack(found), naive.scales(x, -1)
         normal = x / scale
         inside = normal.abs() < table.levels.max()
-        levels = torch.from_numpy(table.levels[0])
+        levels = torch.tensor(table.levels[0])
         above = torch.bucketize(normal, levels).clamp(1, levels.numel() - 1)
         variance = (normal - levels[above - 1]) * (levels[above] - normal)  # of a choice between two with the mean in between
         assert ((values.mean(0) - x).abs() < 5 * scale * (variance / draws).sqrt())[inside].all()
