@@ -88,6 +88,19 @@ NORMS = {
 CASES = {**PRODUCTS, **NORMS}
 
 
+def leaves(x, parameters):
+    return x.clone().requires_grad_(), {name: each.clone().requires_grad_() for name, each in parameters.items()}
+
+
+def gradients(case, x, parameters, grad, **code):
+    """The coded layer's, by name, after a check of its output."""
+    x, parameters = leaves(x, parameters)
+    y = case.coded(x, parameters, **code)
+    assert torch.equal(y, case.exact(x, parameters))
+    names = ["x", *parameters]
+    return dict(zip(names, torch.autograd.grad(y, [x, *parameters.values()], grad), strict=True))
+
+
 def value_table(bits):
     return fewbit.load_table("identity", bits, channels="value")
 

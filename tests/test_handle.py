@@ -1,11 +1,10 @@
-"""One code, many readers: never a wrong gradient, whatever happens to the tensor between the layer that made it and its readers.
+"""One code, many readers: never a wrong gradient, whatever happens to a tensor between the layer that made it and its readers.
 
-In every case the weight's gradient is that of codes of the reader's own, which naive code makes too, or within the error of shared
-8-bit codes of the exact one. A recipe that no longer fits its tensor would be off by the whole of it: the changes are large.
+In every case the weight's gradient is that of codes of the reader's own, which naive code makes too, or within the error of
+shared 8-bit codes of the exact one. A recipe that no longer fits its tensor would be off by the whole of it: changes are large.
 """
 
 import copy
-import gc
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fewbit
 from fewbit.autograd import handle
-from fewbit.errors import InputError
-from fewbit.measuring import saved_storages
 
 CODED = fewbit.functional
 N = 64
@@ -212,148 +209,6 @@ def test_views_and_copies(maker, view):
     check(weight.grad, grad, seen)
 
 
-def kept(function, *leave_out):
-    """Bytes of the distinct storages that autograd saves, but for those of the given tensors, which live on."""
-    seen = {}
-    with saved_storages(seen, leave_out={each.untyped_storage().data_ptr() for each in leave_out}):
-        y = function()
-    total = sum(seen.values())
-    del y
-    return total
-
-
-class TestBytes:
-    """What all readers together keep: x is no part of it."""
-
-    CODES = 128 * N // 2  # 4 bits
-
-    def test_three_readers_of_a_norm(self):
-        x, scale, bias = (
-            torch.randn(128, N, requires_grad=True),
-            torch.ones(N, requires_grad=True),
-            torch.zeros(N, requires_grad=True),
-        )
-        weights = [torch.randn(N, N, requires_grad=True) for _ in range(3)]
-
-        def block():
-            y = CODED.layer_norm(x, (N,), scale, bias, bits=4)
-            return [CODED.linear(each, weight, bits=4) for each, weight in zip((y, y.view(2, 64, N), y), weights, strict=True)]
-
-        assert kept(block, scale, bias, *weights) == self.CODES + 2 * 128 * 4 - 128 * 4 + 2 * N * 4
-
-    def test_an_activation_between_two_products(self):
-        x, weights = torch.randn(128, N), [torch.randn(N, N, requires_grad=True) for _ in range(2)]
-
-        def block():
-            hidden = CODED.gelu(CODED.linear(x, weights[0], bits=4), bits=4, shared=True)
-            return CODED.linear(hidden, weights[1], bits=4)
-
-        assert kept(block, *weights) == self.CODES + 4 * (128 + N) + self.CODES
-
-    @pytest.mark.parametrize("inplace", [False, True])
-    def test_batch_norm_relu_convolution(self, inplace):
-        x = torch.randn(4, 16, 16, 16, requires_grad=True)
-        weight, scale, bias = (torch.randn(shape, requires_grad=True) for shape in ((8, 16, 3, 3), (16,), (16,)))
-
-        def block():
-            y = CODED.batch_norm(x, None, None, scale, bias, training=True, bits=4)
-            return CODED.conv2d(CODED.relu(y, bits=4, shared=True, inplace=inplace), weight, bits=4)
-
-        assert 0 <= kept(block, weight, scale, bias) - x.numel() // 2 <= 4 * 16 * 4
-
-    def test_a_gated_unit_and_its_reader(self):
-        gate, up, weight = (torch.randn(128, N, requires_grad=True) for _ in range(3))
-
-        def block():
-            return CODED.linear(CODED.swiglu(gate, up, bits=4), weight, bits=4)
-
-        assert kept(block, weight) == 2 * self.CODES + 4 * (128 + N)
-
-    def test_a_second_reader_that_is_torchs_keeps_the_tensor(self):
-        x, weight = torch.randn(128, N, requires_grad=True), torch.randn(N, N, requires_grad=True)
-
-        def block():
-            y = CODED.gelu(x, bits=4, shared=True)
-            return CODED.linear(y, weight, bits=4), functional.linear(y, weight)
-
-        assert kept(block, weight) == self.CODES + 128 * N * 4
-
-    def test_codes_die_with_their_tensor(self):
-        before = len(handle._entries)
-        x = torch.randn(128, N, requires_grad=True)
-        for _ in range(20):
-            gelu(x)
-            layer_norm(x)
-        gc.collect()
-        assert len(handle._entries) <= before
-        y = gelu(x)
-        z = y.sum()
-        assert handle.find(y) is not None
-        del y, z
-        gc.collect()
-        assert len(handle._entries) <= before
-
-
-class TestKeptExactly:
-    """What the operation that made it keeps anyway."""
-
-    def attention(self, x):
-        q = k = v = x.view(2, 8, 4, 16).transpose(1, 2)
-        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 8, 64)
-
-    EXACT = {
-        "tanh": torch.tanh,
-        "sigmoid": torch.sigmoid,
-        "relu": torch.relu,
-        "exp": torch.exp,
-        "softmax": lambda x: torch.softmax(x, -1),
-        "tanh, viewed": lambda x: torch.tanh(x).view(-1, 64).unsqueeze(0),
-    }
-
-    def check(self, function, x, weight, exactly):
-        x = x.clone().requires_grad_()
-        y = function(x)
-        z = CODED.linear(y, weight, bits=2)
-        grad = torch.randn_like(z)
-        (found,) = torch.autograd.grad(z, weight, grad, retain_graph=True)
-        rows = grad.reshape(-1, grad.shape[-1]).T @ y.detach().reshape(-1, 64)
-        assert torch.allclose(found, rows, rtol=1e-5, atol=1e-5) == exactly
-        alone = kept(lambda: function(x), x, weight)
-        together = kept(lambda: CODED.linear(function(x), weight, bits=2), x, weight)
-        assert (together == alone) == exactly
-
-    @pytest.mark.parametrize("name", EXACT)
-    def test_outputs_of_torch(self, name):
-        self.check(self.EXACT[name], torch.randn(16, 64), torch.randn(5, 64, requires_grad=True), True)
-
-    def test_attention(self):
-        self.check(self.attention, torch.randn(2, 8, 64), torch.randn(5, 64, requires_grad=True), True)
-
-    OTHERS = {
-        "clone": lambda x: torch.tanh(x).clone(),
-        "dropout": lambda x: functional.dropout(torch.relu(x), 0.5),
-        "times two": lambda x: torch.tanh(x) * 2,
-        "gelu": functional.gelu,
-        "max, the values": lambda x: x.view(-1, 2, 64).max(1)[0],
-        "slice": lambda x: torch.tanh(x)[1:],
-        "plus": lambda x: x + 1,
-    }
-
-    @pytest.mark.parametrize("name", OTHERS)
-    def test_others_are_coded(self, name):
-        self.check(self.OTHERS[name], torch.randn(16, 64), torch.randn(5, 64, requires_grad=True), False)
-
-    def test_a_leaf_is_coded(self):
-        assert not handle.is_kept_exactly(torch.randn(3, requires_grad=True))
-        assert not handle.is_kept_exactly(torch.tanh(torch.randn(3)))
-
-    def test_a_change_in_place_is_coded(self):
-        weight = torch.randn(5, 64, requires_grad=True)
-        y = torch.tanh(torch.randn(16, 64, requires_grad=True)).clone().mul_(3)
-        (found,) = torch.autograd.grad(CODED.linear(y, weight, bits=8).sum(), weight)
-        assert relative(found, torch.ones(5, 16) @ y.detach()) < 0.05
-
-
 class TestLives:
     """Of graphs, tensors, threads."""
 
@@ -420,7 +275,7 @@ class TestLives:
             x = (seed + 1) * torch.randn(40, N, generator=generator).requires_grad_()
             weight = torch.randn(4, N, generator=generator).requires_grad_()
             for _ in range(5):
-                y = gelu(layer_norm(x) * (seed % 5 + 1))
+                y = gelu(layer_norm(x) / (seed % 5 + 1))
                 if seed % 3 == 0:
                     y.mul_(seed + 2)
                 (found,) = torch.autograd.grad(linear(y, weight).sum(), weight)
@@ -471,110 +326,6 @@ class TestLives:
         y = gelu(x)
         checkpoint(linear, y, weight, use_reentrant=reentrant).sum().backward()
         assert relative(weight.grad, torch.ones(4, N) @ y.detach()) < 0.03
-
-
-class TestReluOfCodes:
-    """The derivative of a ReLU that reads a normalization: that of the sign of its input."""
-
-    def mask(self, x, weight, bias, bits, relu=CODED.relu, **keywords):
-        y = CODED.batch_norm(x.clone().requires_grad_(), None, None, weight, bias, training=True, bits=bits)
-        y.retain_grad()
-        torch.autograd.backward(relu(y, bits=bits, shared=True, **keywords).sum(), inputs=[y])
-        return y.detach(), y.grad
-
-    @pytest.mark.parametrize("bits", [4, 5, 8])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-    def test_is_exact(self, bits, dtype):
-        """For channels that are negative at times: zero of y within 2.5σ, or anywhere above."""
-        x = torch.randn(400, 96).to(dtype)
-        weight = torch.cat([torch.linspace(-3, 3, 64), torch.tensor([0.0, 1e-3, -1e-3, 1e-20] * 8)])
-        zero = torch.cat([torch.rand(64) * 4.5 - 2.25, torch.rand(32) * 2])
-        bias = -zero * weight
-        bias[64::4] = torch.linspace(-1, 1, 8)
-        y, grad = self.mask(x, weight.to(dtype), bias.to(dtype), bits)
-        wrong = grad.float() != (y > 0).float()
-        assert wrong.sum() == 0, (wrong.sum(0), y[wrong])
-
-    def test_of_channels_that_are_hardly_ever_positive(self):
-        """Up to 5σ: exact; beyond, y is taken to be negative."""
-        x, zero = torch.randn(2000, 40), torch.linspace(0, 8, 40)
-        y, grad = self.mask(x, torch.ones(40), -zero, 4)
-        assert torch.equal(grad, (y > 0).float())
-        y, grad = self.mask(x, -torch.ones(40), -zero, 4)
-        assert torch.equal(grad, (y > 0).float())
-
-    @pytest.mark.parametrize(("bits", "share"), [(2, 0.08), (3, 0.015), (4, 0.002), (5, 0.0004), (8, 0.0001)])
-    def test_of_channels_that_are_hardly_ever_negative(self, bits, share):
-        """There the mask may be wrong where y is negative, but no oftener than y is: a share of the normal distribution."""
-        x, zero = torch.randn(5000, 60), -torch.linspace(0, 6, 60)
-        for sign in (1, -1):
-            y, grad = self.mask(x * sign, sign * torch.ones(60), -zero, bits)
-            wrong = grad != (y > 0).float()
-            assert not (wrong & (y > 0)).any()
-            assert wrong.float().mean(0).max() < share
-
-    def test_of_the_dead_and_the_constant(self):
-        """Channels without any spread, whose y is the bias: the sign of that, and 0 has the derivative 0."""
-        x = torch.zeros(16, 12)
-        for weight in (1.0, -1.0, 0.0, 0.3, -1e-10):
-            bias = torch.linspace(-1, 1, 12)
-            bias[:3] = 0
-            y, grad = self.mask(x, torch.full((12,), weight), bias, 4)
-            assert torch.equal(y, bias.expand_as(y))
-            ordinary = torch.ones(12, dtype=torch.bool) if abs(weight) in (0, 1e-10) else (bias / weight).abs() < 2.2
-            assert torch.equal(grad[:, ordinary], (y > 0).float()[:, ordinary])
-
-    def test_leaky(self):
-        def leaky(y, **keywords):
-            return CODED.leaky_relu(y, 0.25, **keywords)
-
-        y, grad = self.mask(torch.randn(300, 30), torch.linspace(-2, 2, 30), torch.randn(30) / 5, 5, leaky)
-        exact = torch.where(y > 0, 1.0, 0.25)
-        steep = (torch.linspace(-2, 2, 30).abs() > 0.5).expand_as(y)
-        assert torch.equal(grad[steep], exact[steep])
-
-    @pytest.mark.parametrize("weight", [1e-10, -1e-10, 1e-30])
-    @pytest.mark.parametrize("bias", [-1.0, 1.0])
-    def test_tiny_weights_do_not_blow_up_the_norms_own_gradient(self, weight, bias):
-        """As weight decay leaves them; without a ReLU behind."""
-        x, grad = torch.randn(64, 4), torch.randn(64, 4)
-        found = []
-        for function in (
-            lambda *a: CODED.batch_norm(*a, training=True, bits=8),
-            lambda *a: functional.batch_norm(*a, training=True),
-        ):
-            own = x.clone().requires_grad_(), torch.full((4,), weight, requires_grad=True), torch.full((4,), bias)
-            function(own[0], None, None, *own[1:]).backward(grad)
-            found.append((own[0].grad, own[1].grad))
-        assert relative(found[0][1], found[1][1]) < 0.02
-        assert (found[0][0] - found[1][0]).abs().max() <= 0.1 * found[1][0].abs().max()
-
-
-class TestSecondDerivatives:
-    TAKEN = {
-        "grad, backward": lambda x, w, y: torch.autograd.grad(y, x, create_graph=True)[0].square().sum().backward(),
-        "of the weight": lambda x, w, y: torch.autograd.grad(y, w, create_graph=True)[0].square().sum().backward(),
-        "with the loss": lambda x, w, y: (y + torch.autograd.grad(y, x, create_graph=True)[0].sum()).backward(),
-        "grad of grad": lambda x, w, y: torch.autograd.grad(torch.autograd.grad(y, x, create_graph=True)[0].sum(), [x, w], allow_unused=True),
-        "for the weight": lambda x, w, y: torch.autograd.grad(torch.autograd.grad(y, x, create_graph=True)[0].sum(), w, allow_unused=True),
-        "backward, backward": lambda x, w, y: (y.backward(create_graph=True), x.grad.square().sum().backward()),
-    }  # fmt: skip
-
-    @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
-    @pytest.mark.parametrize("taken", TAKEN)
-    @pytest.mark.parametrize("layer", ["linear", "layer_norm", "batch_norm", "group_norm", "swiglu", "relu of a norm"])
-    def test_are_refused(self, layer, taken):
-        x, weight = torch.randn(8, 6, requires_grad=True), torch.randn(6, requires_grad=True)
-        y = {
-            "linear": lambda: CODED.linear(x, weight.diag()),
-            "layer_norm": lambda: CODED.layer_norm(x, (6,), weight),
-            "batch_norm": lambda: CODED.batch_norm(x, None, None, weight, training=True),
-            "group_norm": lambda: CODED.group_norm(x, 2, weight),
-            "swiglu": lambda: CODED.swiglu(x, x * weight),
-            "relu of a norm": lambda: CODED.relu(CODED.layer_norm(x, (6,), weight, weight), shared=True),
-        }[layer]()
-        with pytest.raises(InputError, match="can be taken once"):
-            self.TAKEN[taken](x, weight, y.square().sum())
 
 
 def test_the_naive_code_agrees_that_shared_codes_are_the_activations_own():

@@ -1,0 +1,190 @@
+"""What several readers of one tensor keep together, what is kept as it is, and second derivatives of codes."""
+
+import gc
+
+import pytest
+import torch
+from layer_oracles import relative
+from torch.nn import functional
+
+import fewbit
+from fewbit.autograd import handle
+from fewbit.errors import InputError
+from fewbit.measuring import saved_storages
+
+CODED = fewbit.functional
+N = 64
+
+
+def kept(function, *leave_out):
+    """Bytes of the distinct storages that autograd saves, but for those of the given tensors, which live on."""
+    seen = {}
+    with saved_storages(seen, leave_out={each.untyped_storage().data_ptr() for each in leave_out}):
+        y = function()
+    total = sum(seen.values())
+    del y
+    return total
+
+
+class TestBytes:
+    """What all readers together keep: x is no part of it."""
+
+    CODES = 128 * N // 2  # 4 bits
+
+    def test_three_readers_of_a_norm(self):
+        x, scale, bias = (
+            torch.randn(128, N, requires_grad=True),
+            torch.ones(N, requires_grad=True),
+            torch.zeros(N, requires_grad=True),
+        )
+        weights = [torch.randn(N, N, requires_grad=True) for _ in range(3)]
+
+        def block():
+            y = CODED.layer_norm(x, (N,), scale, bias, bits=4)
+            return [CODED.linear(each, weight, bits=4) for each, weight in zip((y, y.view(2, 64, N), y), weights, strict=True)]
+
+        assert kept(block, scale, bias, *weights) == self.CODES + 2 * 128 * 4 - 128 * 4 + 2 * N * 4
+
+    def test_an_activation_between_two_products(self):
+        x, weights = torch.randn(128, N), [torch.randn(N, N, requires_grad=True) for _ in range(2)]
+
+        def block():
+            hidden = CODED.gelu(CODED.linear(x, weights[0], bits=4), bits=4, shared=True)
+            return CODED.linear(hidden, weights[1], bits=4)
+
+        assert kept(block, *weights) == self.CODES + 4 * (128 + N) + self.CODES
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_batch_norm_relu_convolution(self, inplace):
+        x = torch.randn(4, 16, 16, 16, requires_grad=True)
+        weight, scale, bias = (torch.randn(shape, requires_grad=True) for shape in ((8, 16, 3, 3), (16,), (16,)))
+
+        def block():
+            y = CODED.batch_norm(x, None, None, scale, bias, training=True, bits=4)
+            return CODED.conv2d(CODED.relu(y, bits=4, shared=True, inplace=inplace), weight, bits=4)
+
+        assert 0 <= kept(block, weight, scale, bias) - x.numel() // 2 <= 4 * 16 * 4
+
+    def test_a_gated_unit_and_its_reader(self):
+        gate, up, weight = (torch.randn(128, N, requires_grad=True) for _ in range(3))
+
+        def block():
+            return CODED.linear(CODED.swiglu(gate, up, bits=4), weight, bits=4)
+
+        assert kept(block, weight) == 2 * self.CODES + 4 * (128 + N)
+
+    def test_a_second_reader_that_is_torchs_keeps_the_tensor(self):
+        x, weight = torch.randn(128, N, requires_grad=True), torch.randn(N, N, requires_grad=True)
+
+        def block():
+            y = CODED.gelu(x, bits=4, shared=True)
+            return CODED.linear(y, weight, bits=4), functional.linear(y, weight)
+
+        assert kept(block, weight) == self.CODES + 128 * N * 4
+
+    def test_codes_die_with_their_tensor(self):
+        before = len(handle._entries)
+        x = torch.randn(128, N, requires_grad=True)
+        for _ in range(20):
+            CODED.gelu(x, shared=True)
+            CODED.layer_norm(x, (N,))
+        gc.collect()
+        assert len(handle._entries) <= before
+        y = CODED.gelu(x, shared=True)
+        z = y.sum()
+        assert handle.find(y) is not None
+        del y, z
+        gc.collect()
+        assert len(handle._entries) <= before
+
+
+EXACT = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "exp": torch.exp,
+    "softmax": lambda x: torch.softmax(x, -1),
+    "tanh, viewed": lambda x: torch.tanh(x).view(-1, 64).unsqueeze(0),
+}
+OTHERS = {
+    "clone": lambda x: torch.tanh(x).clone(),
+    "dropout": lambda x: functional.dropout(torch.relu(x), 0.5),
+    "times two": lambda x: torch.tanh(x) * 2,
+    "gelu": functional.gelu,
+    "max, the values": lambda x: x.view(-1, 2, 64).max(1)[0],
+    "slice": lambda x: torch.tanh(x)[1:],
+    "plus": lambda x: x + 1,
+}
+
+
+class TestKeptExactly:
+    """What the operation that made it keeps anyway."""
+
+    def attention(self, x):
+        q = k = v = x.view(2, 8, 4, 16).transpose(1, 2)
+        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 8, 64)
+
+    def check(self, function, x, weight, exactly):
+        x = x.clone().requires_grad_()
+        y = function(x)
+        z = CODED.linear(y, weight, bits=2)
+        grad = torch.randn_like(z)
+        (found,) = torch.autograd.grad(z, weight, grad, retain_graph=True)
+        rows = grad.reshape(-1, grad.shape[-1]).T @ y.detach().reshape(-1, 64)
+        assert torch.allclose(found, rows, rtol=1e-5, atol=1e-5) == exactly
+        alone = kept(lambda: function(x), x, weight)
+        together = kept(lambda: CODED.linear(function(x), weight, bits=2), x, weight)
+        assert (together == alone) == exactly
+
+    @pytest.mark.parametrize("name", EXACT)
+    def test_outputs_of_torch(self, name):
+        self.check(EXACT[name], torch.randn(16, 64), torch.randn(5, 64, requires_grad=True), True)
+
+    def test_attention(self):
+        self.check(self.attention, torch.randn(2, 8, 64), torch.randn(5, 64, requires_grad=True), True)
+
+    @pytest.mark.parametrize("name", OTHERS)
+    def test_others_are_coded(self, name):
+        self.check(OTHERS[name], torch.randn(16, 64), torch.randn(5, 64, requires_grad=True), False)
+
+    def test_a_leaf_is_coded(self):
+        assert not handle.is_kept_exactly(torch.randn(3, requires_grad=True))
+        assert not handle.is_kept_exactly(torch.tanh(torch.randn(3)))
+
+    def test_a_change_in_place_is_coded(self):
+        weight = torch.randn(5, 64, requires_grad=True)
+        y = torch.tanh(torch.randn(16, 64, requires_grad=True)).clone().mul_(3)
+        (found,) = torch.autograd.grad(CODED.linear(y, weight, bits=8).sum(), weight)
+        assert relative(found, torch.ones(5, 16) @ y.detach()) < 0.05
+
+
+def first(y, x):
+    return torch.autograd.grad(y, x, create_graph=True)[0]
+
+
+TAKEN = {
+    "grad, backward": lambda x, w, y: first(y, x).square().sum().backward(),
+    "of the weight": lambda x, w, y: first(y, w).square().sum().backward(),
+    "with the loss": lambda x, w, y: (y + first(y, x).sum()).backward(),
+    "grad of grad": lambda x, w, y: torch.autograd.grad(first(y, x).sum(), [x, w], allow_unused=True),
+    "for the weight": lambda x, w, y: torch.autograd.grad(first(y, x).sum(), w, allow_unused=True),
+    "backward, backward": lambda x, w, y: (y.backward(create_graph=True), x.grad.square().sum().backward()),
+}
+
+
+class TestSecondDerivatives:
+    @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
+    @pytest.mark.parametrize("taken", TAKEN)
+    @pytest.mark.parametrize("layer", ["linear", "layer_norm", "batch_norm", "group_norm", "swiglu", "relu of a norm"])
+    def test_are_refused(self, layer, taken):
+        x, weight = torch.randn(8, 6, requires_grad=True), torch.randn(6, requires_grad=True)
+        y = {
+            "linear": lambda: CODED.linear(x, weight.diag()),
+            "layer_norm": lambda: CODED.layer_norm(x, (6,), weight),
+            "batch_norm": lambda: CODED.batch_norm(x, None, None, weight, training=True),
+            "group_norm": lambda: CODED.group_norm(x, 2, weight),
+            "swiglu": lambda: CODED.swiglu(x, x * weight),
+            "relu of a norm": lambda: CODED.relu(CODED.layer_norm(x, (6,), weight, weight), shared=True),
+        }[layer]()
+        with pytest.raises(InputError, match="can be taken once"):
+            TAKEN[taken](x, weight, y.square().sum())
