@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fewbit.autograd import handle
+from fewbit.autograd import handle, traced
 from fewbit.autograd.codes import Quantizer, scaled
 from fewbit.autograd.handle import Recipe
 from fewbit.autograd.once import once
@@ -98,7 +98,7 @@ def coded_product(
         if recipe is None:
             with torch.no_grad():
                 recipe = scaled(x, Quantizer(coder, stochastic), product.channel)
-    if torch.is_autocast_enabled(x.device.type):
+    if traced.is_autocast(x):
         x, weight, bias = _autocast(x, weight, bias)
     y, _ = _CodedProduct.apply(x, weight, bias, product, recipe)  # type: ignore[misc]
     return y

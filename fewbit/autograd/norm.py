@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch._prims_common import suggest_memory_format
 
+from fewbit.autograd import traced
 from fewbit.autograd.codes import Quantizer, standardized, values
 from fewbit.autograd.handle import Recipe, attach
 from fewbit.autograd.layout import Layout
@@ -166,7 +167,7 @@ def coded_normalization(
     stochastic     as in `fewbit.autograd.codes.Quantizer`
     """
     *running, coder = others
-    if exact is not None and torch.is_autocast_enabled(x.device.type):
+    if exact is not None and traced.is_autocast(x):
         probe = x.detach() if normalization.by_channel else x.detach().unsqueeze(0)
         dtype = exact(probe[:0], weight, bias).dtype
         if dtype != x.dtype:

@@ -31,6 +31,11 @@ def is_watched(x: Tensor) -> bool:
     )
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device, which may be one that has none, as meta."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def is_transformed() -> bool:
     """Whether a functorch transform is active, under which tensors change their identity."""
     return _functorch.peek_interpreter_stack() is not None
