@@ -1,4 +1,4 @@
-"""convert and revert: modules stay what they are, but for what they keep; and torch's transforms, autocast and export of layers."""
+"""convert and revert: modules stay what they are, but for what they keep. And layers under autocast, torch.func and export."""
 
 import copy
 import pickle
@@ -24,7 +24,7 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
         self.mix = nn.Sequential(nn.ConvTranspose2d(8, 8, 2), nn.GroupNorm(2, 8), nn.SiLU())
         self.norm, self.scale = nn.LayerNorm(8), nn.RMSNorm(8)
         self.mlp = nn.Sequential(nn.Linear(8, 32), nn.GLU(), nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.0), nn.Linear(32, 8))
@@ -105,7 +105,7 @@ def test_everything_stays_in_place(model):
     assert all(issubclass(now, then) for now, then in zip(types(model), before, strict=True))
     assert type(model.own) is Own
     assert type(model.mlp[4]) is nn.Dropout
-    assert repr(model.norm) == "LayerNorm((8,), eps=1e-05, elementwise_affine=True, bits=5)"
+    assert repr(model.norm) == repr(nn.LayerNorm(8))[:-1] + ", bits=5)"
     assert repr(model.mlp[3]) == "GELU(approximate='none', bits=5, shared=True)"
     assert repr(model.stem[2]) == "ReLU(inplace=True, bits=5, shared=True)"
     start = [each.detach().clone() for each in parameters]
@@ -222,7 +222,7 @@ def test_wrong_arguments_change_nothing(model, arguments, error, message):
 
 
 def test_no_model():
-    with pytest.raises(InputError, match="convert takes a torch.nn.Module, got list"):
+    with pytest.raises(InputError, match=r"convert takes a torch\.nn\.Module, got list"):
         fewbit.convert([nn.Linear(2, 2)])
 
 
@@ -292,6 +292,7 @@ def test_transposed_convolutions_take_an_output_size():
         coded(x, output_size=(20, 20))
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # torch's own
 class TestAutocast:
     def test_outputs_and_gradients(self, model):
         exact, x = copy.deepcopy(model), batch()
@@ -319,12 +320,7 @@ class TestAutocast:
         if own == torch.float64:
             parameters = {name: each.detach().double().requires_grad_() for name, each in parameters.items()}
         with torch.autocast("cpu", torch.bfloat16):
-            try:
-                exact = case.exact(x.requires_grad_(), parameters)
-            except RuntimeError as error:
-                with pytest.raises(RuntimeError, match=".*"):
-                    case.coded(x, parameters)
-                pytest.skip(f"torch refuses: {str(error)[:60]}")
+            exact = case.exact(x.requires_grad_(), parameters)
             y = case.coded(x, parameters)
         assert y.dtype == exact.dtype
         assert torch.equal(y, exact)
