@@ -96,13 +96,13 @@ def apply_compiled(record: Activation, x: Tensor, *args: Any, **kwargs: Any) -> 
     from fewbit.autograd import compiled  # here, since it loads dynamo
 
     check_input(record.name, x)
-    numbers, named = [_number(value) for value in args], {name: _number(value) for name, value in kwargs.items()}
+    numbers, named = [fixed(value) for value in args], {name: fixed(value) for name, value in kwargs.items()}
     found = compiled.constant(_constants, record, x.dtype, x.device, *numbers, **named)
     y = compiled.activation(x, found.tensors, found.bits, found.name)
     return x.copy_(y) if found.inplace else y
 
 
-def _number(value: Any) -> Any:
+def fixed(value: Any) -> Any:
     """The value itself, of which a compiler would make a symbol where it is a number that changes between calls."""
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # here, since it loads sympy
 
