@@ -39,6 +39,26 @@ class Case(NamedTuple):
         return getattr(fewbit.functional, self.function)(x, **parameters, **self.keywords, **code)
 
 
+class Block(torch.nn.Module):
+    """A transformer block of width 32."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.qkv, self.out = torch.nn.LayerNorm(32), torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+        self.norm2, self.up, self.act, self.down = (
+            torch.nn.LayerNorm(32),
+            torch.nn.Linear(32, 64),
+            torch.nn.GELU(),
+            torch.nn.Linear(64, 32),
+        )
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).view(*x.shape[:2], 3, 2, 16).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + self.out(attended)
+        return x + self.down(self.act(self.up(self.norm2(x))))
+
+
 def wb(weight, bias):
     return {"weight": weight, "bias": (bias,)}
 
