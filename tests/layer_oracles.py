@@ -16,8 +16,6 @@ from torch.nn import functional
 
 import fewbit
 
-MEAN_MAGNITUDE = math.sqrt(2 / math.pi)
-
 
 class Case(NamedTuple):
     """A layer: the name of its function in torch and in fewbit, and what to call it with."""
@@ -130,19 +128,30 @@ def lookup(table, x, channel=0):
     return torch.from_numpy(table.levels[channel, table.encode(x.detach().double().numpy())].reshape(x.shape))
 
 
-def scales(x, channel):
-    """For each channel and then for each row: the mean magnitude, relative to a standard normal number's."""
+def standardized(x, rest):
+    """Center and spread of x along the dimensions `rest`, in shapes that broadcast with x."""
+    if not rest:
+        return 0.0, torch.ones((), dtype=torch.float64)
+    center = x.mean(rest, keepdim=True)
+    spread = ((x - center) ** 8).mean(rest, keepdim=True).div(105) ** 0.125
+    return center, spread.clamp_min(1e-19)
+
+
+def standards(x, channel):
+    """Row scale, center and spread: x is (number * spread + center) * row with a number like a standard normal one."""
     wide = x.detach().double()
     channel %= wide.dim()
     rest = tuple(dim for dim in range(wide.dim()) if dim != channel)
-    by_channel = (wide.abs().mean(rest, keepdim=True) if rest else wide.abs()) / MEAN_MAGNITUDE
-    return by_channel * (wide / by_channel).abs().mean(tuple(range(channel, wide.dim())), keepdim=True) / MEAN_MAGNITUDE
+    magnitude = (wide.abs().mean(rest, keepdim=True) if rest else wide.abs()).clamp_min(1e-19)
+    row = (wide / magnitude).abs().amax(tuple(range(channel, wide.dim())), keepdim=True).clamp_min(1e-19)
+    center, spread = standardized(wide / magnitude / row, rest)
+    return row, center * magnitude, spread * magnitude
 
 
 def scaled_values(table, x, channel):
-    """What codes with these scales stand for."""
-    scale = scales(x, channel)
-    return lookup(table, x.detach().double() / scale) * scale
+    """What codes with these standards stand for."""
+    row, center, spread = standards(x, channel)
+    return (lookup(table, (x.detach().double() / row - center) / spread) * spread + center) * row
 
 
 def row_scaled_values(table, x):
@@ -184,15 +193,17 @@ def torch_gradients(case, x, parameters, grad):
     return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad), strict=True))
 
 
-def sign_shifts(weight, bias, thresholds):
-    """For each channel what puts the zero of weight * x + bias on the nearest threshold."""
-    shifts = []
-    for w, b in zip(weight.double().tolist(), bias.double().tolist(), strict=True):
-        zero = -b / w if w else 0.0
-        shift = thresholds[np.abs(thresholds - zero).argmin()] - zero
-        hardly_ever_negative = shift * math.copysign(1, w) > 0.5
-        shifts.append(0.0 if w == 0 or hardly_ever_negative or abs(shift) >= 3 else shift)
-    return torch.tensor(shifts, dtype=torch.float64)
+def moves_to_thresholds(factor, offset, thresholds):
+    """For each channel (shrink, shift) that puts the z where factor * z + offset = 0 on a threshold, or (1, 0) too far out."""
+    moves = []
+    for f, o in zip(factor.flatten().tolist(), offset.flatten().tolist(), strict=True):
+        zero, outermost = (-o / f if f else math.inf), np.abs(thresholds).max()
+        if abs(zero) > 2 * outermost:
+            moves.append((1.0, 0.0))
+        else:
+            shrink = min(1.0, outermost / abs(zero)) if zero else 1.0
+            moves.append((shrink, thresholds[np.abs(thresholds - shrink * zero).argmin()] - shrink * zero))
+    return (torch.tensor(each, dtype=torch.float64).view(factor.shape) for each in zip(*moves, strict=True))
 
 
 def norm_gradients(case, x, parameters, grad, table):
@@ -216,11 +227,13 @@ def norm_gradients(case, x, parameters, grad, table):
     eps = torch.finfo(torch.float64).eps if eps is None else eps
     scale = 1 / ((grouped - mean).square().mean(dims, keepdim=True) + eps).sqrt()
     x_hat = back((grouped - mean) * scale)
-    shift = 0
-    if case.function in ("group_norm", "batch_norm") and "bias" in parameters:
-        shifts = sign_shifts(parameters["weight"].detach(), parameters["bias"].detach(), table.thresholds)
-        shift = shifts.view(-1, *[1] * (x.dim() - 2))
-    x_hat = lookup(table, x_hat + shift) - shift
+    channel = (0, *range(2, x.dim())) if case.function in ("group_norm", "batch_norm") else rows
+    center, spread = standardized(x_hat, channel)
+    shrink, shift = 1.0, 0.0
+    if case.function in ("group_norm", "batch_norm") and weight is not None:
+        bias = parameters["bias"].detach().double().view_as(weight)
+        shrink, shift = moves_to_thresholds(weight * spread, weight * center + bias, table.thresholds)
+    x_hat = (lookup(table, (x_hat - center) / spread * shrink + shift) - shift) / shrink * spread + center
     inner = (grad if weight is None else grad * weight).reshape(grouped.shape)
     values = x_hat.reshape(grouped.shape)
     grad_x = inner - values * (inner * values).mean(dims, keepdim=True)

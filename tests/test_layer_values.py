@@ -106,14 +106,14 @@ class TestStochastic:
         for _ in range(draws):
             y = fewbit.functional.linear(x, weight, bits=3, rounding="stochastic")
             found += torch.autograd.grad(y, weight, grad)
-        values, scale = torch.stack(found), naive.scales(x, -1)
-        normal = x / scale
+        values, (row, center, spread) = torch.stack(found), naive.standards(x, -1)
+        normal, scale = (x / row - center) / spread, spread * row
         inside = normal.abs() < table.levels.max()
         levels = torch.tensor(table.levels[0])
         above = torch.bucketize(normal, levels).clamp(1, levels.numel() - 1)
         variance = (normal - levels[above - 1]) * (levels[above] - normal)  # of a choice between two with the mean in between
         assert ((values.mean(0) - x).abs() < 5 * scale * (variance / draws).sqrt())[inside].all()
-        outside = (normal.sign() * table.levels.max() * scale)[~inside]
+        outside = ((normal.sign() * table.levels.max() * spread + center) * row)[~inside]
         torch.testing.assert_close(values.mean(0)[~inside], outside)
 
     def test_is_reproducible_and_differs_between_calls(self):

@@ -12,12 +12,11 @@ import torch
 
 from fewbit import kernels
 from fewbit.autograd import traced
-from fewbit.autograd.handle import Recipe
+from fewbit.autograd.handle import Recipe, as_it_is
 from fewbit.autograd.layout import Layout
 from fewbit.kernels import Coder
 
 Tensor = torch.Tensor
-_MEAN_MAGNITUDE = (2 / torch.pi) ** 0.5  # of a standard normal number
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,42 +63,52 @@ def values(packed: Tensor, layout: Layout, dtype: torch.dtype, coder: Coder) -> 
 def standardized(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """x, center and spread along `dims`: ((x - center) / spread, center, spread), the latter of size 1 there.
 
-    The spread is the mean magnitude as a standard normal number has it: single outliers move it less than a mean square. It is
-    positive, also where x is constant.
+    The spread is what the eighth moment of a normal number tells: (mean (x - center)⁸ / 105)^(1/8). It is the standard deviation
+    of normal numbers, and more for those with heavier tails, which the outermost levels of a table for normal numbers would cut
+    off: measured, it leaves normal numbers their error and halves that of products and of sparse numbers. Positive, also where x
+    is constant.
     """
     if not dims or x.numel() == 0:
-        return x, torch.zeros_like(x[:1]), torch.ones_like(x[:1])
+        one = x.new_ones([1 if dim in dims else size for dim, size in enumerate(x.shape)])
+        return x, torch.zeros_like(one), one
     center = x.mean(tuple(dims), keepdim=True)
     centered = x - center
-    spread = _mean_magnitude(centered, dims)
+    moment = centered.square().square_().square_().mean(tuple(dims), keepdim=True)
+    spread = _positive(moment.div_(105).sqrt_().sqrt_().sqrt_())
     return centered.div_(spread), center, spread
 
 
 def scaled(x: Tensor, quantizer: Quantizer, channel: int) -> Recipe:
-    """The recipe of codes of x, standardized by channel, and then scaled by row.
+    """The recipe of codes of x, standardized by channel and scaled by row.
 
     x        floating-point, any shape and strides
     channel  the dimension of the channels: -1 for linear layers, 1 for convolutions. Rows are all that has one place in the
              dimensions before it: a token, or an image.
 
-    A center and a spread for each channel, over all rows, take up the channels that large models have far outside the range of
-    all others; a scale for each row the tokens that differ in size. Together they cost a number a row and two a channel, less
-    than the scales of groups do, whose codes an outlier spoils for its whole group.
+    Channels are first brought to one mean magnitude, which takes up those that large models have far outside the range of all
+    others; then rows to one largest magnitude, which takes up tokens that differ in size and single numbers far outside; then
+    channels are standardized. All that costs a number a row and two a channel, less than the scales of groups do, whose codes
+    an outlier spoils for its whole group.
     """
+    if x.numel() == 0:
+        return as_it_is(x)
     channel %= max(x.dim(), 1)
-    normal, center, spread = standardized(x.to(quantizer.coder.levels.dtype), [dim for dim in range(x.dim()) if dim != channel])
-    row = _mean_magnitude(normal, range(channel, x.dim()))
-    normal = normal / row
+    others, within = [dim for dim in range(x.dim()) if dim != channel], range(channel, x.dim())
+    wide = x.to(quantizer.coder.levels.dtype)
+    magnitude = _positive(wide.abs().mean(others, keepdim=True) if others else wide.abs())
+    even = wide / magnitude
+    row = _positive(even.abs().amax(tuple(within), keepdim=True))
+    normal, center, spread = standardized(even.div_(row), others)
     layout, coder = Layout.of(normal), quantizer.coder
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        packed, center, spread, row = kept
-        return torch.addcmul(center.to(dtype), values(packed, layout, dtype, coder).mul_(row), spread.to(dtype))
+        packed, row, center, spread = kept
+        levels = values(packed, layout, dtype, coder)
+        return torch.addcmul(center.to(dtype), levels, spread.to(dtype)).mul_(row)
 
-    return Recipe((quantizer.encode(layout.flatten(normal)), center, spread, row), rebuild)
+    return Recipe((quantizer.encode(layout.flatten(normal)), row, center * magnitude, spread * magnitude), rebuild)
 
 
-def _mean_magnitude(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """That of the numbers along `dims`, relative to a standard normal number's; positive, of x's number of dimensions."""
-    mean = x.abs().mean(tuple(dims), keepdim=True)
-    return (mean / _MEAN_MAGNITUDE).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+def _positive(scale: Tensor) -> Tensor:
+    """The scale, or, where it is 0, something small to divide by."""
+    return scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)

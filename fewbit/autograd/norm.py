@@ -35,7 +35,6 @@ class Normalization(Protocol):
     """An operation y = w x̂ + b. Statistics are of the dtype of the operation's own."""
 
     by_channel: bool  # whether w and b belong to dimension 1, instead of to the last ones
-    standardizes: bool  # whether x̂ is standardized by channel as it is
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | None) -> Statistics:
         """y, exactly torch's, and the mean (None if not taken) and 1/σ in shapes that broadcast with x."""
@@ -54,7 +53,6 @@ class LayerNorm(NamedTuple):
     shape: tuple[int, ...]
     eps: float
     by_channel: bool = False
-    standardizes: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
         return torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
@@ -72,7 +70,6 @@ class RMSNorm(NamedTuple):
     shape: tuple[int, ...]
     eps: float | None
     by_channel: bool = False
-    standardizes: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
         dims = tuple(range(-len(self.shape), 0))
@@ -97,7 +94,6 @@ class GroupNorm(NamedTuple):
     groups: int
     eps: float
     by_channel: bool = True
-    standardizes: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
         # torch's own function does the same before it calls this one
@@ -127,10 +123,6 @@ class BatchNorm(NamedTuple):
     momentum: float
     eps: float
     by_channel: bool = True
-
-    @property
-    def standardizes(self) -> bool:  # type: ignore[override]
-        return self.training
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | None) -> Statistics:
         running_mean, running_var = running
@@ -241,9 +233,6 @@ def _normalized(x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
 def _standardized(x_hat: Tensor, normalization: Normalization) -> tuple[Tensor, Tensor, Tensor]:
     """x̂ standardized by channel, with center and spread."""
     channels = range(1, 2) if normalization.by_channel else range(x_hat.dim() - len(normalization.shape), x_hat.dim())  # type: ignore[attr-defined]
-    if normalization.standardizes:
-        one = x_hat.new_ones([x_hat.shape[dim] if dim in channels else 1 for dim in range(x_hat.dim())])
-        return x_hat, torch.zeros_like(one), one
     return standardized(x_hat, [dim for dim in range(x_hat.dim()) if dim not in channels])
 
 
