@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
 ]
 CODED = fewbit.functional
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 class SwiGLU(nn.Module):
@@ -75,9 +74,14 @@ def step(model, x, call=None):
     return y.detach(), {"x": leaf.grad, **{name: each.grad.clone() for name, each in model.named_parameters()}}, kept
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["static", "dynamic"])
-@pytest.mark.parametrize("backend", BACKENDS)
+RUNS = [
+    *[(name, False, "aot_eager") for name in MODELS],
+    *[pytest.param(name, True, "aot_eager", marks=pytest.mark.slow) for name in ("block", "residual")],
+    *[pytest.param(name, name == "block", "inductor", marks=pytest.mark.slow) for name in ("block", "residual")],
+]
+
+
+@pytest.mark.parametrize(("name", "dynamic", "backend"), RUNS)
 def test_models(name, dynamic, backend):
     make, shape = MODELS[name]
     exact = make()
@@ -96,9 +100,11 @@ def test_models(name, dynamic, backend):
         for each, state in other.state_dict().items():
             torch.testing.assert_close(model.state_dict()[each], state)
     if not dynamic and "in place" not in name:
-        exact_kept = step(exact, x)[2]
+        # inductor keeps copies of the weights in another layout
+        weights = sum(each.numel() * 4 for each in model.parameters()) if backend == "inductor" else 0
         tables = 1024
-        assert kept <= 1.1 * eager_kept + tables, (kept, eager_kept, exact_kept)
+        assert kept <= 1.1 * eager_kept + tables + weights
+        assert eager_kept < step(exact, x)[2] / 2
 
 
 def coded(x, w, change):
@@ -156,8 +162,7 @@ def test_without_a_gradient_there_are_no_codes():
     assert not compiled(model)(x).requires_grad
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast(backend):
+def test_autocast():
     model = fewbit.convert(Block(), bits=4, inputs=4)
     x = torch.randn(4, 16, 32)
 
@@ -165,7 +170,7 @@ def test_autocast(backend):
         with torch.autocast("cpu", torch.bfloat16):
             return model(x)
 
-    results = [step(model, x, call) for call in (compiled(run, backend), run)]
+    results = [step(model, x, call) for call in (compiled(run), run)]
     assert results[0][0].dtype == results[1][0].dtype
     for each in results[1][1]:
         assert relative(results[0][1][each], results[1][1][each]) < 0.05
