@@ -95,7 +95,7 @@ NORMS = {
     "rms_norm, plain": Case("rms_norm", (11, 8), {}, {"normalized_shape": (8,)}),
     "group_norm": Case("group_norm", (3, 6, 5, 4), wb((6,), 6), {"num_groups": 2}),
     "group_norm, instances": Case("group_norm", (3, 4, 7), wb((4,), 4), {"num_groups": 4}),
-    "group_norm, no dims": Case("group_norm", (5, 8), wb((8,), 8), {"num_groups": 2}),
+    "group_norm, no dims": Case("group_norm", (40, 8), wb((8,), 8), {"num_groups": 2}),
     "group_norm, plain": Case("group_norm", (3, 6, 5), {}, {"num_groups": 3}),
     "batch_norm": Case("batch_norm", (6, 5, 4, 3), wb((5,), 5), {"running_mean": None, "running_var": None, "training": True}),
     "batch_norm, rows": Case("batch_norm", (20, 5), wb((5,), 5), {"running_mean": None, "running_var": None, "training": True}),
@@ -230,9 +230,11 @@ def norm_gradients(case, x, parameters, grad, table):
     channel = (0, *range(2, x.dim())) if case.function in ("group_norm", "batch_norm") else rows
     center, spread = standardized(x_hat, channel)
     shrink, shift = 1.0, 0.0
-    if case.function in ("group_norm", "batch_norm") and weight is not None:
-        bias = parameters["bias"].detach().double().view_as(weight)
-        shrink, shift = moves_to_thresholds(weight * spread, weight * center + bias, table.thresholds)
+    if case.function in ("group_norm", "batch_norm"):
+        factor, offset = spread, center
+        if weight is not None:
+            factor, offset = weight * spread, weight * center + parameters["bias"].detach().double().view_as(weight)
+        shrink, shift = moves_to_thresholds(factor, offset, table.thresholds)
     x_hat = (lookup(table, (x_hat - center) / spread * shrink + shift) - shift) / shrink * spread + center
     inner = (grad if weight is None else grad * weight).reshape(grouped.shape)
     values = x_hat.reshape(grouped.shape)

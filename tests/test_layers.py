@@ -208,7 +208,7 @@ class TestKept:
     def test_a_linear_keeps_codes_and_scales(self, bits):
         x, weight = torch.randn(64, 512, requires_grad=True), torch.randn(8, 512, requires_grad=True)
         kept = bytes_kept(lambda: fewbit.functional.linear(x, weight, bits=bits), weight)
-        assert kept == packing.packed_bytes(64 * 512, bits) + 4 * (64 + 512)
+        assert kept == packing.packed_bytes(64 * 512, bits) + 4 * (64 + 2 * 512)
 
     @pytest.mark.parametrize("name", PRODUCTS)
     def test_a_frozen_weight_keeps_nothing(self, name):
@@ -225,13 +225,13 @@ class TestKept:
 
     def test_an_input_without_gradient_leaves_the_weight_out(self):
         x, weight = torch.randn(64, 512), torch.randn(8, 512, requires_grad=True)
-        assert bytes_kept(lambda: fewbit.functional.linear(x, weight, bits=4)) == 64 * 512 // 2 + 4 * (64 + 512)
+        assert bytes_kept(lambda: fewbit.functional.linear(x, weight, bits=4)) == 64 * 512 // 2 + 4 * (64 + 2 * 512)
 
     @pytest.mark.parametrize("function", ["layer_norm", "rms_norm"])
-    def test_a_norm_keeps_codes_and_its_scale(self, function):
+    def test_a_norm_keeps_codes_and_a_few_numbers_a_row_and_channel(self, function):
         x, weight = torch.randn(64, 512, requires_grad=True), torch.ones(512, requires_grad=True)
         kept = bytes_kept(lambda: getattr(fewbit.functional, function)(x, (512,), weight, bits=4), weight)
-        assert kept == 64 * 512 // 2 + 4 * 64
+        assert kept == 64 * 512 // 2 + 4 * (64 + 2 * 512)
 
     def test_a_batch_norm_keeps_codes_and_a_few_numbers_a_channel(self):
         x, weight, bias = torch.randn(32, 64, 16, 16, requires_grad=True), torch.ones(64, requires_grad=True), torch.zeros(64)
@@ -240,7 +240,7 @@ class TestKept:
 
     def test_a_gated_unit_keeps_two_codes(self):
         gate, up = torch.randn(64, 512, requires_grad=True), torch.randn(64, 512, requires_grad=True)
-        assert bytes_kept(lambda: fewbit.functional.swiglu(gate, up, bits=4)) == 2 * 64 * 512 // 2 + 4 * (64 + 512)
+        assert bytes_kept(lambda: fewbit.functional.swiglu(gate, up, bits=4)) == 2 * 64 * 512 // 2 + 4 * (64 + 2 * 512)
 
 
 class TestArguments:

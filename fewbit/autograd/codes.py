@@ -63,10 +63,10 @@ def values(packed: Tensor, layout: Layout, dtype: torch.dtype, coder: Coder) -> 
 def standardized(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """x, center and spread along `dims`: ((x - center) / spread, center, spread), the latter of size 1 there.
 
-    The spread is what the eighth moment of a normal number tells: (mean (x - center)⁸ / 105)^(1/8). It is the standard deviation
-    of normal numbers, and more for those with heavier tails, which the outermost levels of a table for normal numbers would cut
-    off: measured, it leaves normal numbers their error and halves that of products and of sparse numbers. Positive, also where x
-    is constant.
+    The spread is what the eighth moment of a normal number tells: (mean (x - center)⁸ / 105)^(1/8). It is the standard
+    deviation of normal numbers, and more for those with heavier tails, which the outermost levels of a table for normal numbers
+    would cut off: it leaves normal numbers their error and nearly halves that of products and of sparse numbers at 4 bits.
+    Positive, also where x is constant.
     """
     if not dims or x.numel() == 0:
         one = x.new_ones([1 if dim in dims else size for dim, size in enumerate(x.shape)])
