@@ -27,16 +27,17 @@ TEXT_BYTES, HELD_OUT_BATCHES, SEED = 4_000_000, 8, 0
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block on (batch, tokens, WIDTH)."""
+    """A pre-norm transformer block on (batch, tokens, width)."""
 
-    def __init__(self, activation: nn.Module):
+    def __init__(self, activation: nn.Module, width: int = WIDTH, heads: int = HEADS):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.act, self.down = nn.Linear(WIDTH, 4 * WIDTH), activation, nn.Linear(4 * WIDTH, WIDTH)
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.act, self.down = nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(attended.transpose(1, 2).flatten(-2))
         return x + self.down(self.act(self.up(self.norm2(x))))
@@ -80,26 +81,26 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
     Writes the loss curves to `output`. Raises InputError for a device that torch does not have.
     """
     place = find_device(device)
-    training, held_out = _text(place)
+    training, held_out = read_text(place)
     runs = [_start(None, place), *(_start(b, place) for b in bits)]
     sampler = torch.Generator().manual_seed(SEED)
     with Live(_progress(runs, 0, steps), console=console, refresh_per_second=4) as live:
         for step in range(steps):
-            batch = _batch(training, sampler)
+            batch = sample_batch(training, sampler)
             for each in runs:
                 _train_step(each, batch)
             live.update(_progress(runs, step + 1, steps))
             if not console.is_terminal and (step + 1) % max(1, steps // 5) == 0 and step + 1 < steps:
                 console.print(_progress(runs, step + 1, steps))  # where nothing can be drawn over, now and then a line
     for each in runs:
-        each.held_out = _evaluate(each.model, held_out)
+        each.held_out = held_out_loss(each.model, held_out)
     console.print(_outcome(runs))
     _draw(runs, output)
     console.print(f"wrote {output}", markup=False, soft_wrap=True)
     return runs
 
 
-def _text(device: torch.device) -> tuple[Tensor, Tensor]:
+def read_text(device: torch.device) -> tuple[Tensor, Tensor]:
     """Bytes of the standard library's modules, uint8: those to train on, and a last twentieth held out."""
     library = Path(sysconfig.get_paths()["stdlib"])
     content, files = bytearray(), sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py"))
@@ -115,6 +116,25 @@ def _text(device: torch.device) -> tuple[Tensor, Tensor]:
     return data[:cut], data[cut:]
 
 
+def sample_batch(data: Tensor, sampler: torch.Generator) -> Tensor:
+    """Random stretches of the text (BATCH, CONTEXT + 1) int64."""
+    starts = torch.randint(len(data) - CONTEXT - 1, (BATCH,), generator=sampler)
+    return torch.stack([data[start : start + CONTEXT + 1] for start in starts.tolist()]).long()
+
+
+def batch_loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross-entropy of a batch's next bytes, in nats."""
+    logits = model(batch[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, data: Tensor) -> float:
+    """Mean loss over HELD_OUT_BATCHES of the data, the same ones at every call."""
+    sampler = torch.Generator().manual_seed(SEED)
+    return statistics.fmean(batch_loss(model, sample_batch(data, sampler)).item() for _ in range(HELD_OUT_BATCHES))
+
+
 def _start(bits: int | None, device: torch.device) -> Run:
     torch.manual_seed(SEED)
     model = GPT(bits).to(device)
@@ -122,33 +142,16 @@ def _start(bits: int | None, device: torch.device) -> Run:
     return Run(label, model, torch.optim.AdamW(model.parameters(), lr=2e-3))
 
 
-def _batch(data: Tensor, sampler: torch.Generator) -> Tensor:
-    """Random stretches of the text (BATCH, CONTEXT + 1) int64."""
-    starts = torch.randint(len(data) - CONTEXT - 1, (BATCH,), generator=sampler)
-    return torch.stack([data[start : start + CONTEXT + 1] for start in starts.tolist()]).long()
-
-
-def _loss(model: GPT, batch: Tensor) -> Tensor:
-    logits = model(batch[:, :-1])
-    return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-
 def _train_step(each: Run, batch: Tensor) -> None:
     if not each.losses:
         each.gelu_bytes, each.total_bytes = _kept_bytes(each.model, batch)
     start = time.perf_counter()
-    loss = _loss(each.model, batch)
+    loss = batch_loss(each.model, batch)
     loss.backward()
     each.optimizer.step()
     each.optimizer.zero_grad()
     each.losses.append(loss.item())  # waits for the device
     each.seconds.append(time.perf_counter() - start)
-
-
-@torch.no_grad()
-def _evaluate(model: GPT, data: Tensor) -> float:
-    sampler = torch.Generator().manual_seed(SEED)
-    return statistics.fmean(_loss(model, _batch(data, sampler)).item() for _ in range(HELD_OUT_BATCHES))
 
 
 def _kept_bytes(model: GPT, batch: Tensor) -> tuple[int, int]:
@@ -164,7 +167,7 @@ def _kept_bytes(model: GPT, batch: Tensor) -> tuple[int, int]:
     handles = [gelu.register_forward_pre_hook(lambda *_: inner.__enter__()) for gelu in model.gelus]
     handles += [gelu.register_forward_hook(lambda *_: inner.__exit__()) for gelu in model.gelus]
     with saved_storages(total, leave_out=parameters):
-        loss = _loss(model, batch)  # held until the count is read, so that no storage is freed and its address used again
+        loss = batch_loss(model, batch)  # held until the count is read: no storage is freed and its address used again
     for handle in handles:
         handle.remove()
     del loss

@@ -1,0 +1,169 @@
+"""tools/studies: what they share, on cases whose answer is known, and each study at a tiny size."""
+
+import doctest
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from fewbit import demo
+from tools.studies import baselines, common, gpt, pictures, resnet, swiglu
+
+
+@pytest.fixture
+def screen():
+    """A console to print to; str() of its file is what was printed."""
+    return Console(file=io.StringIO(), width=120)
+
+
+def printed(console):
+    return console.file.getvalue()
+
+
+class TestKeptByPart:
+    def test_each_storage_once_by_who_saved_it_first(self):
+        model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        x = torch.randn(4, 8, requires_grad=True)
+        bytes_of = {"0": 4 * 4 * 8, "1": 4 * 4 * 16, "2": 4 * 4 * 16}
+        assert common.kept_by_part(model, lambda: model(x)) == bytes_of
+        assert common.kept_by_part(model, lambda: model(x), [x]) == {part: bytes_of[part] for part in "12"}
+
+    def test_what_the_model_itself_saves(self):
+        class Squared(nn.Linear):
+            def forward(self, input):
+                return super().forward(input) ** 2
+
+        model, x = Squared(8, 8), torch.randn(4, 8)
+        assert common.kept_by_part(model, lambda: model(x), [x]) == {"": 4 * 4 * 8}
+
+    def test_no_hook_is_left(self):
+        model = nn.Linear(8, 8)
+        common.kept_by_part(model, lambda: model(torch.randn(4, 8)))
+        assert not model._forward_hooks
+        assert not model._forward_pre_hooks
+
+
+def test_gradient_errors_and_noise():
+    exact = [{"all": torch.tensor([3.0, 4.0])}, {"all": torch.tensor([3.0, 6.0])}]
+    other = [{"all": torch.tensor([3.0, 3.0])}, {"all": torch.tensor([3.0, 6.0])}]
+    assert common.gradient_errors(exact, other)["all"] == pytest.approx(0.1)
+    assert common.gradient_noise(exact)["all"] == pytest.approx(2**0.5 / ((5 + 45**0.5) / 2))
+
+
+def test_gradients_are_grouped_in_order():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    x = torch.randn(3, 2)
+    groups = common.gradients(model, lambda: model(x).sum(), lambda name: name.split(".")[0])
+    model(x).sum().backward()
+    for group, module in (("0", model[0]), ("1", model[1]), (common.ALL, model)):
+        torch.testing.assert_close(groups[group].float(), torch.cat([each.grad.flatten() for each in module.parameters()]))
+
+
+def test_peak_counts_what_is_gone_at_the_end():
+    def step():
+        for _ in range(3):
+            torch.empty(1 << 20, dtype=torch.uint8)
+
+    assert 1 << 20 <= common.peak_bytes(step) < 2 << 20
+
+
+class TestMinMax:
+    def test_error_is_at_most_half_a_step(self):
+        x = torch.randn(5, 128)
+        steps = (x.unflatten(-1, (2, 64)).amax(-1) - x.unflatten(-1, (2, 64)).amin(-1)) / 15
+        error = (baselines.min_max(x, bits=4, group=64) - x).abs().unflatten(-1, (2, 64)).amax(-1)
+        assert (error <= steps / 2 * 1.0001).all()
+
+    def test_constant_groups_are_exact(self):
+        assert (baselines.min_max(torch.full((2, 64), 3.0), bits=4, group=64) == 3).all()
+
+    def test_forward_is_exact_and_the_gradient_is_near(self):
+        model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+        coded = baselines.min_max_coded(model)
+        x = torch.randn(8, 64)
+        assert torch.equal(coded(x), model(x))
+        exact, near = (common.gradients(each, lambda each=each: each(x).square().sum(), str) for each in (model, coded))
+        (error,) = {common.gradient_errors([exact], [near])[common.ALL]}
+        assert 0.01 < error < 0.2
+
+
+class TestQuantizedBatchNorm:
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_values_and_signs(self, bits):
+        norm = baselines.QuantizedBatchNorm2d(3, bits)
+        with torch.no_grad():
+            norm.weight.copy_(torch.tensor([0.5, 1.0, -2.0]))
+            norm.bias.copy_(torch.tensor([0.3, 0.0, -0.7]))
+        plain = nn.BatchNorm2d(3)
+        plain.load_state_dict(norm.state_dict())
+        x = torch.randn(16, 3, 8, 8)
+        y, exact = norm(x), plain(x)
+        near = ((exact - norm.bias[:, None, None]) / norm.weight[:, None, None]).abs() < 2.5
+        step = 6 / 2**bits * norm.weight.abs()[:, None, None]
+        assert ((y - exact).abs() / step)[near].max() < 0.51
+        assert torch.equal(y > 0, exact > 0)
+        assert all(y[:, i].unique().numel() <= 2**bits for i in range(3))
+
+    def test_gradient_passes_straight_through(self):
+        norm, plain = baselines.QuantizedBatchNorm2d(3, 4), nn.BatchNorm2d(3)
+        x, g = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+        gradients = [
+            torch.autograd.grad(each(leaf), leaf, g) for each in (norm, plain) for leaf in [x.clone().requires_grad_()]
+        ]
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("module", [baselines, gpt], ids=lambda module: module.__name__)
+def test_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0 == failed
+
+
+def test_groups_of_the_gpt():
+    assert {gpt.group_of(name) for name, _ in demo.GPT(None).named_parameters()} == {*gpt.GROUPS} - {common.ALL}
+
+
+def test_results_are_written(tmp_path, capsys):
+    common.write("some", {"a": 1}, tmp_path / "results")
+    assert json.loads((tmp_path / "results" / "some.json").read_text())["results"] == {"a": 1}
+    assert "some.json" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+class TestTinyStudies:
+    def test_gpt_memory(self, screen):
+        results = gpt.memory(screen, widths=(128,), batch=2)["128"]
+        assert results["bfloat16, exact"]["total"] + 1 == pytest.approx(16, abs=0.15)
+        assert results["bfloat16, 4 bits"]["total"] <= 6
+        assert "attention" in printed(screen)
+
+    def test_gpt_errors(self, screen):
+        torch.manual_seed(0)
+        results = gpt.errors(screen, demo.GPT(None), batches=2)
+        errors = {label: each[common.ALL] for label, each in results["errors"].items()}
+        assert errors["joint codes, 5 bits"] < errors["joint codes, 4 bits"] < errors["joint codes, 3 bits"] < 0.5
+        pictures.plot_errors_beside_noise(results["noise"], results["errors"], gpt.GROUPS).savefig(io.BytesIO())
+
+    def test_gpt_times(self, screen):
+        results = gpt.times(screen, repeats=2, widths=(64,))
+        assert set(results["block, width 64"]) == {"exact", "checkpoint", "4 bits", "5 bits"}
+        whole = results["4 blocks, width 128"]
+        assert whole["4 bits"]["peak_bytes"] < whole["exact"]["peak_bytes"] / 2
+
+    def test_gpt_training(self, screen):
+        results = gpt.training(screen, steps=2)
+        assert results["exact"]["losses"][0] == results["4 bits"]["losses"][0]  # forward is exact
+
+    def test_resnet(self, screen):
+        results = resnet.accuracy(screen, seeds=1, epochs=1, widths=(8, 8), blocks=1)
+        assert set(results) == set(resnet.VARIANTS)
+        assert results["joint codes, 4 bits"]["kept_bytes"]["all"] < results["exact"]["kept_bytes"]["all"] / 6
+        resnet.times(screen, repeats=2, widths=(8, 8), blocks=1)
+
+    def test_swiglu(self, screen):
+        results = swiglu.memory(screen, width=64, hidden=128)
+        assert results["bfloat16, exact"]["bits"]["all but the input"] == 64
+        assert results["bfloat16, 4 bits"]["bits"]["all but the input"] <= 9

@@ -1,0 +1,158 @@
+"""What the studies share: bytes by the part that keeps them, gradients compared, steps timed in turn, results written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import fewbit
+from fewbit import terminal
+from fewbit.design.table import write_atomically
+from fewbit.measuring import Task, quantiles, time_rounds
+
+Tensor = torch.Tensor
+Gradients = dict[str, Tensor]  # group -> the gradients of its parameters, one after another; ALL: of every parameter
+
+RESULTS = Path(__file__).parents[1] / "results"
+ALL = "all"
+
+
+class Checkpointed(nn.Module):
+    """The module run under torch.utils.checkpoint: it keeps its input and runs a second time in backward."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[return-value]
+
+
+def coded(model: nn.Module, **options: Any) -> nn.Module:
+    """A converted copy; the options are fewbit.convert's."""
+    return fewbit.convert(copy.deepcopy(model), **options)
+
+
+def kept_by_part(model: nn.Module, forward: Callable[[], Any], apart: Iterable[Tensor] = ()) -> dict[str, int]:
+    """Bytes of the distinct storages that forward() saves for backward, by the innermost module that saved each first.
+
+    model  its modules' names are the parts; "" is what its own forward saves. Its parameters and buffers are not counted.
+    apart  tensors whose storages are not counted, such as the model's input
+    """
+    left_out = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *apart)}
+    kept: dict[int, tuple[str, int]] = {}
+    running = [""]
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in left_out:
+            kept.setdefault(storage.data_ptr(), (running[-1], storage.nbytes()))
+        return tensor
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        handles.append(module.register_forward_hook(lambda *_: running.__delitem__(-1)))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = forward()  # until the count is read: no storage is freed and its address used again
+    for handle in handles:
+        handle.remove()
+    parts: dict[str, int] = {}
+    for part, number in kept.values():
+        parts[part] = parts.get(part, 0) + number
+    del held
+    return parts
+
+
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most that torch's allocator held on the CPU during step(), beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    assert record.profiler is not None  # of a profile that has ended
+    assert record.profiler.kineto_results is not None
+    events: list[Any] = record.profiler.kineto_results.events()
+    return int(np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"]).max(initial=0))
+
+
+def gradients(model: nn.Module, loss: Callable[[], Tensor], group_of: Callable[[str], str]) -> Gradients:
+    """Of loss(), by group. group_of: name of a parameter -> name of its group."""
+    model.zero_grad()
+    loss().backward()
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} got no gradient"
+        for group in (group_of(name), ALL):
+            groups.setdefault(group, []).append(parameter.grad.flatten().double())
+    model.zero_grad()
+    return {group: torch.cat(parts) for group, parts in groups.items()}
+
+
+def gradient_errors(exact: list[Gradients], other: list[Gradients]) -> dict[str, float]:
+    """Mean over batches of ||other - exact|| / ||exact||, by group."""
+    return {
+        group: statistics.fmean(
+            float((b[group] - a[group]).norm() / a[group].norm()) for a, b in zip(exact, other, strict=True)
+        )
+        for group in exact[0]
+    }
+
+
+def gradient_noise(exact: list[Gradients]) -> dict[str, float]:
+    """The gradient's own standard deviation between batches over its mean norm, by group."""
+    noise = {}
+    for group in exact[0]:
+        batches = torch.stack([each[group] for each in exact])
+        deviation = batches.var(dim=0).sum().sqrt()
+        noise[group] = float(deviation / batches.norm(dim=1).mean())
+    return noise
+
+
+def step_times(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds of each step, (repeats,): all of them in turn in every round, in an order shuffled anew."""
+    tasks = {("step", label): Task(lambda: None, lambda _, step=step: step()) for label, step in steps.items()}
+    samples = time_rounds(tasks, repeats, torch.device("cpu"))
+    return {label: samples["step", label] for label in steps}
+
+
+def compare_steps(
+    console: Console, title: str, models: dict[str, Callable[[], Tensor]], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Print, and give, times and peak memory of forward and backward of each loss; "exact" and "checkpoint" are among them."""
+
+    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
+        return lambda: loss().backward()
+
+    steps = {label: step(loss) for label, loss in models.items()}
+    samples = step_times(steps, repeats)
+    view = terminal.table((title,), ("ms a step", "over exact", "over checkpoint", "peak MiB", "of exact"))
+    results: dict[str, dict[str, Any]] = {}
+    for label, run in steps.items():
+        ratios = {base: quantiles(samples[label] / samples[base]) for base in ("exact", "checkpoint")}
+        results[label] = {"seconds": quantiles(samples[label]), "ratios": ratios, "peak_bytes": peak_bytes(run)}
+        peak = results[label]["peak_bytes"]
+        cells = [f"{each['median']:.2f} ({each['p25']:.2f}–{each['p75']:.2f})" for each in ratios.values()]
+        share = peak / results["exact"]["peak_bytes"]
+        view.add_row(label, f"{1e3 * results[label]['seconds']['median']:.1f}", *cells, f"{peak / 2**20:.1f}", f"{share:.2f}")
+    console.print(view, "")
+    return results
+
+
+def write(name: str, results: Any, directory: Path = RESULTS) -> None:
+    """Write the results, and what they were measured with, to directory/name.json; say so."""
+    setting = {"torch": torch.__version__, "fewbit": fewbit.__version__, "threads": torch.get_num_threads()}
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
+    write_atomically(path, json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+    print(f"wrote {os.path.relpath(path)}")

@@ -1,0 +1,192 @@
+"""A ResNet with joint codes on the digits of scikit-learn: `python -m tools.studies.resnet [accuracy] [times]`, else both.
+
+accuracy  on held-out digits after training exactly, with joint codes, with the second method's uniform codes, and with
+          activations quantized in forward and backward alike; the bytes that a step keeps for backward
+times     of a step, coded over exact and over checkpointing, with the memory it needs
+
+The network is pre-activated: batch norm and ReLU come before each convolution, and sums carry the residual. Tables go to the
+terminal and, as JSON, to tools/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from sklearn.datasets import load_digits
+from torch import nn
+
+from fewbit import terminal
+from tools.studies import baselines, common
+
+Tensor = torch.Tensor
+Norm = Callable[[int], nn.Module]
+
+WIDTHS, BLOCKS = (16, 32, 64), 3  # channels of each stage, blocks in each
+BATCH, EPOCHS, TRAINING_IMAGES, LEARNING_RATE = 64, 15, 1437, 0.1
+
+
+class Residual(nn.Module):
+    """Twice batch norm, ReLU and convolution, added to the input: (n, c_in, h, w) to (n, c_out, h / stride, w / stride)."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, norm: Norm):
+        super().__init__()
+        self.norm1, self.relu1 = norm(c_in), nn.ReLU()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.norm2, self.relu2 = norm(c_out), nn.ReLU()
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.project = None if c_in == c_out else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.relu1(self.norm1(x))
+        shortcut = x if self.project is None else self.project(activated)
+        return shortcut + self.conv2(self.relu2(self.norm2(self.conv1(activated))))
+
+
+class ResNet(nn.Module):
+    """Digits (n, 1, 8, 8) to logits (n, 10)."""
+
+    def __init__(self, widths: tuple[int, ...] = WIDTHS, blocks: int = BLOCKS, norm: Norm = nn.BatchNorm2d):
+        super().__init__()
+        self.stem = nn.Conv2d(1, widths[0], 3, padding=1, bias=False)
+        stages, c_in = [], widths[0]
+        for c_out in widths:
+            for i in range(blocks):
+                stages.append(Residual(c_in, c_out, 2 if i == 0 and c_out != widths[0] else 1, norm))
+                c_in = c_out
+        self.blocks = nn.Sequential(*stages)
+        self.norm, self.relu, self.head = norm(c_in), nn.ReLU(), nn.Linear(c_in, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3)))
+
+
+def _coded(**options: Any) -> Callable[..., nn.Module]:
+    return lambda *sizes: common.coded(ResNet(*sizes), **options)
+
+
+def _naive(bits: int) -> Callable[..., nn.Module]:
+    return partial(ResNet, norm=partial(baselines.QuantizedBatchNorm2d, bits=bits))
+
+
+VARIANTS: dict[str, Callable[..., nn.Module]] = {
+    "exact": ResNet,
+    "joint codes, 8 bits": _coded(bits=8, inputs=8),
+    "joint codes, 4 bits": _coded(bits=4, inputs=4),
+    "uniform codes, 4 bits": _coded(bits=4, inputs=4, coding="uniform"),
+    "naive, 8 bits": _naive(8),
+    "naive, 4 bits": _naive(4),
+}
+
+
+def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Images (n, 1, 8, 8) of mean 0 and deviation 1 with their labels: to train on, and to test on."""
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32)[:, None]  # type: ignore[attr-defined]
+    labels = torch.tensor(found.target)  # type: ignore[attr-defined]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    images, labels = ((images - images.mean()) / images.std())[order], labels[order]
+    cut = TRAINING_IMAGES
+    return (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
+
+
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of a batch."""
+    return nn.functional.cross_entropy(model(images), labels)
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int) -> None:
+    """SGD with momentum, its rate falling to 0 along a cosine; the seed orders the images."""
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    steps = epochs * (len(labels) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    sampler = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(len(labels), generator=sampler)
+        for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
+            loss_of(model, images[chosen], labels[chosen]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+
+@torch.no_grad()
+def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of the images whose label the model, left in evaluation mode, finds."""
+    return float((model.eval()(images).argmax(1) == labels).double().mean())
+
+
+def accuracy(
+    console: Console, seeds: int = 3, epochs: int = EPOCHS, widths: tuple[int, ...] = WIDTHS, blocks: int = BLOCKS
+) -> dict[str, Any]:
+    """On held-out digits, with each seed, and the bytes kept by a step, parameters and images apart."""
+    training, test = digits()
+    results: dict[str, Any] = {}
+    columns = ("accuracy %", "least", "most", "kept KiB", "of exact", "s a run")
+    view = terminal.table((f"{seeds} seeds, {epochs} epochs",), columns)
+    for label, make in VARIANTS.items():
+        found, taken = [], []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            model = make(widths, blocks)
+            start = time.perf_counter()
+            train(model, *training, epochs, seed)
+            taken.append(time.perf_counter() - start)
+            found.append(accuracy_of(model, *test))
+        kept = kept_bytes(make(widths, blocks), training[0][:BATCH], training[1][:BATCH])
+        results[label] = {"accuracy": found, "kept_bytes": kept, "seconds": taken}
+        share = kept["all"] / results["exact"]["kept_bytes"]["all"]
+        percent = [100 * each for each in found]
+        spread = f"{statistics.fmean(percent):.2f} ± {statistics.pstdev(percent):.2f}"
+        view.add_row(
+            *(label, spread, f"{min(percent):.2f}", f"{max(percent):.2f}"),
+            *(f"{kept['all'] / 1024:.0f}", f"1/{1 / share:.1f}", f"{statistics.fmean(taken):.0f}"),
+        )
+    console.print(view, "")
+    return results
+
+
+def kept_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, int]:
+    """Bytes that a step keeps, by the kind of module that saved them first, and of all."""
+    kinds: dict[str, int] = {"all": 0}
+    modules = dict(model.named_modules())
+    for part, number in common.kept_by_part(model, lambda: loss_of(model, images, labels), [images, labels]).items():
+        kind = type(modules[part]).__name__ if part else "loss"
+        kinds[kind] = kinds.get(kind, 0) + number
+        kinds["all"] += number
+    return kinds
+
+
+def times(console: Console, repeats: int = 30, widths: tuple[int, ...] = WIDTHS, blocks: int = BLOCKS) -> dict[str, Any]:
+    """Of a forward and backward pass, checkpointing each residual block."""
+    (images, labels), _ = digits()
+    torch.manual_seed(0)
+    exact = ResNet(widths, blocks)
+    checkpointed = copy.deepcopy(exact)
+    checkpointed.blocks = nn.Sequential(*(common.Checkpointed(block) for block in checkpointed.blocks))
+    models = {"exact": exact, "checkpoint": checkpointed}
+    models |= {f"{bits} bits": common.coded(exact, bits=bits, inputs=bits) for bits in (4, 8)}
+    losses = {label: partial(loss_of, model, images[:BATCH], labels[:BATCH]) for label, model in models.items()}
+    name = f"ResNet, batch {BATCH}"
+    return {name: common.compare_steps(console, name, losses, repeats)}
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parts = {"accuracy": accuracy, "times": times}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[[], *parts], help="all by default")
+    console = terminal.console(at_least=100)
+    for part in parser.parse_args().parts or parts:
+        common.write(f"resnet-{part}", parts[part](console))
+
+
+if __name__ == "__main__":
+    main()
