@@ -27,7 +27,11 @@ def min_max_coded(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module
 
 
 def min_max_bits(bits: int = 4, group: int = 64) -> float:
-    """Bits an element of such a code, with the least value and the step of each group in 16 bits."""
+    """Bits an element of such a code, with the least value and the step of each group in 16 bits.
+
+    >>> min_max_bits()
+    4.5
+    """
     return bits + 32 / group
 
 

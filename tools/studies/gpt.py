@@ -1,7 +1,8 @@
 """A GPT with joint codes: `python -m tools.studies.gpt [memory] [errors] [times] [training]`, all of them by default.
 
 memory    bytes that a block keeps, by the part that keeps them
-errors    of the gradient of a trained model, coded in several ways, against exact; by group of parameters beside SGD's noise
+errors    of the gradient of a trained model, coded in several ways, against exact, by group of parameters beside SGD's noise:
+          by joint codes all layers, or those of the blocks alone with the last norm and the head exact
 times     of a step, coded over exact and over checkpointing, with the memory it needs
 training  from the same seed, exact and coded
 
@@ -132,11 +133,14 @@ def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any
 
     exact = of(model)
     noise = common.gradient_noise(exact)
-    makers: dict[str, Callable[[], nn.Module]] = {
-        f"joint codes, {bits} bits": lambda bits=bits: common.coded(model, bits=bits, inputs=bits) for bits in (3, 4, 5)
-    }
+    makers: dict[str, Callable[[], nn.Module]] = {}
+    for bits in (3, 4, 5):
+        makers[f"joint codes, {bits} bits"] = lambda bits=bits: common.coded(model, bits=bits, inputs=bits)
+        makers[f"blocks alone, {bits} bits"] = lambda bits=bits: common.coded(
+            model, bits=bits, inputs=bits, filter_fn=lambda _, name: name.startswith("blocks.")
+        )
     makers["uniform codes, 4 bits"] = lambda: common.coded(model, bits=4, inputs=4, coding="uniform")
-    makers["min-max of groups of 64, 4 bits"] = lambda: baselines.min_max_coded(model, bits=4, group=64)
+    makers[f"min-max of groups, {baselines.min_max_bits():g} bits"] = lambda: baselines.min_max_coded(model)
     by_group = {label: common.gradient_errors(exact, of(make())) for label, make in makers.items()}
 
     joint = by_group["joint codes, 4 bits"][common.ALL]
@@ -145,9 +149,9 @@ def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any
         whole = error[common.ALL]
         view.add_row(label, f"{whole:.4f}", f"{whole / joint:.2f}", f"{whole / noise[common.ALL]:.4f}")
     console.print(view, "")
-    view = terminal.table(("parameters",), ("SGD noise", *(label.replace(", ", "\n") for label in by_group)))
-    for group in GROUPS:
-        view.add_row(group, f"{noise[group]:.3f}", *(f"{error[group]:.4f}" for error in by_group.values()))
+    view = terminal.table(("by parameters",), GROUPS)
+    for label, values in {"SGD noise": noise, **by_group}.items():
+        view.add_row(label, *(f"{values[group]:.4f}" for group in GROUPS))
     console.print(view, "")
     return {"batches": batches, "noise": noise, "errors": by_group}
 
@@ -211,9 +215,8 @@ def main() -> None:
     for part in arguments.parts or parts:
         if part == "errors":
             results = errors(console, trained(arguments.weights, arguments.steps))
-            plot_errors_beside_noise(results["noise"], results["errors"], GROUPS).savefig(
-                common.RESULTS / "gpt-errors.png", dpi=150
-            )
+            whole = {label: error for label, error in results["errors"].items() if "blocks" not in label}
+            plot_errors_beside_noise(results["noise"], whole, GROUPS).savefig(common.RESULTS / "gpt-errors.png", dpi=150)
         else:
             results = {"memory": memory, "times": times, "training": training}[part](console)
         common.write(f"gpt-{part}", results)
