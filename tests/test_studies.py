@@ -161,7 +161,7 @@ class TestTinyStudies:
         results = resnet.accuracy(screen, seeds=1, epochs=1, widths=(8, 8), blocks=1)
         assert set(results) == {*resnet.CODED, *resnet.NAIVE}
         assert results["joint codes, 4 bits"]["kept_bytes"]["all"] < results["exact"]["kept_bytes"]["all"] / 6
-        resnet.times(screen, repeats=2, widths=(8, 8), blocks=1)
+        resnet.times(screen, repeats=2, sizes=((8, 8),), blocks=1)
 
     def test_swiglu(self, screen):
         results = swiglu.memory(screen, width=64, hidden=128)

@@ -30,6 +30,7 @@ Tensor = torch.Tensor
 Norm = Callable[[int], nn.Module]
 
 WIDTHS, BLOCKS = (16, 32, 64), 3  # channels of each stage, blocks in each
+WIDE = (64, 128, 256)  # timed too: convolutions weigh more there, as in networks of common size
 BATCH, EPOCHS, TRAINING_IMAGES, LEARNING_RATE = 64, 15, 1437, 0.1
 
 
@@ -179,18 +180,23 @@ def kept_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, in
     return kinds
 
 
-def times(console: Console, repeats: int = 30, widths: tuple[int, ...] = WIDTHS, blocks: int = BLOCKS) -> dict[str, Any]:
-    """Of a forward and backward pass, checkpointing each residual block."""
+def times(
+    console: Console, repeats: int = 15, sizes: tuple[tuple[int, ...], ...] = (WIDTHS, WIDE), blocks: int = BLOCKS
+) -> dict[str, Any]:
+    """Of a forward and backward pass, checkpointing each residual block; by the channels of each stage."""
     (images, labels), _ = digits()
-    torch.manual_seed(0)
-    exact = ResNet(widths, blocks)
-    checkpointed = copy.deepcopy(exact)
-    checkpointed.blocks = nn.Sequential(*(common.Checkpointed(block) for block in checkpointed.blocks))
-    models = {"exact": exact, "checkpoint": checkpointed}
-    models |= {f"{bits} bits": common.coded(exact, bits=bits, inputs=bits) for bits in (4, 8)}
-    losses = {label: partial(loss_of, model, images[:BATCH], labels[:BATCH]) for label, model in models.items()}
-    name = f"ResNet, batch {BATCH}"
-    return {name: common.compare_steps(console, name, losses, repeats)}
+    results = {}
+    for widths in sizes:
+        torch.manual_seed(0)
+        exact = ResNet(widths, blocks)
+        checkpointed = copy.deepcopy(exact)
+        checkpointed.blocks = nn.Sequential(*(common.Checkpointed(block) for block in checkpointed.blocks))
+        models = {"exact": exact, "checkpoint": checkpointed}
+        models |= {f"{bits} bits": common.coded(exact, bits=bits, inputs=bits) for bits in (4, 8)}
+        losses = {label: partial(loss_of, model, images[:BATCH], labels[:BATCH]) for label, model in models.items()}
+        name = f"channels {', '.join(map(str, widths))}"
+        results[name] = common.compare_steps(console, name, losses, repeats)
+    return results
 
 
 def main() -> None:
