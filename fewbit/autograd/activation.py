@@ -137,7 +137,9 @@ class _ActivationOfCoded(torch.autograd.Function):
             return (None,) * 5
         anchor, *kept = ctx.saved_tensors
         rebuild, dtype, (below, above) = ctx.coded
-        grad_x = torch.where(rebuild(kept, dtype) > 0, above * grad, below * grad).to(dtype)
+        # above times leaky_relu's backward with the slope below / above
+        grad_x = torch.ops.aten.leaky_relu_backward(grad, rebuild(kept, grad.dtype), below / above, False)
+        grad_x = (grad_x if above == 1 else above * grad_x).to(dtype)
         return once(grad_x, grad, anchor), None, None, None, None
 
 

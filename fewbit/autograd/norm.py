@@ -19,7 +19,7 @@ import torch
 from torch._prims_common import suggest_memory_format
 
 from fewbit.autograd import traced
-from fewbit.autograd.codes import Quantizer, standardized, values
+from fewbit.autograd.codes import Quantizer, center_and_spread, standardized, values
 from fewbit.autograd.handle import Recipe, attach
 from fewbit.autograd.layout import Layout
 from fewbit.autograd.once import once
@@ -195,13 +195,16 @@ class _CodedNormalization(torch.autograd.Function):
         *running: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Layout]:
         y, mean, scale = normalization.forward(x, weight, bias, *running)
-        normal, center, spread = _standardized(_normalized(x, mean, scale), normalization)
+        x_hat = _normalized(x, mean, scale)
+        center, spread = center_and_spread(x_hat, _all_but_channels(x_hat, normalization))
         if normalization.by_channel:
             composed = _composed(weight, bias, center, spread, normalization)
             shrink, shift = _to_a_threshold(*composed, quantizer.coder.thresholds)
-            normal = torch.addcmul(shift, normal, shrink)
             spread = spread / shrink
+            normal = standardized(x_hat, center, spread, shift)
             center = torch.addcmul(center, spread, shift, value=-1)
+        else:
+            normal = standardized(x_hat, center, spread)
         layout = Layout.of(normal)
         packed, anchor = quantizer.encode(layout.flatten(normal)), x.new_empty(0)
         ctx.save_for_backward(anchor, packed, center, spread, scale, weight)
@@ -227,13 +230,14 @@ def _normalized(x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
     """(x - mean) * scale, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scale = scale.to(wide)
-    return x * scale if mean is None else torch.addcmul(-mean.to(wide) * scale, x.to(wide), scale)
+    return x * scale if mean is None else (x * scale).sub_(mean.to(wide) * scale)
 
 
-def _standardized(x_hat: Tensor, normalization: Normalization) -> tuple[Tensor, Tensor, Tensor]:
-    """x̂ standardized by channel, with center and spread."""
-    channels = range(1, 2) if normalization.by_channel else range(x_hat.dim() - len(normalization.shape), x_hat.dim())  # type: ignore[attr-defined]
-    return standardized(x_hat, [dim for dim in range(x_hat.dim()) if dim not in channels])
+def _all_but_channels(x_hat: Tensor, normalization: Normalization) -> list[int]:
+    """The dimensions along which w and b stay the same."""
+    if normalization.by_channel:
+        return [0, *range(2, x_hat.dim())]
+    return list(range(x_hat.dim() - len(normalization.shape)))  # type: ignore[attr-defined]
 
 
 def _composed(
@@ -250,7 +254,7 @@ def _composed(
 
 
 def _affine(packed: Tensor, factor: Tensor, offset: Tensor, layout: Layout, dtype: torch.dtype, coder: Coder) -> Tensor:
-    return torch.addcmul(offset.to(dtype), values(packed, layout, dtype, coder), factor.to(dtype))
+    return values(packed, layout, dtype, coder).mul_(factor).add_(offset)
 
 
 def _along_channels(statistic: Tensor, x: Tensor) -> Tensor:
