@@ -70,7 +70,9 @@ def check_arguments(name: str, bits: int | None, table: CodeTable | None, channe
         raise TableError(f"table must be a fewbit.CodeTable, got {type(table).__name__}; CodeTable.load(path) reads one")
     if table.channels != channels:
         wanted = " and ".join(map(repr, channels)) + (" alone" if len(channels) == 1 else "")
-        raise TableError(f"{name} needs a table with the channel {wanted}, got {table.channels}")
+        raise TableError(
+            f"{name} needs a table with the channel{'s' if len(channels) > 1 else ''} {wanted}, got {table.channels}"
+        )
     if bits is not None and bits != table.bits:
         raise TableError(f"bits={bits} contradicts the table, which has {table.bits}; leave bits out")
 

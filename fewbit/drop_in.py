@@ -46,7 +46,7 @@ def apply(
     Raises InputError for other dtypes, DesignError for other bits, TableError for a table of another activation.
     """
     check_input(record.name, x)
-    check_arguments(record, bits, table)
+    check_arguments(record, bits, table, shared)
     traced.check_no_tangent(x, record.name)
     if not (torch.is_grad_enabled() and (x.requires_grad or traced.wants_gradient(x))):
         return record.forward_inplace(x) if inplace else record.forward(x)
@@ -98,8 +98,8 @@ def apply_compiled(record: Activation, x: Tensor, *args: Any, **kwargs: Any) -> 
     check_input(record.name, x)
     numbers, named = [fixed(value) for value in args], {name: fixed(value) for name, value in kwargs.items()}
     found = compiled.constant(_constants, record, x.dtype, x.device, *numbers, **named)
-    y = compiled.activation(x, found.tensors, found.bits, found.name)
-    return x.copy_(y) if found.inplace else y
+    run = compiled.overwriting_activation if found.inplace else compiled.activation
+    return run(x, found.tensors, found.bits, found.name)
 
 
 def fixed(value: Any) -> Any:
@@ -118,7 +118,7 @@ def _constants(record: Activation, dtype: torch.dtype, device: torch.device, /, 
     given = bind(_signature(record), record.name, None, *args, **kwargs)
     bits, table, shared = given.get("bits"), given.get("table"), given.get("shared", False)
     record = bound_record(record, given)
-    check_arguments(record, bits, table)
+    check_arguments(record, bits, table, shared)
     coder, value_coder = coders_for(record, bits, table, shared, dtype, device)
     slopes = _slopes(record) if value_coder is not None else None
     return Constants(coder, value_coder, slopes, record.forward, record.name, bool(given.get("inplace")))
@@ -134,9 +134,9 @@ def coders_for(
     return coders.derivative_coder(record, bits, table, dtype, device), None
 
 
-def check_arguments(record: Activation, bits: int | None, table: CodeTable | None) -> None:
-    """Raise DesignError for bad bits, TableError for a table that does not hold the derivative of this activation."""
-    joint = isinstance(table, CodeTable) and table.channels == JOINT
+def check_arguments(record: Activation, bits: int | None, table: CodeTable | None, shared: bool = False) -> None:
+    """Raise DesignError for bad bits, TableError for a table that does not hold what is needed of this activation."""
+    joint = shared or (isinstance(table, CodeTable) and table.channels == JOINT)
     coders.check_arguments(record.name, bits, table, JOINT if joint else ("derivative",))
     coders.check_table_of(record, table)
 

@@ -9,7 +9,8 @@ The output is torch's own, bit for bit. Codes are made where a gradient needs th
 forward-mode differentiation and in exported programs the layers are torch's own operations. Layers that read what another coded
 layer made keep the same codes; `fewbit.autograd.handle` tells how they find them.
 
-All raise InputError (dtype, double backward), DesignError (bits, rounding) and TableError (a table of something else).
+All raise InputError (dtype, padding, double backward), DesignError (bits, rounding), TableError (a table of something else) and
+ActivationError (no such gelu).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from fewbit import activations, coders, drop_in
 from fewbit.autograd import gated, norm, traced
 from fewbit.autograd.linear import Convolution, Linear, coded_product
 from fewbit.constants import DEFAULT_LAYER_BITS
-from fewbit.design.table import CodeTable
-from fewbit.errors import DesignError
+from fewbit.design.table import CodeTable, check_bits
+from fewbit.errors import DesignError, InputError
 from fewbit.kernels import Coder
 
 Tensor = torch.Tensor
@@ -72,7 +73,7 @@ def _convolution(dims: int) -> Callable[..., Tensor]:
         dilation = _each(dilation, dims)
         if isinstance(padding, str):
             if padding == "same" and set(_each(stride, dims)) != {1}:
-                raise DesignError(f"padding='same' needs stride=1, got stride={stride}; give the padding in integers")
+                raise InputError(f"padding='same' needs stride=1, got stride={stride}; give the padding in integers")
             input, padding = _padded(input, weight, padding, dilation)
         options = _each(stride, dims), _each(padding, dims), dilation, False, (0,) * dims, groups
         return _run_batched(dims, options, input, weight, bias, code)
@@ -148,18 +149,18 @@ def glu(code: Code, input: Tensor, dim: int = -1) -> Tensor:
 def swiglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, from codes of both, from which the layers that read the product make it anew.
 
-    gate, up  (*), of one shape
+    gate, up  (*), of one shape or shapes that broadcast
     table     a joint table of your own for silu, with the channels "derivative" and "value"
 
     Shazeer, "GLU variants improve transformer", 2020, equation 6.
     """
-    return _run("gated", ("silu",), (gate, up), code)
+    return _run("swiglu", ("silu",), (gate, up), code)
 
 
 @_layer
 def geglu(code: Code, gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """gelu(gate) * up, as `swiglu`; `approximate` as in torch.nn.functional.gelu."""
-    return _run("gated", (gelu_named(approximate),), (gate, up), code)
+    return _run("geglu", (gelu_named(approximate),), (gate, up), code)
 
 
 def gelu_named(approximate: str) -> str:
@@ -170,7 +171,7 @@ def gelu_named(approximate: str) -> str:
 @_layer
 def reglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
     """relu(gate) * up, as `swiglu`."""
-    return _run("gated", ("relu",), (gate, up), code)
+    return _run("reglu", ("relu",), (gate, up), code)
 
 
 class Operation(NamedTuple):
@@ -227,8 +228,8 @@ def _glu(dim: int) -> Operation:
         return functional.glu(input, dim)
 
     def coded(input: Tensor, *coders: Coder, stochastic: bool) -> Tensor:
-        up, gate = input.chunk(2, dim)
-        return gated.coded_gate(gate, up, *coders, exact=lambda *_: exact(input), stochastic=stochastic)
+        up, gate = input.tensor_split(2, dim)  # of a size that cannot be halved, too, of which exact complains
+        return gated.coded_gate(gate, up, *coders, exact=lambda *_: exact(input), channel=dim, stochastic=stochastic)
 
     return Operation(exact, coded, "sigmoid")
 
@@ -240,7 +241,9 @@ _OPERATIONS: dict[str, Callable[..., Operation]] = {
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
     "batch_norm": _batch_norm,
-    "gated": _gated,
+    "swiglu": _gated,
+    "geglu": _gated,
+    "reglu": _gated,
     "glu": _glu,
 }
 
@@ -256,6 +259,8 @@ def _run(name: str, options: tuple, operands: tuple[Tensor | None, ...], code: C
     x = operands[0]
     drop_in.check_input(name, x)
     assert x is not None, "checked above"
+    if code.bits is not None:
+        check_bits(code.bits, DesignError)
     if torch.compiler.is_compiling():
         from fewbit.autograd import compiled  # here, since it loads dynamo
 
@@ -317,7 +322,7 @@ def _each(number: int | Sequence[int], dims: int) -> tuple[int, ...]:
 def _padded(input: Tensor, weight: Tensor, padding: str, dilation: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
     """The input and the padding, the same on both sides, for padding="same" or "valid"."""
     if padding not in ("same", "valid"):
-        raise DesignError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
+        raise InputError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
     missing = [step * (size - 1) * (padding == "same") for step, size in zip(dilation, weight.shape[2:], strict=True)]
     if any(each % 2 for each in missing):  # as torch does: one more behind
         input = functional.pad(input, [part for each in reversed(missing) for part in (0, each % 2)])

@@ -143,7 +143,7 @@ def standards(x, channel):
     channel %= wide.dim()
     rest = tuple(dim for dim in range(wide.dim()) if dim != channel)
     magnitude = (wide.abs().mean(rest, keepdim=True) if rest else wide.abs()).clamp_min(1e-19)
-    row = (wide / magnitude).abs().amax(tuple(range(channel, wide.dim())), keepdim=True).clamp_min(1e-19)
+    row = (wide / magnitude).square().mean(tuple(range(channel, wide.dim())), keepdim=True).sqrt().clamp_min(1e-19)
     center, spread = standardized(wide / magnitude / row, rest)
     return row, center * magnitude, spread * magnitude
 

@@ -145,10 +145,10 @@ def test_the_filter(model):
     assert "stem.0" in seen
 
 
-def test_again_after_revert_and_not_twice(model):
+def test_again_with_other_bits(model):
+    fewbit.convert(model, bits=3)
     fewbit.convert(model, bits=3, inputs=4)
-    fewbit.convert(model, bits=7, inputs=7)
-    assert (model.head.bits, model.leaky.bits) == (4, 4)
+    assert (model.head.bits, model.leaky.bits, model.leaky.shared) == (4, 4, True)
     fewbit.convert(fewbit.revert(model), bits=7, inputs=6)
     assert (model.head.bits, model.leaky.bits) == (6, 7)
     fewbit.revert(fewbit.revert(model))

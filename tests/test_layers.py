@@ -257,12 +257,12 @@ class TestArguments:
             (lambda f, x, w: f.swiglu(x, x, table=VALUE), TableError, "'derivative' and 'value'"),
             (
                 lambda f, x, w: f.conv1d(x, w[:, :, None], padding="full"),
-                DesignError,
+                InputError,
                 "'same', 'valid' or integers, got 'full'",
             ),
             (
                 lambda f, x, w: f.conv1d(x, w[:, :, None], stride=2, padding="same"),
-                DesignError,
+                InputError,
                 "padding='same' needs stride=1",
             ),
             (lambda f, x, w: f.linear(x, w[:, 1:]), RuntimeError, "shapes cannot be multiplied"),

@@ -85,3 +85,35 @@ class TestReluOfCodes:
             found.append((own[0].grad, own[1].grad))
         assert relative(found[0][1], found[1][1]) < 0.02
         assert (found[0][0] - found[1][0]).abs().max() <= 0.1 * found[1][0].abs().max()
+
+
+class TestCorners:
+    """Corners of the statistics: what must not end in NaN, and where signs are not claimed."""
+
+    def test_one_bit_has_no_threshold_to_move_to(self):
+        x = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]], requires_grad=True)
+        CODED.batch_norm(x, None, None, torch.ones(1), torch.zeros(1), training=True, bits=1).square().sum().backward()
+        assert x.grad.isfinite().all()
+
+    def test_stochastic_rounding_claims_no_signs(self):
+        x, weight, bias = torch.randn(500, 8, requires_grad=True), torch.ones(8), torch.zeros(8)
+        y = CODED.batch_norm(x, None, None, weight, bias, training=True, bits=4, rounding="stochastic")
+        y.retain_grad()
+        CODED.relu(y, bits=4, shared=True).sum().backward()
+        assert torch.equal(y.grad, (y > 0).float())
+
+    @pytest.mark.parametrize("size", [1e-5, 1e5, 1e7])
+    def test_stale_statistics_of_another_size(self, size):
+        x, weight = size * torch.randn(64, 4), torch.ones(4, requires_grad=True)
+        running = torch.zeros(4), torch.ones(4)
+        grad = torch.randn(64, 4)
+        (found,) = torch.autograd.grad(CODED.batch_norm(x, *running, weight, None, bits=8), weight, grad)
+        (exact,) = torch.autograd.grad(functional.batch_norm(x, *running, weight, None), weight, grad)
+        assert relative(found, exact) < 0.03
+
+    def test_group_norm_in_bfloat16_keeps_signs(self):
+        x = (torch.randn(16, 8, 20) + 5).bfloat16().requires_grad_()
+        y = CODED.group_norm(x, 2, torch.ones(8, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.bfloat16), bits=4)
+        y.retain_grad()
+        CODED.relu(y, bits=4, shared=True).sum().backward()
+        assert (y.grad.bool() != (y > 0)).float().mean() < 5e-4  # y itself is rounded

@@ -9,7 +9,7 @@ import torch
 
 from fewbit import kernels
 from fewbit.autograd import traced
-from fewbit.autograd.codes import values
+from fewbit.autograd.codes import times, values
 from fewbit.autograd.handle import Recipe, attach
 from fewbit.autograd.layout import Layout, inverse, memory_order
 from fewbit.autograd.once import once
@@ -148,10 +148,8 @@ def _in_its_layout(
 ) -> Tensor:
     """The gradient of an x, or from a grad, that is not contiguous, or where a transform looks on."""
     shape, stride = layout or (grad.shape, torch.empty(grad.shape, device="meta").stride())
-    order, watched = memory_order(stride), traced.is_watched(grad)
-    product = (traced.decode if watched else kernels.decode)(packed, grad.permute(order).reshape(-1), coder)
-    grad_x = product.view([shape[dim] for dim in order]).permute(inverse(order))
-    if grad.stride() != grad_x.stride() and not watched:
+    grad_x = times(packed, grad, coder, Layout(shape, tuple(memory_order(stride))))
+    if grad.stride() != grad_x.stride() and not traced.is_watched(grad):
         grad_x = _as_torch_lays_out(grad_x, grad, stride, exact)
     return grad_x
 

@@ -36,7 +36,7 @@ class Quantizer:
         return encode(self._round(x) if self.stochastic else x, self.coder)
 
     def _round(self, x: Tensor) -> Tensor:
-        levels = self.coder.levels
+        levels = self.coder.levels.sort().values  # a table of your own may have them in any order
         above = torch.bucketize(x.to(levels.dtype), levels).clamp(1, levels.numel() - 1)
         low, high = levels[above - 1], levels[above]
         return torch.where(torch.rand_like(low) * (high - low) < x - low, high, low)
@@ -72,14 +72,21 @@ def center_and_spread(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
         one = x.new_ones([1 if dim in dims else size for dim, size in enumerate(x.shape)])
         return torch.zeros_like(one), one
     center = x.mean(tuple(dims), keepdim=True)
-    moment = (x - center).square_().square_().square_().mean(tuple(dims), keepdim=True)
-    return center, _positive(moment.div_(105).pow_(1 / 8))
+    centered = x - center
+    largest = _positive(centered.abs().amax(tuple(dims), keepdim=True))  # whose eighth power may be out of range
+    moment = centered.div_(largest).square_().square_().square_().mean(tuple(dims), keepdim=True)
+    return center, _positive(moment.div_(105).pow_(1 / 8).mul_(largest))
 
 
 def standardized(x: Tensor, center: Tensor, spread: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     """(x - center) / spread + shift."""
     inverse = spread.reciprocal()
     return (x * inverse).add_(shift - center * inverse)  # addcmul takes three times as long for what broadcasts like these
+
+
+def times(packed: Tensor, grad: Tensor, coder: Coder, layout: Layout) -> Tensor:
+    """grad, in that layout, times the levels of the packed codes."""
+    return layout.unflatten(decode(packed, layout.flatten(grad), coder))
 
 
 def scaled(x: Tensor, quantizer: Quantizer, channel: int) -> Recipe:
@@ -90,18 +97,17 @@ def scaled(x: Tensor, quantizer: Quantizer, channel: int) -> Recipe:
              dimensions before it: a token, or an image.
 
     Channels are first brought to one mean magnitude, which takes up those that large models have far outside the range of all
-    others; then rows to one largest magnitude, which takes up tokens that differ in size and single numbers far outside; then
-    channels are standardized. All that costs a number a row and two a channel, less than the scales of groups do, whose codes
-    an outlier spoils for its whole group.
+    others; then rows to one mean square, which takes up tokens that differ in size; then channels are standardized. All that
+    costs a number a row and two a channel, less than the scales of groups do, whose codes an outlier spoils for its group.
     """
     if x.numel() == 0:
         return as_it_is(x)
     channel %= max(x.dim(), 1)
-    others, within = [dim for dim in range(x.dim()) if dim != channel], range(channel, x.dim())
+    others, within = [dim for dim in range(x.dim()) if dim != channel], tuple(range(channel, x.dim()))
     wide = x.to(quantizer.coder.levels.dtype)
     magnitude = _positive(wide.abs().mean(others, keepdim=True) if others else wide.abs())
     even = wide / magnitude
-    row = _positive(even.abs().amax(tuple(within), keepdim=True))
+    row = _positive(even.square().mean(within, keepdim=True).sqrt_())
     even = even.div_(row)
     center, spread = center_and_spread(even, others)
     normal = standardized(even, center, spread)

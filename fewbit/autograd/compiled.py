@@ -92,6 +92,14 @@ def activation(x: Tensor, tensors: list[Tensor], bits: int, name: str) -> Tensor
 
 
 @torch.compiler.allow_in_graph
+def overwriting_activation(x: Tensor, tensors: list[Tensor], bits: int, name: str) -> Tensor:
+    """As `activation`, overwriting x, which then has the recipe of the result."""
+    y = activation(x, tensors, bits, name)
+    recipe, x = handle.find(y), x.copy_(y)
+    return x if recipe is None else handle.attach(x, recipe)
+
+
+@torch.compiler.allow_in_graph
 def layer(operands: list[Tensor | None], tensors: list[Tensor], bits: int, name: str) -> Tensor:
     """The layer of that name on its operands."""
     exact, coded = _known[name]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fewbit.autograd.codes import Quantizer, decode, encode, scaled, values
+from fewbit.autograd.codes import Quantizer, encode, scaled, times, values
 from fewbit.autograd.handle import Recipe, attach
 from fewbit.autograd.layout import Layout
 from fewbit.autograd.once import once
@@ -28,25 +28,27 @@ def coded_gate(
     normal: Coder,
     *,
     exact: Callable[[Tensor, Tensor], Tensor],
+    channel: int = -1,
     stochastic: bool = False,
 ) -> Tensor:
     """exact(gate, up) = f(gate) * up, with codes of both for backward and for the coded layers that read the result.
 
     gate, up           (*) floating-point, of one dtype, and of one shape or broadcast to it
     derivative, value  one joint code of gate, with the levels of f' and of f
-    normal             of a standard normal number, for codes of up, which have scales by channel (the last dimension) and row
+    normal             of a standard normal number, for codes of up, standardized by channel and scaled by row
+    channel            the dimension of the channels
     stochastic         as in `fewbit.autograd.codes.Quantizer`, for up
     """
     if gate.shape != up.shape:
         gate, up = torch.broadcast_tensors(gate, up)
     with torch.no_grad():
-        of_up = scaled(up, Quantizer(normal, stochastic), -1)
+        of_up = scaled(up, Quantizer(normal, stochastic), channel)
     y, _, packed, layout = _CodedGate.apply(gate, up, of_up, (derivative, value), exact)  # type: ignore[misc]
 
     rebuild_up = of_up.rebuild
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return rebuild_up(kept[1:], dtype).mul_(values(kept[0], layout, dtype, value))
+        return values(kept[0], layout, dtype, value).mul_(rebuild_up(kept[1:], dtype))
 
     return attach(y, Recipe((packed, *of_up.kept), rebuild))
 
@@ -80,12 +82,8 @@ class _CodedGate(torch.autograd.Function):
         (derivative, value), layout, rebuild = ctx.coded
         grad_gate, grad_up = None, None
         if ctx.needs_input_grad[0]:
-            by_up = rebuild(kept, grad.dtype).mul_(grad)
-            grad_gate = once(_times(packed, by_up, derivative, layout), grad, anchor)
+            by_up = rebuild(kept, grad.dtype) * grad  # grad may be a batch of gradients
+            grad_gate = once(times(packed, by_up, derivative, layout), grad, anchor)
         if ctx.needs_input_grad[1]:
-            grad_up = once(_times(packed, grad, value, layout), grad, anchor)
+            grad_up = once(times(packed, grad, value, layout), grad, anchor)
         return grad_gate, grad_up, None, None, None
-
-
-def _times(packed: Tensor, grad: Tensor, coder: Coder, layout: Layout) -> Tensor:
-    return layout.unflatten(decode(packed, layout.flatten(grad), coder))

@@ -46,12 +46,17 @@ class Linear(NamedTuple):
         return torch.nn.functional.linear(x, weight, bias)
 
     def grads(self, grad: Tensor, x: Any, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = _rows(grad)
         return (
             grad @ weight if needed[0] else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if needed[1] else None,
+            rows.t() @ _rows(x) if needed[1] else None,
             rows.sum(0) if needed[2] else None,
         )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(*, n) as (rows, n)."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 class Convolution(NamedTuple):

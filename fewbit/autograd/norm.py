@@ -59,7 +59,8 @@ class LayerNorm(NamedTuple):
 
     def backward(self, grad, x_hat, scale, weight, needed):
         mean, one = torch.zeros_like(scale), torch.ones_like(scale)
-        bias = weight if needed[2] else None  # its shape and dtype
+        # of the bias, shape and dtype alone are looked at
+        bias = None if not needed[2] else grad.new_empty(self.shape) if weight is None else weight
         grad_x, *others = _aten.native_layer_norm_backward(grad, x_hat, self.shape, mean, one, weight, bias, needed)
         return grad_x.mul_(scale) if needed[0] else None, *others
 
@@ -99,10 +100,15 @@ class GroupNorm(NamedTuple):
         # torch's own function does the same before it calls this one
         dense = x.contiguous(memory_format=suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format)
         y, mean, scale = torch.native_group_norm(dense, weight, bias, *self._sizes(x), self.groups, self.eps)
+        if scale.dtype in (torch.float16, torch.bfloat16):  # too coarse for the signs of y
+            variance, mean = torch.var_mean(x.float().reshape(x.shape[0], self.groups, -1), -1, correction=0)
+            scale = (variance + self.eps).rsqrt_()
         return y, self._by_channel(mean, x), self._by_channel(scale, x)
 
     def backward(self, grad, x_hat, scale, weight, needed):
-        mean = grad.new_zeros(grad.shape[0], self.groups, dtype=scale.dtype)
+        mixed = weight is not None and weight.dtype != grad.dtype
+        dtype = scale.dtype if mixed or grad.is_cuda else grad.dtype  # of its statistics, as the operation wants them
+        mean = grad.new_zeros(grad.shape[0], self.groups, dtype=dtype)
         grad_x, *others = _aten.native_group_norm_backward(
             grad.contiguous(), x_hat.contiguous(), mean, mean + 1, weight, *self._sizes(grad), self.groups, needed
         )
@@ -170,15 +176,14 @@ def coded_normalization(
     )
     with torch.no_grad():  # w x̂ + b with x̂ = spread * level + center
         factor, offset = _composed(weight, bias, center, spread, normalization)
-    wide = factor.dtype if normalization.by_channel else None  # in which no sign is lost
+    signs = normalization.by_channel and coder.thresholds.numel() > 1 and not stochastic
+    wide = factor.dtype if signs else None  # in which no sign is lost
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         packed, factor, offset = kept
         return _affine(packed, factor, offset, layout, wide or dtype, coder).to(dtype)
 
-    return attach(
-        y, Recipe((packed, factor, offset), rebuild, keeps_sign=normalization.by_channel and coder.thresholds.numel() > 1)
-    )
+    return attach(y, Recipe((packed, factor, offset), rebuild, keeps_sign=signs))
 
 
 class _CodedNormalization(torch.autograd.Function):
@@ -197,7 +202,7 @@ class _CodedNormalization(torch.autograd.Function):
         y, mean, scale = normalization.forward(x, weight, bias, *running)
         x_hat = _normalized(x, mean, scale)
         center, spread = center_and_spread(x_hat, _all_but_channels(x_hat, normalization))
-        if normalization.by_channel:
+        if normalization.by_channel and quantizer.coder.thresholds.numel() > 1:
             composed = _composed(weight, bias, center, spread, normalization)
             shrink, shift = _to_a_threshold(*composed, quantizer.coder.thresholds)
             spread = spread / shrink

@@ -127,8 +127,8 @@ def _check_shared(in_dims: tuple[int | None, ...]) -> None:
 def refuse_second_derivative(*_: object) -> None:
     """The backward of a gradient from codes."""
     raise InputError(
-        "the gradient of a coded activation can be taken once: its codes hold f' but no second derivative; "
-        "for double backward (gradient penalties, Hessians) use torch's own activation"
+        "the gradient of a coded activation or layer can be taken once: its codes hold no second derivative; "
+        "for double backward (gradient penalties, Hessians) use torch's own"
     )
 
 

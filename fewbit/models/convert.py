@@ -10,7 +10,7 @@ from torch import nn
 
 from fewbit import activations
 from fewbit.coders import JOINT
-from fewbit.constants import DEFAULT_BITS
+from fewbit.constants import CODINGS, DEFAULT_BITS
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
 from fewbit.nn import activations as activation_modules
@@ -34,7 +34,7 @@ def convert(
 
     model      its modules are converted by type, those of exactly a class in torch.nn: activations, and with `inputs` linear
                layers, convolutions, norms and GLU too. Subclasses stay as they are. Each module remains the same object, with
-               its weights, hooks, names and state, and only changes its class.
+               its weights, hooks, names and state, and only changes its class. What was converted before is converted anew.
     bits       of the codes of activations, 1 to 8
     inputs     bits of the codes of what weights and norms read, 1 to 8; None leaves these layers exact. Activations then make
                one code for their own backward and for the layers that read them, of the larger of both numbers of bits.
@@ -54,14 +54,17 @@ def convert(
     >>> revert(model)[1]
     GELU(approximate='none')
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"convert takes a torch.nn.Module, got {type(model).__name__}")
+    _check_model("convert", model)
     check_bits(bits, DesignError)
+    if coding is not None and coding not in CODINGS:
+        raise DesignError(f"coding must be one of {CODINGS}, got {coding!r}")
     if inputs is not None:
         check_bits(inputs, DesignError)
+    twins = _twins()
     plan: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
     for name, module in model.named_modules():
-        coded_class = _twins().get(type(module))
+        torch_class, *_ = vars(module).get(_BEFORE, (type(module),))
+        coded_class = twins.get(torch_class)
         if coded_class is None or (filter_fn is not None and not filter_fn(module, name)):
             continue
         if issubclass(coded_class, CodedActivation):
@@ -69,6 +72,7 @@ def convert(
         elif inputs is not None:
             plan.append((module, coded_class, _layer_attributes(coded_class, inputs, coding)))
     for module, coded_class, attributes in plan:
+        _revert_module(module)
         attributes = {name: value for name, value in attributes.items() if vars(module).get(name, _BEFORE) != value}
         before = {name: vars(module)[name] for name in attributes if name in vars(module)}
         module.__dict__.update({_BEFORE: (type(module), before, tuple(attributes)), **attributes})
@@ -78,14 +82,23 @@ def convert(
 
 def revert(model: Model) -> Model:
     """Make what `convert` changed torch's own again, in place; modules that were built as fewbit's stay. Returns the model."""
+    _check_model("revert", model)
     for module in model.modules():
-        if _BEFORE in vars(module):
-            original, before, names = vars(module).pop(_BEFORE)
-            module.__class__ = original
-            for name in names:
-                vars(module).pop(name, None)
-            vars(module).update(before)
+        _revert_module(module)
     return model
+
+
+def _revert_module(module: nn.Module) -> None:
+    if _BEFORE in vars(module):
+        module.__class__, before, names = vars(module).pop(_BEFORE)
+        for name in names:
+            vars(module).pop(name, None)
+        vars(module).update(before)
+
+
+def _check_model(name: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name} takes a torch.nn.Module, got {type(model).__name__}")
 
 
 @cache

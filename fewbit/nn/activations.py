@@ -43,7 +43,7 @@ class CodedActivation(torch.nn.Module):
         super().__init__(**{name: value for name, value in given.items() if self._of_torch and name not in ours})
         for name, value in given.items():
             setattr(self, name, value)
-        drop_in.check_arguments(self.record(), self.bits, self.table)
+        drop_in.check_arguments(self.record(), self.bits, self.table, self.shared)
 
     def record(self) -> Activation:
         """The activation's record at this module's parameters, which are torch's attributes (alpha, negative_slope, …)."""

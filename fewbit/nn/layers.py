@@ -35,8 +35,12 @@ class CodedLayer(nn.Module):
         self.bits, self.table, self.rounding = bits, table, rounding
         layers.check_code(type(self).__name__, layers.Code(bits, table, rounding), self.gate)
 
-    def __init_subclass__(cls) -> None:
-        """Show torch's arguments and then ours as those of the constructor."""
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Show torch's arguments and then ours as those of the constructor, if it is this one."""
+        super().__init_subclass__(**keywords)
+        if "__init__" in vars(cls):
+            cls.__signature__ = inspect.signature(vars(cls)["__init__"].__get__(object()))
+            return
         ours = [each for each in inspect.signature(CodedLayer.__init__).parameters.values() if each.kind is each.KEYWORD_ONLY]
         torchs = [each for each in cls.__mro__ if each is not nn.Module and each.__module__.startswith("torch.nn")]
         if torchs:
