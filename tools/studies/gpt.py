@@ -25,6 +25,7 @@ from rich.console import Console
 from torch import nn
 
 from fewbit import demo, terminal
+from fewbit.nn.layers import CodedLayer
 from tools.studies import baselines, common
 from tools.studies.pictures import plot_errors_beside_noise
 
@@ -139,6 +140,7 @@ def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any
         makers[f"blocks alone, {bits} bits"] = lambda bits=bits: common.coded(
             model, bits=bits, inputs=bits, filter_fn=lambda _, name: name.startswith("blocks.")
         )
+    makers["stochastic rounding, 4 bits"] = lambda: _stochastic(common.coded(model, bits=4, inputs=4))
     makers["uniform codes, 4 bits"] = lambda: common.coded(model, bits=4, inputs=4, coding="uniform")
     makers[f"min-max of groups, {baselines.min_max_bits():g} bits"] = lambda: baselines.min_max_coded(model)
     by_group = {label: common.gradient_errors(exact, of(make())) for label, make in makers.items()}
@@ -154,6 +156,14 @@ def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any
         view.add_row(label, *(f"{values[group]:.4f}" for group in GROUPS))
     console.print(view, "")
     return {"batches": batches, "noise": noise, "errors": by_group}
+
+
+def _stochastic(model: nn.Module) -> nn.Module:
+    """The coded model, rounding values at random; codes of activations are of intervals and stay so."""
+    for module in model.modules():
+        if isinstance(module, CodedLayer):
+            module.rounding = "stochastic"
+    return model
 
 
 def times(console: Console, repeats: int = 30, widths: tuple[int, ...] = (128, 512)) -> dict[str, Any]:
