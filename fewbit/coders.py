@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fewbit.constants import DEFAULT_BITS
@@ -54,10 +55,9 @@ def channel_coders(table: CodeTable, dtype: torch.dtype, device: torch.device) -
         single = thresholds.astype(np.float32)
         thresholds = np.where(single > thresholds, np.nextafter(single, np.float32(-np.inf)), single)
         levels = levels.astype(np.float32)
-    with torch.inference_mode(False), _disable_current_modes():
-        arrays = thresholds, table.codes.copy(), levels
-        thresholds, codes, levels = (torch.from_numpy(array).to(device) for array in arrays)
-        return tuple(Coder(thresholds, codes, channel, table.bits) for channel in levels.unbind())
+    with torch.inference_mode(False), _disable_current_modes(), temporarily_clear_interpreter_stack():
+        tensors = [torch.from_numpy(array.copy()).to(device) for array in (thresholds, table.codes, *levels)]
+        return tuple(Coder(tensors[0], tensors[1], channel, table.bits) for channel in tensors[2:])
 
 
 def check_arguments(name: str, bits: int | None, table: CodeTable | None, channels: tuple[str, ...]) -> None:

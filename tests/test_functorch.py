@@ -243,3 +243,13 @@ class TestForwardMode:
         with forward_ad.dual_level():
             gelu(leaf).sum().backward()
         assert torch.equal(leaf.grad, expected(leaf.detach()))
+
+
+def test_coders_first_asked_for_under_a_transform_outlast_it():
+    coders.channel_coders.cache_clear()
+    torch.func.grad(lambda x: gelu(x).sum())(torch.randn(5))
+    table = fewbit.load_table("gelu", 3)
+    (coder,) = coders.channel_coders(table, torch.float32, torch.device("cpu"))
+    assert coders.channel_coders.cache_info().misses == 1
+    for tensor in (coder.thresholds, coder.codes, coder.levels):
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fewbit
 from fewbit import coders, packing
 from fewbit.errors import InputError
+from fewbit.kernels import ops  # noqa: F401  it registers the operators
 
 # torch's own: export asks each input that is no leaf for its .grad
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
