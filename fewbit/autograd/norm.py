@@ -269,7 +269,7 @@ def _along_channels(statistic: Tensor, x: Tensor) -> Tensor:
 def _to_a_threshold(factor: Tensor, offset: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """shrink and shift, with which the z where factor z + offset = 0 comes to lie on the threshold next to it.
 
-    1 and 0 for a z beyond twice the outermost threshold, and where there is none.
+    1 and 0 for a z beyond twice the outermost threshold. There are two thresholds or more.
     """
     zero, outermost = torch.where(factor == 0, torch.inf, -offset / factor), thresholds.abs().max()
     near = zero.abs() <= 2 * outermost
