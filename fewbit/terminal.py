@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 
@@ -22,3 +24,10 @@ def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
         for name in names:
             view.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     return view
+
+
+def text(view: RenderableType, width: int) -> str:
+    """What a console so many columns wide would show, as plain text without trailing spaces."""
+    shown = io.StringIO()
+    Console(file=shown, width=width, highlight=False, markup=False, color_system=None).print(view)
+    return "\n".join(line.rstrip() for line in shown.getvalue().splitlines())

@@ -1,0 +1,74 @@
+"""What all reports on whole models share: they print as a table, export their figures and draw a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewbit import terminal
+from fewbit.design.table import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+
+class Report(ABC):
+    """Figures of a model, one row for each of its parts; `str` of it is the table that people read."""
+
+    width: int = 100  # columns of the printed table
+
+    @abstractmethod
+    def rows(self) -> list[dict[str, Any]]:
+        """The figures of each part, full and unrounded: name of the figure -> text, number or None. The CSV has these rows."""
+
+    @abstractmethod
+    def totals(self) -> dict[str, Any]:
+        """The figures of the whole, and how they were measured."""
+
+    @abstractmethod
+    def view(self) -> RenderableType:
+        """What is printed: the rows that matter most, the totals, and what the columns mean."""
+
+    @abstractmethod
+    def figure(self) -> Figure:
+        """The picture."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals, and the rows as "rows": plain texts, numbers, lists and None."""
+        return {**self.totals(), "rows": self.rows()}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """`to_dict` as JSON; also written to the file, if one is named."""
+        return _written(json.dumps(self.to_dict(), indent=1) + "\n", path)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """`rows` as comma-separated values under a line of names; also written to the file, if one is named."""
+        rows, text = self.rows(), io.StringIO()
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return _written(text.getvalue(), path)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """The picture, a matplotlib Figure; also saved to the file, if one is named."""
+        figure = self.figure()
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def __str__(self) -> str:
+        return terminal.text(self.view(), self.width)
+
+    __repr__ = __str__
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        write_atomically(Path(path), text)
+    return text
