@@ -38,7 +38,8 @@ def report():
 
 
 def test_prints_its_table(report):
-    assert str(report).splitlines()[0] == "name    length"
+    assert str(report).splitlines()[0].split() == ["name", "length"]
+    assert "[bold]c" in str(report)
     assert all(line == line.rstrip() for line in str(report).splitlines())
     assert repr(report) == str(report)
 

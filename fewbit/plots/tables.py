@@ -1,11 +1,9 @@
-"""Figures of activations and their tables. matplotlib lives here only; functions give a Figure and leave showing to others."""
+"""Figures of activations and their tables, and of the demo and the benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +11,7 @@ from matplotlib.figure import Figure
 from fewbit import activations
 from fewbit.constants import DEFAULT_BITS, DEFAULT_DOMAIN, SHIPPED_BITS, SHIPPED_CODINGS
 from fewbit.design.table import CodeTable
+from fewbit.plots.style import styled
 from fewbit.record import Activation, plural
 from fewbit.store import load_table
 
@@ -24,19 +23,12 @@ _SYMBOLS = {"derivative": "f'", "value": "f"}
 _ERROR_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5)
 _COARSE_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _FINE_TICKS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 4)
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "legend.frameon": False,
-}
 
 
 def plot_tables(record: Activation, tables: Sequence[CodeTable]) -> Figure:
     """For each channel the exact function with the steps of each table, and the error below, the tables side by side."""
     channels = tables[0].channels
-    with mpl.rc_context(_STYLE):
+    with styled():
         figure = Figure(figsize=(1.2 + 3.1 * len(tables), 0.9 + 4.7 * len(channels)), layout="constrained")
         ratios = (2, 1) * len(channels)
         axes = figure.subplots(2 * len(channels), len(tables), sharex=True, sharey="row", squeeze=False, height_ratios=ratios)
@@ -64,7 +56,7 @@ def plot_tables(record: Activation, tables: Sequence[CodeTable]) -> Figure:
 def plot_gallery(bits: int = DEFAULT_BITS) -> Figure:
     """f' of every registered activation with the steps of its default table."""
     records = [activations.get(name) for name in activations.names()]
-    with mpl.rc_context(_STYLE):
+    with styled():
         columns = 5
         rows = -(-len(records) // columns)
         figure = Figure(figsize=(2.6 * columns, 2.0 * rows + 0.4), layout="constrained")
@@ -92,7 +84,7 @@ def plot_errors() -> Figure:
     errors = {name: {coding: _errors(name, coding) for coding in SHIPPED_CODINGS} for name in activations.BUILT_IN}
     exact = [name for name, by_coding in errors.items() if max(by_coding["level"]) == 0]
     coded = sorted((name for name in errors if name not in exact), key=lambda name: -errors[name]["level"][-1])
-    with mpl.rc_context(_STYLE):
+    with styled():
         columns = 5
         rows = -(-len(coded) // columns)
         figure = Figure(figsize=(2.4 * columns, 2.2 * rows + 0.9), layout="constrained")
@@ -124,7 +116,7 @@ def plot_losses(curves: dict[str, Sequence[float]], smoothing: int = 10) -> Figu
     window = max(1, min(smoothing, *(len(losses) for losses in curves.values())))
     smooth = {label: np.convolve(losses, np.full(window, 1 / window), "valid") for label, losses in curves.items()}
     first, *others = smooth
-    with mpl.rc_context(_STYLE):
+    with styled():
         figure = Figure(figsize=(6.4, 5.2), layout="constrained")
         top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
         for i, (label, losses) in enumerate(smooth.items()):
@@ -148,7 +140,7 @@ def plot_ratios(panels: RatioPanels, columns: int, subtitle: str) -> Figure:
     subtitle  where and how often it was timed
     """
     rows = -(-len(panels) // columns)
-    with mpl.rc_context(_STYLE):
+    with styled():
         figure = Figure(figsize=(max(5.4, 0.8 + 3.0 * columns), 1.1 + 2.3 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
