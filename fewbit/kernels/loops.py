@@ -86,7 +86,7 @@ def encoder(element: str, wide: bool) -> Any:
                 _take_byte(words[0], words[1], 8 * plane, 4 * bits, packed[begin : begin + size])
             first = _claim(address)
 
-    return _compile(encode, EncodeBlock)
+    return _compile(encode, EncodeBlock, f"{element}_{'wide' if wide else 'narrow'}")
 
 
 def decoder(element: str) -> Any:
@@ -122,10 +122,13 @@ def decoder(element: str) -> Any:
                 _multiply(words, lane % 4 * bits, bits, levels, factors, product[begin:end])
             first = _claim(address)
 
-    return _compile(decode, DecodeBlock)
+    return _compile(decode, DecodeBlock, element)
 
 
-def _compile(kernel: Any, block: type[ctypes.Structure]) -> Any:
+def _compile(kernel: Any, block: type[ctypes.Structure], variant: str) -> Any:
+    # Variants of one name would share an index on disk, where numba numbers them: of two processes that add one each at once,
+    # both may take the same number, and a third would be handed the kernel of another dtype. A name each keeps them apart.
+    kernel.__qualname__ += f".{variant}"
     signature = types.void(types.CPointer(from_dtype(np.dtype(block))))
     try:
         return cfunc(signature, error_model="numpy", cache=True)(kernel)
