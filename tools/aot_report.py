@@ -112,13 +112,10 @@ def _disassemble(kernel: str, activation: str, dtype: str, bits: int, arch: int,
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        run = [
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-sass", "-res-usage")
-        ]
-    usage = re.search(r"REG:(\d+)", run[1])
-    assert usage, f"cuobjdump names the registers; got {run[1]!r}"
-    return _Compiled(run[0], int(usage[1]))
+        listing = subprocess.run([tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+)", listing)
+    assert usage, f"cuobjdump names the registers; got {listing!r}"
+    return _Compiled(listing, int(usage[1]))
 
 
 def _source(kernel: str, activation: str, dtype: str, bits: int, body: bool) -> tuple[Any, dict[str, str], dict[str, Any]]:
