@@ -3,8 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from fewbit import activations, store
+
+settings.register_profile("fewbit", deadline=None)  # how long an example takes depends on what else the machine does
+settings.load_profile("fewbit")
 
 
 @pytest.fixture(autouse=True)

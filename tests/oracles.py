@@ -28,18 +28,17 @@ def quadratic_program(mass, first, second, count):
     m, f, s = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
     for i in range(n):
         m[i + 1], f[i + 1], s[i + 1] = m[i] + mass[i], f[i] + first[i], s[i] + second[i]
-    best = np.full((count + 1, n + 1), np.inf)
-    best[:, 0] = 0.0
-    for k in range(1, count + 1):
-        for j in range(1, n + 1):
-            for i in range(j):
-                inside = m[j] - m[i]
-                error = s[j] - s[i]
-                if inside > 0:
-                    error -= (f[j] - f[i]) ** 2 / inside
-                if best[k - 1, i] + error < best[k, j]:
-                    best[k, j] = best[k - 1, i] + error
-    return best[1:, n]
+    best = np.full((n + 1, count + 1), np.inf)  # of the first j points, by k
+    best[0] = 0.0
+    for j in range(1, n + 1):
+        for i in range(j):
+            inside = m[j] - m[i]
+            error = s[j] - s[i]
+            if inside > 0:
+                error -= (f[j] - f[i]) ** 2 / inside
+            for k in range(1, count + 1):
+                best[j, k] = min(best[j, k], best[i, k - 1] + error)
+    return best[n, 1:]
 
 
 def lloyd_max(count):

@@ -73,10 +73,8 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(folder):
     """For each process, the gradients of each case."""
-    folder = tmp_path_factory.mktemp("processes")
     interface = "lo0" if sys.platform == "darwin" else "lo"  # the machine's name need not resolve
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", __file__]
@@ -94,16 +92,18 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"gradients-{rank}.pt") for rank in range(PROCESSES)]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_one_process(found, case):
-    # by shares, since codes are standardized over the batch that a process has
-    shares = [gradients(make_model(case), share) for share in make_batch(case).chunk(PROCESSES)]
-    for grads in found:
-        for grad, *parts in zip(grads[case], *shares, strict=True):
-            whole = torch.stack(parts).mean(0)
-            assert whole.abs().max() > 0
-            rtol, atol = (1e-4, 1e-6) if case in LAYERS else (1e-5, 1e-7)
-            torch.testing.assert_close(grad, whole, rtol=rtol, atol=atol)
+def test_gradients_are_those_of_one_process(tmp_path):
+    """All cases in one test: the processes are started once, whichever tests run beside it."""
+    by_process = found(tmp_path)
+    for case in CASES:
+        # by shares, since codes are standardized over the batch that a process has
+        shares = [gradients(make_model(case), share) for share in make_batch(case).chunk(PROCESSES)]
+        rtol, atol = (1e-4, 1e-6) if case in LAYERS else (1e-5, 1e-7)
+        for grads in by_process:
+            for grad, *parts in zip(grads[case], *shares, strict=True):
+                whole = torch.stack(parts).mean(0)
+                assert whole.abs().max() > 0, case
+                torch.testing.assert_close(grad, whole, rtol=rtol, atol=atol, msg=lambda text, case=case: f"{case}: {text}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def error_of(cuts, values, weights):
     return sum(oracles.group_error(values[:, a:b], weights[a:b]) for a, b in itertools.pairwise(cuts))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), n=st.integers(1, 9), channels=st.integers(1, 3), count=st.integers(1, 5))
 def test_runs_are_optimal_by_brute_force(data, n, channels, count):
     values = data.draw(arrays.arrays(float, (channels, n), elements=VALUES))
@@ -34,7 +34,7 @@ def test_runs_are_optimal_by_brute_force(data, n, channels, count):
     assert error_of(cuts, values, weights) == pytest.approx(oracles.brute_force_runs(values, weights, count), abs=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), n=st.integers(1, 7), count=st.integers(1, 3))
 def test_clusters_are_optimal_among_all_assignments(data, n, count):
     values = np.sort(data.draw(arrays.arrays(float, n, elements=VALUES)))
