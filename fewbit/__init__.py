@@ -4,11 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fewbit.design import design  # now, not on first use: importing the package fewbit.design must not take the name
-from fewbit.errors import ActivationError, DesignError, FewbitError, InputError, TableError, TableFileError
+from fewbit.errors import (
+    ActivationError,
+    DesignError,
+    FewbitError,
+    InputError,
+    TableError,
+    TableFileError,
+)
 
 if TYPE_CHECKING:
     from fewbit import functional, nn
     from fewbit.activations import register
+    from fewbit.autograd.switch import exact
     from fewbit.design.table import CodeTable
     from fewbit.models.convert import convert, revert
     from fewbit.store import load_table
@@ -24,6 +32,7 @@ __all__ = [
     "TableFileError",
     "convert",
     "design",
+    "exact",
     "functional",
     "load_table",
     "nn",
@@ -33,6 +42,7 @@ __all__ = [
 _HOMES = {
     "CodeTable": "fewbit.design.table",
     "convert": "fewbit.models.convert",
+    "exact": "fewbit.autograd.switch",
     "load_table": "fewbit.store",
     "register": "fewbit.activations",
     "revert": "fewbit.models.convert",

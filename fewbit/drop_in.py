@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fewbit import activations, coders
-from fewbit.autograd import handle, traced
+from fewbit.autograd import handle, switch, traced
 from fewbit.autograd.activation import activation_of_coded, coded_activation
 from fewbit.coders import JOINT
 from fewbit.constants import SHIPPED_BITS
@@ -47,9 +47,13 @@ def apply(
     """
     check_input(record.name, x)
     check_arguments(record, bits, table, shared)
-    traced.check_no_tangent(x, record.name)
+    exact = switch.is_exact()
+    if not exact:
+        traced.check_no_tangent(x, record.name)
     if not (torch.is_grad_enabled() and (x.requires_grad or traced.wants_gradient(x))):
         return record.forward_inplace(x) if inplace else record.forward(x)
+    if exact:  # torch's own backward may need the x that is overwritten
+        return x.copy_(record.forward(x.clone())) if inplace else record.forward(x)
     if x.layout != torch.strided or x.is_nested:
         kind = "a nested tensor" if x.is_nested else x.layout
         raise InputError(f"{record.name} can code a dense tensor, got {kind}; convert it first")
@@ -99,7 +103,7 @@ def apply_compiled(record: Activation, x: Tensor, *args: Any, **kwargs: Any) -> 
     numbers, named = [fixed(value) for value in args], {name: fixed(value) for name, value in kwargs.items()}
     found = compiled.constant(_constants, record, x.dtype, x.device, *numbers, **named)
     run = compiled.overwriting_activation if found.inplace else compiled.activation
-    return run(x, found.tensors, found.bits, found.name)
+    return run(x, found.tensors, found.bits, found.name, switch.is_exact())
 
 
 def fixed(value: Any) -> Any:

@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 from fewbit import activations, coders, drop_in
-from fewbit.autograd import gated, norm, traced
+from fewbit.autograd import gated, norm, switch, traced
 from fewbit.autograd.linear import Convolution, Linear, coded_product
 from fewbit.constants import DEFAULT_LAYER_BITS
 from fewbit.design.table import CodeTable, check_bits
@@ -266,9 +266,11 @@ def _run(name: str, options: tuple, operands: tuple[Tensor | None, ...], code: C
 
         options, bits = _fixed(options), drop_in.fixed(code.bits)
         found = compiled.constant(_constants, name, options, bits, code.table, code.rounding, x.dtype, x.device)
-        return compiled.layer(list(operands), found.tensors, found.bits, found.name)
+        return compiled.layer(list(operands), found.tensors, found.bits, found.name, switch.is_exact())
     exact, coded, given = _prepare(name, options, code, x.dtype, x.device)
-    return coded(*operands, *given) if traced.wants_codes(operands) else exact(*operands)
+    if switch.is_exact() or not traced.wants_codes(operands):
+        return exact(*operands)
+    return coded(*operands, *given)
 
 
 @lru_cache(maxsize=1024)

@@ -76,10 +76,12 @@ def constant(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 
 
 @torch.compiler.allow_in_graph
-def activation(x: Tensor, tensors: list[Tensor], bits: int, name: str) -> Tensor:
-    """The exact operation of that name on x, coded where a gradient may be asked for; exported programs hold it alone, since
-    an exported graph keeps no autograd Function."""
+def activation(x: Tensor, tensors: list[Tensor], bits: int, name: str, exact: bool) -> Tensor:
+    """The operation of that name on x, coded where a gradient may be asked for and the code is not to be `exact`; exported
+    programs hold torch's alone, since an exported graph keeps no autograd Function."""
     forward, slopes = _known[name]
+    if exact:
+        return forward(x)
     traced.check_no_tangent(x, name.partition(" ")[0])
     if torch.compiler.is_exporting() or not (torch.is_grad_enabled() and traced.wants_gradient(x)):
         return forward(x)
@@ -92,18 +94,18 @@ def activation(x: Tensor, tensors: list[Tensor], bits: int, name: str) -> Tensor
 
 
 @torch.compiler.allow_in_graph
-def overwriting_activation(x: Tensor, tensors: list[Tensor], bits: int, name: str) -> Tensor:
+def overwriting_activation(x: Tensor, tensors: list[Tensor], bits: int, name: str, exact: bool) -> Tensor:
     """As `activation`, overwriting x, which then has the recipe of the result."""
-    y = activation(x, tensors, bits, name)
+    y = activation(x.clone() if exact else x, tensors, bits, name, exact)
     recipe, x = handle.find(y), x.copy_(y)
     return x if recipe is None else handle.attach(x, recipe)
 
 
 @torch.compiler.allow_in_graph
-def layer(operands: list[Tensor | None], tensors: list[Tensor], bits: int, name: str) -> Tensor:
-    """The layer of that name on its operands."""
-    exact, coded = _known[name]
-    if not traced.wants_codes(operands):
-        return exact(*operands)
+def layer(operands: list[Tensor | None], tensors: list[Tensor], bits: int, name: str, exact: bool) -> Tensor:
+    """The layer of that name on its operands, coded as `activation` is."""
+    operation, coded = _known[name]
+    if exact or not traced.wants_codes(operands):
+        return operation(*operands)
     parts = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
     return coded(*operands, *(Coder(thresholds, codes, levels, bits) for thresholds, codes, levels in parts))
