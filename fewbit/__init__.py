@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fewbit.autograd.switch import exact
     from fewbit.design.table import CodeTable
     from fewbit.models.convert import convert, revert
+    from fewbit.models.patch import patch
     from fewbit.store import load_table
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "functional",
     "load_table",
     "nn",
+    "patch",
     "register",
     "revert",
 ]
@@ -44,6 +46,7 @@ _HOMES = {
     "convert": "fewbit.models.convert",
     "exact": "fewbit.autograd.switch",
     "load_table": "fewbit.store",
+    "patch": "fewbit.models.patch",
     "register": "fewbit.activations",
     "revert": "fewbit.models.convert",
 }

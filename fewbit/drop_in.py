@@ -101,15 +101,24 @@ def apply_compiled(record: Activation, x: Tensor, *args: Any, **kwargs: Any) -> 
 
     check_input(record.name, x)
     numbers, named = [fixed(value) for value in args], {name: fixed(value) for name, value in kwargs.items()}
-    found = compiled.constant(_constants, record, x.dtype, x.device, *numbers, **named)
-    run = compiled.overwriting_activation if found.inplace else compiled.activation
-    return run(x, found.tensors, found.bits, found.name, switch.is_exact())
+    return run_compiled(x, compiled.constant(_constants, record, x.dtype, x.device, *numbers, **named))
+
+
+def run_compiled(x: Tensor, constants: Any) -> Tensor:
+    """The activation of those constants on x, in code that a compiler traces."""
+    from fewbit.autograd import compiled  # here, since it loads dynamo
+
+    run = compiled.overwriting_activation if constants.inplace else compiled.activation
+    return run(x, constants.tensors, constants.bits, constants.name, switch.is_exact())
 
 
 def fixed(value: Any) -> Any:
-    """The value itself, of which a compiler would make a symbol where it is a number that changes between calls."""
+    """The value itself, of which a compiler would make a symbol where it is a number that changes between calls; a tuple of
+    values likewise."""
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # here, since it loads sympy
 
+    if isinstance(value, tuple):
+        return tuple(fixed(each) for each in value)
     if isinstance(value, Tensor):
         raise ActivationError("in compiled code parameters of activations are numbers, got a tensor; pass value.item()")
     return guard_scalar(value) if isinstance(value, (int, float)) else value
@@ -117,15 +126,27 @@ def fixed(value: Any) -> Any:
 
 def _constants(record: Activation, dtype: torch.dtype, device: torch.device, /, *args: Any, **kwargs: Any) -> Any:
     """What `compiled` needs, for these arguments of the functional drop-in."""
+    given = bind(_signature(record), record.name, None, *args, **kwargs)
+    extras = {name: given.pop(name) for name in _EXTRAS if name in given}
+    return constants(bound_record(record, given), dtype, device, **extras)
+
+
+def constants(
+    record: Activation,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: int | None = None,
+    table: CodeTable | None = None,
+    shared: bool = False,
+    inplace: bool = False,
+) -> Any:
+    """What `run_compiled` needs: made while the code is traced, by a call that `compiled.constant` keeps out of the graph."""
     from fewbit.autograd.compiled import Constants
 
-    given = bind(_signature(record), record.name, None, *args, **kwargs)
-    bits, table, shared = given.get("bits"), given.get("table"), given.get("shared", False)
-    record = bound_record(record, given)
     check_arguments(record, bits, table, shared)
     coder, value_coder = coders_for(record, bits, table, shared, dtype, device)
     slopes = _slopes(record) if value_coder is not None else None
-    return Constants(coder, value_coder, slopes, record.forward, record.name, bool(given.get("inplace")))
+    return Constants(coder, value_coder, slopes, record.forward, record.name, inplace)
 
 
 def coders_for(
@@ -159,6 +180,11 @@ def check_input(name: str, x: Any) -> None:
             f"{name} takes a float16, bfloat16, float32 or float64 tensor, got {x.dtype}; convert it, for instance with "
             f"x.float(), or call torch's own operation"
         )
+
+
+def is_codable(x: Tensor) -> bool:
+    """Whether activations of x can be coded, by its dtype and layout."""
+    return x.dtype in _DTYPES and x.layout == torch.strided and not x.is_nested
 
 
 def _check_overwritable(name: str, x: Tensor) -> None:

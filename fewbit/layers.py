@@ -264,7 +264,7 @@ def _run(name: str, options: tuple, operands: tuple[Tensor | None, ...], code: C
     if torch.compiler.is_compiling():
         from fewbit.autograd import compiled  # here, since it loads dynamo
 
-        options, bits = _fixed(options), drop_in.fixed(code.bits)
+        options, bits = drop_in.fixed(options), drop_in.fixed(code.bits)
         found = compiled.constant(_constants, name, options, bits, code.table, code.rounding, x.dtype, x.device)
         return compiled.layer(list(operands), found.tensors, found.bits, found.name, switch.is_exact())
     exact, coded, given = _prepare(name, options, code, x.dtype, x.device)
@@ -297,11 +297,6 @@ def _constants(name: str, options: tuple, bits: Any, table: Any, rounding: str, 
     from fewbit.autograd.compiled import LayerConstants
 
     return LayerConstants(*_prepare(name, options, Code(bits, table, rounding), dtype, device), name)
-
-
-def _fixed(options: tuple) -> tuple:
-    """The options without symbols, which a compiler makes of numbers that change between calls."""
-    return tuple(_fixed(each) if isinstance(each, tuple) else drop_in.fixed(each) for each in options)
 
 
 def _run_batched(dims: int, options: tuple, input: Tensor, weight: Tensor, bias: Tensor | None, code: Code) -> Tensor:

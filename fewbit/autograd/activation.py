@@ -162,7 +162,7 @@ def _as_torch_lays_out(grad_x: Tensor, grad: Tensor, stride: tuple[int, ...], fo
     if grad_x.numel() == 0:
         return grad_x
     x, small_grad = _miniature(grad, stride).requires_grad_(), _miniature(grad, grad.stride())
-    with torch.enable_grad():
+    with torch.enable_grad(), torch._C.DisableTorchFunction():  # nor any mode that changes what the operation is
         (like,) = torch.autograd.grad(forward(x), x, small_grad)
     order = memory_order(like.stride())
     result = torch.empty([grad_x.shape[dim] for dim in order], dtype=grad_x.dtype, device=grad_x.device).permute(inverse(order))

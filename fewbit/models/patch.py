@@ -1,0 +1,296 @@
+"""Functional calls inside any code, made to keep codes: a context in which torch's functions are fewbit's.
+
+A mode of torch (`torch.overrides.TorchFunctionMode`) sees every call of torch's functions and methods on its thread, wherever
+it is written, before torch does; torch.compile traces through it. What the mode does not code goes to torch untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ContextDecorator
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fewbit import activations, drop_in, layers
+from fewbit.autograd import traced
+from fewbit.coders import JOINT
+from fewbit.constants import CODINGS, DEFAULT_BITS
+from fewbit.design.table import CodeTable, check_bits
+from fewbit.errors import ActivationError, DesignError, InputError
+from fewbit.nn.layers import GLU
+from fewbit.record import Activation
+from fewbit.store import load_table
+
+Tensor = torch.Tensor
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class patch(ContextDecorator):
+    """Let the calls of torch's functions in a block, or in a decorated function, keep codes for backward.
+
+    with fewbit.patch(bits=3):
+        loss = model(x).sum()  # F.gelu, torch.tanh, x.sigmoid(), torch.relu_ and their like, in any code that runs here
+
+    bits         of the codes of activations, 1 to 8
+    inputs       bits of the codes of what linear layers, convolutions, norms and GLU read, 1 to 8, where they are called as
+                 torch.nn.functional.linear and so on, as torch's modules do; None leaves these exact. Activations then make one
+                 code for their own backward and for the layers that read them, of the larger of both numbers of bits.
+    coding       of the tables, as in `fewbit.design`; None for the optimal one
+    activations  names of the activations to code, as `fewbit list` shows them; None for all
+
+    The forward pass stays as it is, bit for bit. What cannot be coded is torch's own: inputs that need no gradient, of other
+    dtypes, sparse, nested or of a subclass of Tensor; calls with out=, with tensors for parameters, or with parameters for
+    which there is no table; layers under `torch.func` transforms; forward-mode differentiation. So are activations that are no
+    function of torch (GELU written out), and all that torch computes in one operation or out of Python's sight (LSTMs,
+    `torch.jit` scripts, attention's projections).
+
+    Backward may come after the block, but what is recomputed for it is coded only inside: with checkpointing (use_reentrant
+    =False) run backward in the block too, or decorate what is checkpointed; else torch raises its CheckpointError. The block
+    holds for its own thread. Patches nest, and the innermost one alone is in force: `patch(activations=())` codes nothing.
+    One patch can be entered any number of times.
+
+    Raises DesignError (bits, coding), ActivationError (a name) or InputError (what it cannot decorate).
+
+    >>> x = torch.randn(8, requires_grad=True)
+    >>> with patch(bits=3):
+    ...     y = torch.nn.functional.gelu(x)
+    >>> type(y.grad_fn).__name__
+    '_CodedActivationBackward'
+    """
+
+    def __init__(
+        self,
+        bits: int = DEFAULT_BITS,
+        inputs: int | None = None,
+        *,
+        coding: str | None = None,
+        activations: Collection[str] | None = None,
+    ):
+        if coding is not None and coding not in CODINGS:
+            raise DesignError(f"coding must be one of {CODINGS}, got {coding!r}")
+        self.bits, self.coding = check_bits(bits, DesignError), coding
+        self.inputs = None if inputs is None else check_bits(inputs, DesignError)
+        self.tables = _tables(self.inputs, coding)
+        self.activations = None if activations is None else _checked_names(activations)
+
+    def __enter__(self) -> patch:
+        outer = _innermost()
+        if outer is not None:
+            outer.active = False
+        _Mode(self, outer).__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        mode = _innermost()
+        if mode is None or mode.settings is not self:
+            raise InputError("patches are left in reverse order, on the thread that entered them; use `with fewbit.patch():`")
+        mode.__exit__(None, None, None)
+        if mode.outer is not None:
+            mode.outer.active = True
+
+    def __call__(self, function: Function) -> Function:
+        if isinstance(function, type) or inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+            raise InputError(
+                f"patch decorates functions that return when they are done, got {function!r}; decorate a method of the "
+                "class, or use `with fewbit.patch():` inside"
+            )
+
+        @wraps(function)
+        def coded(*args: Any, **kwargs: Any) -> Any:
+            self.__enter__()  # dynamo traces this, but no `with` of an object that was made outside
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.__exit__()
+
+        return coded  # type: ignore[return-value]
+
+
+class _Target(NamedTuple):
+    """What one of torch's functions is to fewbit: an activation in the registry or a layer of `fewbit.layers`, by its name,
+    and whether it overwrites its input, as torch.relu_ does."""
+
+    name: str
+    layer: bool = False
+    inplace: bool = False
+
+
+def _targets() -> dict[Callable[..., Any], _Target]:
+    """All of torch's functions and methods that compute a built-in activation or a layer, found by their names."""
+    found: dict[Any, _Target] = {torch.special.expit: _Target("sigmoid")}  # the one of another name
+    homes: tuple[Any, ...] = torch, functional, torch.Tensor, torch._C._nn, torch.special  # type: ignore[attr-defined]
+    named = [each.torch_name for each in activations.BUILT_IN.values() if isinstance(each.torch_function, str)]
+    for name in (each.rpartition(".")[2] for each in named):
+        found.update({getattr(home, name): _Target(name) for home in homes if hasattr(home, name)})
+        found.update({getattr(home, name + "_"): _Target(name, inplace=True) for home in homes if hasattr(home, name + "_")})
+    names = [each for each in layers.FUNCTIONS if hasattr(functional, each)]
+    return {**found, **{getattr(functional, each): _Target(each, layer=True) for each in names}}
+
+
+_TARGETS: Mapping[Callable[..., Any], _Target] = _targets()
+_BACKWARDS = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+_redispatch: Callable[..., Any] = torch.overrides.redispatch_function  # calls what it is given without asking modes
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # other subclasses have a mind of their own
+
+
+class _Mode(TorchFunctionMode):
+    """One entry into a patch, on the stack of its thread.
+
+    active  whether no other patch was entered since
+    outer   the patch around it
+    """
+
+    def __init__(self, settings: patch, outer: _Mode | None):
+        self.settings, self.outer, self.active = settings, outer, True
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = _TARGETS.get(func) if self.active else None
+        if target is not None:
+            x, rest, named = _arguments(args, kwargs)
+            coded = (_coded_layer if target.layer else _coded_activation)(self.settings, target, x, rest, named)
+            return func(*args, **kwargs) if coded is None else coded
+        if func in _BACKWARDS and not torch.compiler.is_compiling():
+            with self:  # again: backward runs code of any kind, as it recomputes what was checkpointed
+                return _redispatch(func, types, args, kwargs)
+        if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
+            return args[0].unflatten(*args[1:], **kwargs)  # dynamo cannot trace the function itself, for its super()
+        return func(*args, **kwargs)
+
+
+def _innermost() -> _Mode | None:
+    """The patch in force on this thread."""
+    for position in reversed(range(torch._C._len_torch_function_stack())):
+        mode = torch._C._get_function_stack_at(position)
+        if isinstance(mode, _Mode):
+            return mode
+    return None
+
+
+def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
+    """The input, and all other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs.get("input"), (), {name: value for name, value in kwargs.items() if name != "input"}
+
+
+def _coded_activation(settings: patch, target: _Target, x: Any, rest: tuple, named: dict[str, Any]) -> Tensor | None:
+    """The activation of x, or None where torch's own function is to give it."""
+    compiling = torch.compiler.is_compiling()
+    if not _is_codable(x) or not (compiling or _wants_codes(x)):
+        return None
+    if not all(isinstance(each, (int, float, str)) for each in (*rest, *named.values())):
+        return None
+    call = target.name, target.inplace, rest, tuple(named.items())
+    wanted = settings.bits, settings.inputs, settings.coding, settings.activations
+    if not compiling:
+        request = _request(*call, *wanted)
+        return None if request is None else drop_in.apply(request.record, x, **request.code)
+    constants = _while_tracing(_constants, x.dtype, x.device, *drop_in.fixed(call), *wanted)
+    return None if constants is None else drop_in.run_compiled(x, constants)
+
+
+class _Request(NamedTuple):
+    """An activation at its parameters, and what `drop_in.apply` takes besides."""
+
+    record: Activation
+    code: dict[str, Any]
+
+
+@lru_cache(maxsize=1024)
+def _request(
+    name: str,
+    inplace: bool,
+    rest: tuple,
+    named: tuple[tuple[str, Any], ...],
+    bits: int,
+    inputs: int | None,
+    coding: str | None,
+    chosen: frozenset[str] | None,
+) -> _Request | None:
+    """What a call with these arguments asks for under these settings; None if it cannot be coded, or is not to be."""
+    record = activations.BUILT_IN[name]
+    keywords = {**dict(named), "inplace": True} if inplace else dict(named)
+    channels = ("derivative",) if inputs is None else JOINT
+    try:
+        given = inspect.signature(drop_in.function(record)).bind(None, *rest, **keywords).arguments
+        record = drop_in.bound_record(record, given)
+        if chosen is not None and record.name not in chosen:
+            return None
+        table = load_table(record, max(bits, inputs or 0), coding=coding, channels=channels)
+    except (TypeError, ActivationError, DesignError):
+        return None
+    return _Request(record, {"table": table, "shared": inputs is not None, "inplace": bool(given.get("inplace"))})
+
+
+def _constants(dtype: torch.dtype, device: torch.device, *call_and_wanted: Any) -> Any:
+    request = _request(*call_and_wanted)
+    return None if request is None else drop_in.constants(request.record, dtype, device, **request.code)
+
+
+def _coded_layer(settings: patch, target: _Target, x: Any, rest: tuple, named: dict[str, Any]) -> Tensor | None:
+    """The layer, or None where torch's own function is to give it."""
+    operands = [each for each in (x, *rest, *named.values()) if isinstance(each, Tensor)]
+    if settings.inputs is None or not _is_codable(x) or not all(type(each) in _PLAIN for each in operands):
+        return None
+    if target.name == "linear" and operands[1].dim() != 2:  # torch takes a vector, too
+        return None
+    compiling, call = torch.compiler.is_compiling(), (target.name, len(rest), tuple(named))
+    if not (compiling or traced.wants_codes(operands)):
+        return None
+    if not (_while_tracing(_takes, *call) if compiling else _known_to_take(*call)):
+        return None
+    table = settings.tables["gated" if target.name == "glu" else "value"]
+    return layers.FUNCTIONS[target.name](x, *rest, **named, bits=settings.inputs, table=table)
+
+
+def _takes(name: str, positional: int, named: tuple[str, ...]) -> bool:
+    """Whether the layer of `fewbit.layers` has all the arguments that are given to torch's."""
+    try:
+        inspect.signature(layers.FUNCTIONS[name]).bind(None, *(None for _ in range(positional)), **dict.fromkeys(named))
+    except TypeError:
+        return False
+    return True
+
+
+_known_to_take = lru_cache(maxsize=256)(_takes)
+
+
+def _tables(inputs: int | None, coding: str | None) -> dict[str, CodeTable | None]:
+    """The tables of what layers and gated units read: of one's own where a coding is named, else None for the shipped ones."""
+    if inputs is None or coding is None:
+        return {"value": None, "gated": None}
+    if torch.compiler.is_compiling():
+        raise InputError("in compiled code patch takes inputs or coding, not both; make such a patch outside")
+    value = load_table("identity", inputs, coding=coding, channels=("value",))
+    return {"value": value, "gated": load_table(str(GLU.gate), inputs, coding=coding, channels=JOINT)}
+
+
+def _is_codable(x: Any) -> bool:
+    """Whether x is a tensor of a kind that can be coded."""
+    return type(x) in _PLAIN and drop_in.is_codable(x)
+
+
+def _wants_codes(x: Tensor) -> bool:
+    """Whether an activation of x is to keep codes: x needs a gradient, of the kind that codes can give."""
+    return torch.is_grad_enabled() and (x.requires_grad or traced.wants_gradient(x)) and forward_ad._current_level < 0
+
+
+def _checked_names(names: Collection[str]) -> frozenset[str]:
+    if isinstance(names, str):
+        names = (names,)
+    return frozenset(activations.get(name).name for name in names)
+
+
+def _while_tracing(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), called once while a compiler traces, which does not look into it."""
+    from fewbit.autograd import compiled  # here, since it loads dynamo
+
+    return compiled.constant(function, *args)
