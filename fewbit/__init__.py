@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from fewbit.autograd.switch import exact
     from fewbit.design.table import CodeTable
     from fewbit.models.convert import convert, revert
+    from fewbit.models.memory import memory
     from fewbit.models.patch import patch
+    from fewbit.models.plan import left_out
     from fewbit.store import load_table
 
 __version__ = "0.1.0"
@@ -35,7 +37,9 @@ __all__ = [
     "design",
     "exact",
     "functional",
+    "left_out",
     "load_table",
+    "memory",
     "nn",
     "patch",
     "register",
@@ -45,7 +49,9 @@ _HOMES = {
     "CodeTable": "fewbit.design.table",
     "convert": "fewbit.models.convert",
     "exact": "fewbit.autograd.switch",
+    "left_out": "fewbit.models.plan",
     "load_table": "fewbit.store",
+    "memory": "fewbit.models.memory",
     "patch": "fewbit.models.patch",
     "register": "fewbit.activations",
     "revert": "fewbit.models.convert",

@@ -14,6 +14,7 @@ from fewbit.bench import PARTS, PHASES, CaseResult, Report, RunResult
 from fewbit.design.table import write_atomically
 from fewbit.plots import RatioPanels, plot_ratios
 from fewbit.record import plural
+from fewbit.terminal import bytes_label, three_figures
 
 WIDTH = 100
 _KEY = """\
@@ -75,20 +76,6 @@ def size_label(elements: int) -> str:
     return f"2^{exponent}" if elements == 2**exponent else str(elements)
 
 
-def bytes_label(number: int) -> str:
-    """
-    >>> bytes_label(384), bytes_label(1536), bytes_label(16 * 2**20), bytes_label(2**20 - 1)
-    ('384 B', '1.50 KiB', '16.0 MiB', '1024 KiB')
-    """
-    if number < 1024:
-        return f"{number} B"
-    scaled, units = number / 1024, ["KiB", "MiB", "GiB", "TiB"]
-    while scaled >= 1024 and len(units) > 1:
-        scaled /= 1024
-        units.pop(0)
-    return f"{_three_figures(scaled)} {units[0]}"
-
-
 def _runs(cases: list[CaseResult]) -> Table:
     times = tuple(f"{phase}\nµs" for phase in PHASES)
     others = ("over\nexact", "middle\nhalf", "extra\nµs", "of\ncopy", "\nkept")
@@ -103,8 +90,8 @@ def _runs(cases: list[CaseResult]) -> Table:
 def _run_cells(run: RunResult, against_exact: bool) -> list[str]:
     ratio = run.ratio["both"]
     against = [
-        _three_figures(ratio["median"]),
-        f"{_three_figures(ratio['p25'])}–{_three_figures(ratio['p75'])}",
+        three_figures(ratio["median"]),
+        f"{three_figures(ratio['p25'])}–{three_figures(ratio['p75'])}",
         f"{1e6 * run.extra_seconds['both']['median']:+.{_decimals(run.seconds['both']['median'])}f}",
     ]
     return [
@@ -132,15 +119,6 @@ def _parts(cases: list[CaseResult]) -> Table:
 
 def _microseconds(seconds: float) -> str:
     return f"{1e6 * seconds:.{_decimals(seconds)}f}"
-
-
-def _three_figures(number: float) -> str:
-    """At most two decimals.
-
-    >>> _three_figures(1.0), _three_figures(12.345), _three_figures(123.45)
-    ('1.00', '12.3', '123')
-    """
-    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f}"
 
 
 def _decimals(seconds: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from fewbit.record import Activation, label
 from fewbit.store import load_table
 
 JOINT = ("derivative", "value")
+made: WeakSet[Coder] = WeakSet()  # all that are in use: what they hold are tables, which backward reads but no forward made
 
 
 def derivative_coder(
@@ -57,7 +59,9 @@ def channel_coders(table: CodeTable, dtype: torch.dtype, device: torch.device) -
         levels = levels.astype(np.float32)
     with torch.inference_mode(False), _disable_current_modes(), temporarily_clear_interpreter_stack():
         tensors = [torch.from_numpy(array.copy()).to(device) for array in (thresholds, table.codes, *levels)]
-        return tuple(Coder(tensors[0], tensors[1], channel, table.bits) for channel in tensors[2:])
+        found = tuple(Coder(tensors[0], tensors[1], channel, table.bits) for channel in tensors[2:])
+    made.update(found)
+    return found
 
 
 def check_arguments(name: str, bits: int | None, table: CodeTable | None, channels: tuple[str, ...]) -> None:

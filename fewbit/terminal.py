@@ -31,3 +31,26 @@ def text(view: RenderableType, width: int) -> str:
     shown = io.StringIO()
     Console(file=shown, width=width, highlight=False, markup=False, color_system=None).print(view)
     return "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
+
+
+def bytes_label(number: int) -> str:
+    """
+    >>> bytes_label(384), bytes_label(1536), bytes_label(16 * 2**20), bytes_label(2**20 - 1)
+    ('384 B', '1.50 KiB', '16.0 MiB', '1024 KiB')
+    """
+    if number < 1024:
+        return f"{number} B"
+    scaled, units = number / 1024, ["KiB", "MiB", "GiB", "TiB"]
+    while scaled >= 1024 and len(units) > 1:
+        scaled /= 1024
+        units.pop(0)
+    return f"{three_figures(scaled)} {units[0]}"
+
+
+def three_figures(number: float) -> str:
+    """At most two decimals.
+
+    >>> three_figures(1.0), three_figures(12.345), three_figures(123.45)
+    ('1.00', '12.3', '123')
+    """
+    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f}"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli import pictures, tables, training
+from fewbit.cli import memory, pictures, tables, training
 from fewbit.constants import CHANNELS
 from fewbit.errors import ActivationError, DesignError, FewbitError
 
@@ -26,6 +26,7 @@ tables_app.command("build")(tables.build)
 app.command()(pictures.plot)
 app.command()(training.demo)
 app.command()(training.bench)
+app.command()(memory.memory)
 
 # the base of all usage errors, which typer exports under no name of its own in some versions
 _CommandError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")

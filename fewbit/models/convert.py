@@ -19,6 +19,7 @@ from fewbit.nn.layers import CLASSES, CodedLayer
 from fewbit.store import load_table
 
 Model = TypeVar("Model", bound=nn.Module)
+Filter = Callable[[nn.Module, str], bool]
 _BEFORE = "_before_fewbit"  # the attribute of a converted module that holds what `revert` needs
 
 
@@ -29,6 +30,7 @@ def convert(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     *,
     coding: str | None = None,
+    sample: Any = None,
 ) -> Model:
     """Let the modules of a model keep codes for backward, in place. The forward pass stays as it is, bit for bit.
 
@@ -40,6 +42,8 @@ def convert(
                one code for their own backward and for the layers that read them, of the larger of both numbers of bits.
     filter_fn  of a module and its dotted name: whether to convert it
     coding     of the tables, as in `fewbit.design`; None for the optimal one
+    sample     a batch, by which conversions that would keep more bytes are found and left out: a tensor, a tuple or list of
+               arguments, or a mapping of them. `fewbit.left_out(model)` tells why, and so does the log "fewbit".
     Returns    the model
 
     Raises DesignError (bits, coding) or InputError (no module) before anything is changed.
@@ -60,6 +64,7 @@ def convert(
         raise DesignError(f"coding must be one of {CODINGS}, got {coding!r}")
     if inputs is not None:
         check_bits(inputs, DesignError)
+    filter_fn = _with_sample(model, bits, inputs, filter_fn, coding, sample)
     twins = _twins()
     plan: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
     for name, module in model.named_modules():
@@ -86,6 +91,24 @@ def revert(model: Model) -> Model:
     for module in model.modules():
         _revert_module(module)
     return model
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether `revert` would change it."""
+    return _BEFORE in vars(module)
+
+
+def _with_sample(
+    model: nn.Module, bits: int, inputs: int | None, filter_fn: Filter | None, coding: str | None, sample: Any
+) -> Filter | None:
+    """The filter, less what would keep more bytes for this sample."""
+    from fewbit.models import plan
+
+    if sample is None:
+        plan.forget_left_out(model)
+        return filter_fn
+    left_out = plan.leave_out(model, plan.Setting(bits, inputs, filter_fn, coding), sample)
+    return lambda module, name: name not in left_out and (filter_fn is None or filter_fn(module, name))
 
 
 def _revert_module(module: nn.Module) -> None:

@@ -1,0 +1,124 @@
+"""`fewbit memory`: what a model keeps for backward, and what converting it would leave."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewbit.cli.options import check_folder, check_picture
+from fewbit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def memory(
+    model: Annotated[str, typer.Argument(help="package.module:factory, called without arguments, or a module itself.")],
+    inputs_of: Annotated[
+        list[str],
+        typer.Option("--input", help="Shape of an input, 8,3,224,224, or with its dtype, 8,128:int64; once for each."),
+    ],
+    bits: Annotated[int | None, typer.Option(help="Plan a conversion: bits of activations.")] = None,
+    inputs: Annotated[
+        int | None, typer.Option(help="Plan it: bits of what linear layers, convolutions and norms read.")
+    ] = None,
+    gradient: Annotated[bool, typer.Option("--gradient", help="Inputs of floating point need a gradient.")] = False,
+    fake: Annotated[bool, typer.Option("--fake", help="On fake tensors, for models too large for this machine.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write a row for each saved tensor to this file.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Picture of the bytes by module.")] = None,
+    html_path: Annotated[Path | None, typer.Option("--html", help="Write all of it as one page to this file.")] = None,
+) -> None:
+    """Show what a model keeps for backward, by module and operation, and what fewbit.convert would save.
+
+    Integer inputs are zeros. With --bits or --inputs, files and pictures hold the plan, too.
+    """
+    if plot_path:
+        check_picture(plot_path, "--plot")
+    for path in (json_path, csv_path, html_path):
+        if path:
+            check_folder(path)
+    from fewbit import terminal
+    from fewbit.constants import DEFAULT_BITS
+    from fewbit.models.memory import memory as measure
+
+    found, tensors = _find_model(model), [_input(text, gradient, fake) for text in inputs_of]
+    report = measure(found, *tensors, fake=fake)
+    plan = report.plan(bits or DEFAULT_BITS, inputs) if bits is not None or inputs is not None else None
+    console = terminal.console(at_least=report.width)
+    for each in (report, plan):
+        if each is not None:
+            console.print(each.view(), "", markup=False)
+    _write(report, plan, json_path, csv_path, plot_path, html_path)
+
+
+def _write(
+    report: Any, plan: Any, json_path: Path | None, csv_path: Path | None, plot_path: Path | None, html_path: Path | None
+) -> None:
+    import json
+
+    from fewbit.design.table import write_atomically
+
+    if json_path:
+        figures = report.to_dict() if plan is None else {**report.to_dict(), "plan": plan.to_dict()}
+        write_atomically(json_path, json.dumps(figures, indent=1) + "\n")
+    if csv_path:
+        report.to_csv(csv_path)
+    if plot_path:
+        (plan or report).plot(plot_path)
+    if html_path:
+        report.to_html(html_path, plan)
+    for path in filter(None, (json_path, csv_path, plot_path, html_path)):
+        print(f"wrote {path}")
+
+
+def _find_model(name: str) -> nn.Module:
+    """What `package.module:attribute` makes or is, imported with the working folder on the path."""
+    from torch import nn
+
+    home, colon, attribute = name.partition(":")
+    if not colon:
+        raise typer.BadParameter(f"the model is given as package.module:factory, got {name!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(home)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        if not isinstance(found, nn.Module):
+            found = found()
+    except Exception as error:  # whatever the module does on import, and the factory on a call
+        raise InputError(f"cannot make a model of {name}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(found, nn.Module):
+        raise InputError(f"{name} made a {type(found).__name__}, not a torch.nn.Module")
+    return found
+
+
+def _input(text: str, gradient: bool, fake: bool) -> torch.Tensor:
+    """A tensor of the shape and dtype: random numbers, zeros for integers, nothing at all if it is to be a fake one.
+
+    >>> _input("2,3:int64", False, False).tolist()
+    [[0, 0, 0], [0, 0, 0]]
+    """
+    import torch
+
+    sizes, _, name = text.partition(":")
+    dtype = getattr(torch, name or "float32", None)
+    try:
+        shape = [int(size) for size in sizes.split(",")] if sizes else []
+    except ValueError:
+        shape = [-1]
+    if not isinstance(dtype, torch.dtype) or any(size < 0 for size in shape):
+        raise typer.BadParameter(f"--input takes a shape such as 8,3,224,224 or 8,128:int64, got {text!r}")
+    if fake:
+        found = torch.empty(shape, dtype=dtype, device="meta")
+    else:
+        found = torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    return found.requires_grad_(gradient and dtype.is_floating_point)

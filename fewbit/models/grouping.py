@@ -1,0 +1,56 @@
+"""Repeated layers as one: `layers.0.up`, `layers.1.up`, … -> `layers.0-11.up`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def pattern(name: str) -> str:
+    """The name without the numbers of layers.
+
+    >>> pattern("encoder.layer.11.up"), pattern("conv1")
+    ('encoder.layer.*.up', 'conv1')
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def label(names: Iterable[str]) -> str:
+    """One name for several of the same pattern: numbers that are the same stay, others become ranges, or * where they are many
+    and not in a row.
+
+    >>> label(["layers.0.up", "layers.1.up", "layers.2.up"]), label(["a.0.3", "a.2.3"]), label(["head"]), label([""])
+    ('layers.0-2.up', 'a.0,2.3', 'head', '(model)')
+    """
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(_range(list(dict.fromkeys(column))) for column in columns) or "(model)"
+
+
+def _range(parts: Sequence[str]) -> str:
+    if len(parts) == 1:
+        return parts[0]
+    numbers = sorted(map(int, parts))
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ",".join(map(str, numbers)) if len(numbers) <= 4 else "*"
+
+
+def shortened(name: str, most: int) -> str:
+    """The name with its beginning left out, where it is longer than `most` characters.
+
+    >>> shortened("encoder.layer.0-11.output.dense", 20)
+    '….0-11.output.dense'
+    """
+    if len(name) <= most:
+        return name
+    parts = name.split(".")
+    while len(parts) > 1 and len(".".join(parts)) + 2 > most:
+        parts.pop(0)
+    return "….".join(["", ".".join(parts)])
+
+
+def cut(text: str, most: int) -> str:
+    """
+    >>> cut("ScaledDotProduct", 10), cut("Mul", 10)
+    ('ScaledDot…', 'Mul')
+    """
+    return text if len(text) <= most else text[: most - 1] + "…"
