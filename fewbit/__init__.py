@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fewbit.activations import register
     from fewbit.autograd.switch import exact
     from fewbit.design.table import CodeTable
+    from fewbit.models.calibrate import calibrate
+    from fewbit.models.calibration import Calibration
     from fewbit.models.convert import convert, revert
     from fewbit.models.memory import memory
     from fewbit.models.patch import patch
@@ -27,12 +29,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ActivationError",
+    "Calibration",
     "CodeTable",
     "DesignError",
     "FewbitError",
     "InputError",
     "TableError",
     "TableFileError",
+    "calibrate",
     "convert",
     "design",
     "exact",
@@ -46,7 +50,9 @@ __all__ = [
     "revert",
 ]
 _HOMES = {
+    "Calibration": "fewbit.models.calibration",
     "CodeTable": "fewbit.design.table",
+    "calibrate": "fewbit.models.calibrate",
     "convert": "fewbit.models.convert",
     "exact": "fewbit.autograd.switch",
     "left_out": "fewbit.models.plan",

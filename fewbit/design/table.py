@@ -255,13 +255,17 @@ def _check_shapes(thresholds: Array, codes: Array, levels: Array, bits: int, cha
 
 def read_tables(path: Path) -> list[CodeTable]:
     """All tables of a file. Raises TableFileError, which names the file and the remedy, if there is none or it is damaged."""
+    return parse_tables(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; TableFileError, which names it, where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise TableFileError(f"cannot read table file {path}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise TableFileError(f"{path} is no fewbit table file: it is not text") from error
-    return parse_tables(text, str(path))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -290,17 +294,24 @@ def dump_tables(tables: list[CodeTable]) -> str:
 def parse_tables(text: str, origin: str) -> list[CodeTable]:
     """The inverse of `dump_tables`. Raises TableFileError, naming `origin`, for anything that is not such a text."""
     try:
+        return [CodeTable.from_dict(entries) for entries in parse_entries(text, origin, FORMAT, "tables")]
+    except TableFileError:
+        raise
+    except TableError as error:
+        raise TableFileError(f"{origin} holds a broken table: {error}; design it anew") from error
+
+
+def parse_entries(text: str, origin: str, form: str, name: str) -> list[Any]:
+    """The list under `name` in a JSON text that says of itself to be of this format and version; else TableFileError."""
+    try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TableFileError(f"{origin} is not valid JSON, perhaps cut short ({error}); delete it or write it anew") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("tables"), list):
-        raise TableFileError(f'{origin} is no fewbit table file: it lacks "format": "{FORMAT}" and its tables')
+    if not isinstance(content, dict) or content.get("format") != form or not isinstance(content.get(name), list):
+        raise TableFileError(f'{origin} is no {form.replace("-", " ")} file: it lacks "format": "{form}" and its {name}')
     if content.get("version") != VERSION:
         raise TableFileError(
             f"{origin} has version {content.get('version')!r}, this fewbit reads version {VERSION}; "
             "upgrade fewbit or design the table anew"
         )
-    try:
-        return [CodeTable.from_dict(entries) for entries in content["tables"]]
-    except TableError as error:
-        raise TableFileError(f"{origin} holds a broken table: {error}; design it anew") from error
+    return content[name]

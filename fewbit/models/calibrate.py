@@ -1,0 +1,181 @@
+"""Tables for the pre-activations that a model's own data give: streamed into histograms, one a layer, and designed for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fewbit.constants import DEFAULT_BITS
+from fewbit.design import design
+from fewbit.design.evaluate import errors_under
+from fewbit.design.table import CodeTable, check_bits
+from fewbit.errors import DesignError, InputError
+from fewbit.models.calibration import CalibratedLayer, Calibration
+from fewbit.models.coded import Coded, Filter, coded_modules
+from fewbit.models.convert import convert
+from fewbit.models.histogram import StreamingHistogram, bins_of
+from fewbit.models.undisturbed import restored_on_error, run, undisturbed, without_compiler
+from fewbit.weights import Histogram
+
+Tensor = torch.Tensor
+LossFunction = Callable[[nn.Module, Any], Tensor]
+Histograms = dict[str, StreamingHistogram]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    bits: int | None = None,
+    *,
+    loss_fn: LossFunction | None = None,
+    inputs: int | None = None,
+    filter_fn: Filter | None = None,
+) -> Calibration:
+    """Give each coded activation and gate of a model the table of least error for its own pre-activations.
+
+    model      converted, built of fewbit's modules, or neither: then it is converted first, in place. It runs in the mode that
+               it is in, training or not, without its compiled code.
+    batches    what to run it on: tensors, tuples or lists of arguments, or mappings of named ones. Some that the model has not
+               been trained on for long are enough; of each layer a histogram is kept, and no tensor.
+    bits       of the tables, 1 to 8; None for those that each module has, or 3 where the model is converted
+    loss_fn    of the model and a batch, a scalar: tables of the derivative are then for the squared gradient at each
+               pre-activation, which is what their error is multiplied by. Tables that hold values too stay for the
+               pre-activations alone, since the gradient there says nothing of the values. This runs backward, too.
+    inputs     as in `fewbit.convert`, for a model that is converted now
+    filter_fn  of a module and its dotted name: whether to convert and calibrate it
+    Returns    what was seen, and the errors before and after; `save` writes the tables to a file, `Calibration.load` reads it,
+               and `install` puts them on a model again
+
+    Layers that never ran keep the table they had, and so do those for which no better one is found, such as ReLU. Parameters,
+    gradients, buffers and the states of random number generators are afterwards what they were before.
+
+    Raises DesignError (bits) or InputError (no such module, no batch, no gradient); the model is then as it was before.
+    """
+    inner = without_compiler("calibrate", model)
+    if bits is not None:
+        check_bits(bits, DesignError)
+    with restored_on_error(inner):
+        if not coded_modules(inner):
+            convert(inner, bits or DEFAULT_BITS, inputs, filter_fn)
+            bits = None
+        coded = [each for each in coded_modules(inner, filter_fn) if each.calibrates]
+        if not coded:
+            raise InputError("calibrate found no activation in the model that is coded or can be; check its filter_fn")
+        histograms = observe(inner, model, batches, coded, loss_fn)
+        layers = [_calibrated(each, histograms[each.name], bits or each.table.bits, loss_fn is not None) for each in coded]
+        for each, layer in zip(coded, layers, strict=True):
+            each.install(layer.table)
+    return Calibration(tuple(layers), loss_fn is not None)
+
+
+def observe(
+    inner: nn.Module, model: nn.Module, batches: Iterable[Any], coded: Sequence[Coded], loss_fn: LossFunction | None
+) -> Histograms:
+    """The histograms of what the coded modules read while the model runs on the batches, by name.
+
+    inner  the model without the compiler, whose modules these are; `model` is what loss_fn is called with
+    """
+    parameters = trainable(inner) if loss_fn is not None else []
+    histograms, ran = {each.name: StreamingHistogram() for each in coded}, False
+    with undisturbed(inner), _watched(coded, histograms, loss_fn is not None):
+        for ran, batch in enumerate(batches, 1):  # noqa: B007
+            if loss_fn is None:
+                with torch.no_grad():
+                    run(model, batch)
+            else:
+                with torch.enable_grad():
+                    torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
+    if not ran:
+        raise InputError("batches gave no batch to run the model on; a generator can be used once")
+    return histograms
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that need a gradient; InputError if there are none."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError("no parameter of the model requires a gradient, so nothing is kept for backward; unfreeze some first")
+    return parameters
+
+
+@contextmanager
+def _watched(coded: Sequence[Coded], histograms: Histograms, with_gradients: bool) -> Iterator[None]:
+    handles = []
+    for each in coded:
+        handles += _watch(each, histograms[each.name], with_gradients)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(coded: Coded, histogram: StreamingHistogram, with_gradients: bool) -> list[Any]:
+    """Hooks on a module that count what it reads; the gradient there comes later, when x may be overwritten or gone."""
+    waiting: list[Tensor] = []
+    gradients = with_gradients and coded.channels == ("derivative",)
+
+    def before(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        x = _pre_activation(module, args, kwargs)
+        histogram.add(x)
+        if gradients:
+            waiting.append(bins_of(x))
+
+    def after(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if gradients:
+            bins = waiting.pop()
+            if output.requires_grad:
+                output.register_hook(lambda gradient: histogram.add_gradient(bins, gradient))
+
+    return [
+        coded.module.register_forward_pre_hook(before, with_kwargs=True),
+        coded.module.register_forward_hook(after),
+    ]
+
+
+def _pre_activation(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """What the activation, or the gate's, is applied to."""
+    x = args[0] if args else kwargs["gate" if "gate" in kwargs else "input"]
+    return x.tensor_split(2, module.dim)[1] if isinstance(module, nn.GLU) else x
+
+
+def _calibrated(coded: Coded, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CalibratedLayer:
+    """The better of a table designed for the histogram and of the one in use, or of the shipped one of these bits."""
+    former = coded.table
+    table = former if former.bits == bits else coded.shipped(bits)
+    facts: dict[str, Any] = {}
+    if histogram.elements:
+        by_gradient = weighs_gradients(histogram, by_gradient)
+        seen = histogram.seen(by_gradient)
+        candidates = (table, fitted(coded, histogram, bits, by_gradient))
+        table = min(candidates, key=lambda each: errors_under(seen, each, coded.record)[0].sum())
+        facts = {"mean": histogram.mean, "std": histogram.std}
+        facts |= {when: relative_errors(seen, each, coded) for when, each in (("before", former), ("after", table))}
+    return layer_of(coded, table, histogram, **facts)
+
+
+def weighs_gradients(histogram: StreamingHistogram, by_gradient: bool) -> bool:
+    """Whether the gradients are to weigh: if asked for, and if there were any."""
+    return by_gradient and bool(histogram.squares.any())
+
+
+def fitted(coded: Coded, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CodeTable:
+    """The table of so many bits designed for the histogram."""
+    return design(coded.record, bits, weight=histogram.smoothed(by_gradient), channels=coded.channels)
+
+
+def relative_errors(seen: Histogram, table: CodeTable, coded: Coded) -> tuple[float, ...]:
+    """The relative rms error of each channel under what was seen; 0 where there is no power and no error."""
+    errors, powers = errors_under(seen, table, coded.record)
+    return tuple(np.sqrt(np.divide(errors, powers, out=np.zeros_like(errors), where=errors > 0)).tolist())
+
+
+def layer_of(coded: Coded, table: CodeTable, histogram: StreamingHistogram, **facts: Any) -> CalibratedLayer:
+    """What a calibration says of a module."""
+    numbers = {"elements": histogram.elements, "not_finite": histogram.not_finite}
+    return CalibratedLayer(coded.name, coded.record.name, dict(coded.record.parameters), table, **numbers, **facts)

@@ -1,0 +1,73 @@
+"""What is known of a coded module, whatever its kind: the function that its codes stand for, their bits and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from fewbit import activations
+from fewbit.coders import JOINT
+from fewbit.constants import DEFAULT_BITS, DEFAULT_LAYER_BITS
+from fewbit.design.table import CodeTable
+from fewbit.nn.activations import CodedActivation
+from fewbit.nn.layers import CodedLayer
+from fewbit.record import Activation
+from fewbit.store import load_table
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """A coded module of a model.
+
+    name      of the module in the model
+    record    of the activation; of a layer the activation of its gate, or the identity
+    channels  of its table
+    """
+
+    name: str
+    module: CodedActivation | CodedLayer
+    record: Activation
+    channels: tuple[str, ...]
+
+    @property
+    def table(self) -> CodeTable:
+        """The table in use: its own, or the shipped one of its bits."""
+        return self.module.table or self.shipped(self.module.bits or self._default_bits)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether its table is for what it reads, rather than for numbers standardized before."""
+        return self.record != activations.IDENTITY
+
+    def shipped(self, bits: int) -> CodeTable:
+        """The table of so many bits that the module uses if it is given none."""
+        return load_table(self.record, bits, channels=self.channels)
+
+    def install(self, table: CodeTable) -> None:
+        """Let the module use this table."""
+        self.module.table, self.module.bits = table, None
+
+    @property
+    def _default_bits(self) -> int:
+        return DEFAULT_BITS if isinstance(self.module, CodedActivation) else DEFAULT_LAYER_BITS
+
+
+def coded_modules(model: nn.Module, filter_fn: Filter | None = None) -> list[Coded]:
+    """The coded modules of a model, each once under its first name, those that the filter lets pass."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, CodedActivation | CodedLayer) and (filter_fn is None or filter_fn(module, name)):
+            found.append(describe(name, module))
+    return found
+
+
+def describe(name: str, module: CodedActivation | CodedLayer) -> Coded:
+    """A coded module of that name."""
+    if isinstance(module, CodedActivation):
+        joint = module.shared or (module.table is not None and module.table.channels == JOINT)
+        return Coded(name, module, module.record(), JOINT if joint else ("derivative",))
+    return Coded(name, module, activations.get(module.gate or activations.IDENTITY), JOINT if module.gate else ("value",))

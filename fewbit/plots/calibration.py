@@ -1,0 +1,38 @@
+"""Figures of calibrations and allocations: what each layer gains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fewbit.plots.style import styled
+
+_BEFORE, _AFTER = "0.6", "tab:red"
+
+
+def plot_calibration(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float | None, float | None]]]) -> Figure:
+    """The error of each layer's table before and after, a panel for each channel, layers from top to bottom.
+
+    panels  channel -> (before, after) of each layer, relative rms; None where the layer has no such channel
+    """
+    with styled():
+        figure = Figure(figsize=(1.5 + 3.6 * max(len(panels), 1), 1.3 + 0.22 * max(len(names), 3)), layout="constrained")
+        axes = figure.subplots(1, max(len(panels), 1), sharey=True, squeeze=False)[0]
+        places = np.arange(len(names))
+        for axis, (channel, pairs) in zip(axes, panels.items(), strict=False):
+            before, after = np.array(pairs, float).T
+            axis.hlines(places, after, before, color="0.85", linewidth=2, zorder=1)
+            axis.plot(before, places, "o", color=_BEFORE, markersize=5, label="before")
+            axis.plot(after, places, "o", color=_AFTER, markersize=4, label="after")
+            axis.set_xlim(left=0)
+            axis.set_xlabel(f"relative rms error of the {channel}")
+            axis.grid(axis="x", color="0.93")
+            axis.set_axisbelow(True)
+        axes[0].set_yticks(places, names)
+        axes[0].invert_yaxis()
+        if panels:
+            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.suptitle("Tables before and after calibration, under each layer's own histogram", fontsize=10)
+    return figure
