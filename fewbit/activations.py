@@ -1,7 +1,8 @@
 """The registry: one frozen record per activation, the single place where facts about it stand.
 
 The functional API, the modules, the command line, the shipped tables and the tests all derive from `names()` and `get()`.
-`get()` also knows `IDENTITY`, f(x) = x, which is no activation and has no drop-in: its value tables quantize x itself.
+`get()` also knows `IDENTITY`, f(x) = x, which is no activation and has no drop-in: its value tables quantize x itself; and
+`UNLISTED`, which torch lacks and models hold: no drop-ins, no shipped tables, but `convert` finds them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def get(activation: str | Activation | Callable[..., Any], /, **parameters: floa
 
 
 def _look_up(name: str) -> Activation:
-    known = {**SHIPPED, **_REGISTRY}
+    known = {**UNLISTED, **SHIPPED, **_REGISTRY}
     if name in known:
         return known[name]
     near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
@@ -107,6 +108,7 @@ def register(
 _SIXTH = float(np.float32(1 / 6))  # torch's hardsigmoid backward uses the single-precision sixth, in float64 too
 _SELU_ALPHA = 1.6732632423543772848170429916717
 _SELU_SCALE = 1.0507009873554804934193349852946
+_GELU_LEAST = -0.7517915246935645  # where gelu is least
 _TANH_GELU = 0.7978845608028654  # sqrt(2 / pi), as in torch's tanh approximation, with 0.044715 below
 
 
@@ -152,8 +154,42 @@ def _elu_derivative(x: Array, alpha: float, scale: float = 1.0, rate: float = 1.
     return scale * np.where(x > 0, 1.0, alpha * rate * np.exp(rate * np.minimum(x, 0.0)))
 
 
+def _torch_gelu(x: torch.Tensor) -> torch.Tensor:
+    from torch.nn import functional
+
+    return functional.gelu(x)
+
+
+def _torch_softplus(x: torch.Tensor) -> torch.Tensor:
+    from torch.nn import functional
+
+    return functional.softplus(x)
+
+
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * (1.702 * x).sigmoid()  # torch has no such function: this is the form that CLIP and its ports compute
+
+
+def _clipped_gelu(x: Array, min: float, max: float) -> Array:
+    return np.clip(x * _cdf(x), min, max)
+
+
+def _clipped_gelu_derivative(x: Array, min: float, max: float) -> Array:
+    y = x * _cdf(x)
+    return np.where((y >= min) & (y <= max), _cdf(x) + x * _pdf(x), 0.0)
+
+
+def _clipped_gelu_shape(min: float, max: float) -> DerivativeShape:
+    """f' jumps where gelu crosses a bound: gelu falls from 0 to its least value, and rises from there."""
+    from scipy.optimize import brentq
+
+    jumps = []
+    for bound in (min, max):
+        branches = ((-40.0, _GELU_LEAST), (_GELU_LEAST, abs(bound) + 1.0))
+        ends = [[end * float(_cdf(np.array(end))) - bound for end in branch] for branch in branches]
+        found = [branch for branch, (left, right) in zip(branches, ends, strict=True) if left * right < 0]
+        jumps += [brentq(lambda x, bound=bound: x * float(_cdf(np.array(x))) - bound, *branch) for branch in found]
+    return DerivativeShape(jumps=tuple(jumps))
 
 
 _SMOOTH = DerivativeShape()
@@ -309,6 +345,48 @@ _REGISTRY: dict[str, Activation] = {
         ),
     )
 }
+UNLISTED: Mapping[str, Activation] = MappingProxyType(
+    {
+        record.name: record
+        for record in (
+            _record(
+                "relu_squared",
+                "ReLUSquared",
+                lambda x: np.maximum(x, 0.0) ** 2,
+                lambda x: 2 * np.maximum(x, 0.0),
+                DerivativeShape(kinks=(0.0,)),
+                torch_function=lambda x: x.relu().square(),
+            ),
+            _record(
+                "clipped_gelu",
+                "ClippedGELU",
+                _clipped_gelu,
+                _clipped_gelu_derivative,
+                _clipped_gelu_shape,
+                torch_function=lambda x, min, max: _torch_gelu(x).clip(min, max),
+                min=-10.0,
+                max=10.0,
+            ),
+            _record(
+                "laplace",
+                "Laplace",
+                lambda x, mu, sigma: _cdf((x - mu) / sigma),
+                lambda x, mu, sigma: _pdf((x - mu) / sigma) / sigma,
+                torch_function=lambda x, mu, sigma: 0.5 * (1 + ((x - mu) / (sigma * 2**0.5)).erf()),
+                mu=0.707107,
+                sigma=0.282095,
+            ),
+            _record(
+                "sqrt_softplus",
+                "SqrtSoftplus",
+                lambda x: np.sqrt(np.where(x > 20, x, np.logaddexp(0.0, x))),
+                lambda x: np.where(x > 20, 1.0, _sigmoid(x)) / (2 * np.sqrt(np.where(x > 20, x, np.logaddexp(0.0, x)))),
+                DerivativeShape(jumps=(20.0,)),
+                torch_function=lambda x: _torch_softplus(x).sqrt(),
+            ),
+        )
+    }
+)
 BUILT_IN: Mapping[str, Activation] = MappingProxyType(dict(_REGISTRY))  # whatever users register over them
 IDENTITY = _record("identity", "Identity", np.positive, np.ones_like, _EVEN, torch_function="torch.positive")
 SHIPPED: Mapping[str, Activation] = MappingProxyType({**BUILT_IN, IDENTITY.name: IDENTITY})  # one table file each

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -22,8 +22,19 @@ from fewbit.store import load_table
 
 Tensor = torch.Tensor
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_EXTRAS = frozenset(("bits", "table", "shared", "inplace"))  # what every drop-in takes besides torch's own arguments
+EXTRAS = frozenset(("bits", "table", "shared", "inplace"))  # what every drop-in takes besides torch's own arguments
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+class RecordMaker(Protocol):
+    """A class whose instances compute an activation that depends on values of their attributes."""
+
+    name: ClassVar[str]  # of the activation
+
+    @classmethod
+    def record_at(cls, values: dict[str, Any]) -> Activation:
+        """The record at these values, by name."""
+        ...
 
 
 def apply(
@@ -84,15 +95,16 @@ def _slopes(record: Activation) -> tuple[float, float] | None:
 def _formula(record: Activation, x: Tensor) -> Formula | None:
     """The record's closed form: for the built-in activations, unless autocast makes torch's operation change the dtype."""
     built_in = activations.BUILT_IN.get(record.name)
-    if built_in is None or built_in.function is not record.function:
+    if built_in is None or (built_in.function, built_in.torch_function) != (record.function, record.torch_function):
         return None
     if torch.is_autocast_enabled(x.device.type) and record.forward(x.new_empty(0)).dtype != x.dtype:
         return None
     return record.name, record.parameters
 
 
-def apply_compiled(record: Activation, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The same in code that torch.compile or torch.export traces; takes what the functional drop-in takes.
+def apply_compiled(record: Activation | type[RecordMaker], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The same in code that torch.compile or torch.export traces; takes what the functional drop-in takes, or, with a class
+    that makes records, the values that it makes them of.
 
     The arguments are checked and the coder is made once, while the code is traced: none of that, all cached or slow, gets
     into the graph.
@@ -124,11 +136,15 @@ def fixed(value: Any) -> Any:
     return guard_scalar(value) if isinstance(value, (int, float)) else value
 
 
-def _constants(record: Activation, dtype: torch.dtype, device: torch.device, /, *args: Any, **kwargs: Any) -> Any:
+def _constants(
+    record: Activation | type[RecordMaker], dtype: torch.dtype, device: torch.device, /, *args: Any, **kwargs: Any
+) -> Any:
     """What `compiled` needs, for these arguments of the functional drop-in."""
-    given = bind(_signature(record), record.name, None, *args, **kwargs)
-    extras = {name: given.pop(name) for name in _EXTRAS if name in given}
-    return constants(bound_record(record, given), dtype, device, **extras)
+    if isinstance(record, Activation):
+        kwargs = bind(_signature(record), record.name, None, *args, **kwargs)
+    extras = {name: kwargs.pop(name) for name in EXTRAS if name in kwargs}
+    bound = bound_record(record, kwargs) if isinstance(record, Activation) else record.record_at(kwargs)
+    return constants(bound, dtype, device, **extras)
 
 
 def constants(
@@ -207,10 +223,10 @@ def function(record: Activation) -> Callable[..., Tensor]:
     def drop_in(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return apply_compiled(record, input, *args, **kwargs)
-        if not args and kwargs.keys() <= _EXTRAS:
+        if not args and kwargs.keys() <= EXTRAS:
             return apply(record, input, **kwargs)
         given = bind(signature, record.name, input, *args, **kwargs)
-        extras = {name: given.pop(name) for name in _EXTRAS if name in given}
+        extras = {name: given.pop(name) for name in EXTRAS if name in given}
         return apply(bound_record(record, given), given.pop("input"), **extras)
 
     drop_in.__name__ = drop_in.__qualname__ = record.name

@@ -30,6 +30,7 @@ from fewbit.constants import DEFAULT_LAYER_BITS
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
 from fewbit.kernels import Coder
+from fewbit.record import Activation
 
 Tensor = torch.Tensor
 _ROUNDINGS = ("nearest", "stochastic")
@@ -174,17 +175,30 @@ def reglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
     return _run("reglu", ("relu",), (gate, up), code)
 
 
+def gated_unit(
+    maker: type[drop_in.RecordMaker],
+    values: dict[str, Any],
+    gate: Tensor,
+    up: Tensor,
+    *,
+    bits: int | None,
+    table: CodeTable | None,
+) -> Tensor:
+    """activation(gate) * up, as `swiglu`, for the activation that a class makes of these values."""
+    return _run("gated_unit", (maker, tuple(values.items())), (gate, up), Code(bits, table))
+
+
 class Operation(NamedTuple):
     """A layer at certain options.
 
     exact    torch's own operation, on the operands
     coded    the same with codes: takes the operands, then the coders, and `stochastic`
-    gate     name of the activation of which it needs the two joint coders, before that of a standard normal number
+    gate     the activation of which it needs the two joint coders, before that of a standard normal number
     """
 
     exact: Callable[..., Tensor]
     coded: Callable[..., Tensor]
-    gate: str | None = None
+    gate: Activation | None = None
 
 
 def _product(product: Any) -> Operation:
@@ -215,12 +229,20 @@ def _batch_norm(training: bool, momentum: float, eps: float) -> Operation:
 
 
 def _gated(name: str) -> Operation:
-    forward = activations.get(name).forward
+    return _gated_by(activations.get(name))
+
+
+def _gated_unit(maker: type[drop_in.RecordMaker], values: tuple[tuple[str, Any], ...]) -> Operation:
+    return _gated_by(maker.record_at(dict(values)))
+
+
+def _gated_by(activation: Activation) -> Operation:
+    forward = activation.forward
 
     def exact(gate: Tensor, up: Tensor) -> Tensor:
         return forward(gate) * up
 
-    return Operation(exact, partial(gated.coded_gate, exact=exact), name)
+    return Operation(exact, partial(gated.coded_gate, exact=exact), activation)
 
 
 def _glu(dim: int) -> Operation:
@@ -231,7 +253,7 @@ def _glu(dim: int) -> Operation:
         up, gate = input.tensor_split(2, dim)  # of a size that cannot be halved, too, of which exact complains
         return gated.coded_gate(gate, up, *coders, exact=lambda *_: exact(input), channel=dim, stochastic=stochastic)
 
-    return Operation(exact, coded, "sigmoid")
+    return Operation(exact, coded, activations.get("sigmoid"))
 
 
 _OPERATIONS: dict[str, Callable[..., Operation]] = {
@@ -244,6 +266,7 @@ _OPERATIONS: dict[str, Callable[..., Operation]] = {
     "swiglu": _gated,
     "geglu": _gated,
     "reglu": _gated,
+    "gated_unit": _gated_unit,
     "glu": _glu,
 }
 
@@ -280,11 +303,11 @@ def _prepare(name: str, options: tuple, code: Code, dtype: torch.dtype, device: 
     bits = code.bits or (code.table.bits if code.table else DEFAULT_LAYER_BITS)
     given = [coders.value_coder(bits, None if operation.gate else code.table, dtype, device)]
     if operation.gate:
-        given = [*coders.joint_coders(activations.get(operation.gate), bits, code.table, dtype, device), *given]
+        given = [*coders.joint_coders(operation.gate, bits, code.table, dtype, device), *given]
     return _Prepared(operation.exact, partial(operation.coded, stochastic=code.rounding == "stochastic"), tuple(given))
 
 
-def check_code(name: str, code: Code, gate: str | None = None) -> None:
+def check_code(name: str, code: Code, gate: str | Activation | None = None) -> None:
     """Raise DesignError or TableError for a code that the layer of that name, whose table is for `gate`, cannot take."""
     if code.rounding not in _ROUNDINGS:
         raise DesignError(f"rounding must be one of {_ROUNDINGS}, got {code.rounding!r}")

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
-from fewbit import activations
 from fewbit.coders import JOINT
 from fewbit.constants import CODINGS, DEFAULT_BITS
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
-from fewbit.nn import activations as activation_modules
+from fewbit.models import classes, held
+from fewbit.models.mlp import GatedMLP
 from fewbit.nn.activations import CodedActivation
-from fewbit.nn.layers import CLASSES, CodedLayer
+from fewbit.nn.layers import CodedLayer
 from fewbit.store import load_table
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
 _BEFORE = "_before_fewbit"  # the attribute of a converted module that holds what `revert` needs
+_FUNCTION = "_function_before_fewbit"  # that of a module in the place of a function: the function
 
 
 def convert(
@@ -34,12 +35,17 @@ def convert(
 ) -> Model:
     """Let the modules of a model keep codes for backward, in place. The forward pass stays as it is, bit for bit.
 
-    model      its modules are converted by type, those of exactly a class in torch.nn: activations, and with `inputs` linear
-               layers, convolutions, norms and GLU too. Subclasses stay as they are. Each module remains the same object, with
-               its weights, hooks, names and state, and only changes its class. What was converted before is converted anew.
+    model      its modules are converted by class: activations, torch's and Hugging Face's, and with `inputs` linear layers,
+               convolutions, norms, GLU and gated MLPs too. Subclasses are, if they leave as it is what fewbit replaces:
+               `forward`, mostly. A function that a torch.nn.TransformerEncoderLayer or TransformerDecoderLayer has for its
+               activation becomes a module. Each module remains the same object, with its weights, hooks, names and state, and
+               only changes its class, for one that its own is a base of. What was converted before is converted anew; what
+               was built as fewbit's stays.
     bits       of the codes of activations, 1 to 8
     inputs     bits of the codes of what weights and norms read, 1 to 8; None leaves these layers exact. Activations then make
-               one code for their own backward and for the layers that read them, of the larger of both numbers of bits.
+               one code for their own backward and for the layers that read them, of the larger of both numbers of bits. So
+               does the product act(gate) * up in a gated MLP, from codes of gate and up; without `inputs` its activation
+               alone is coded, which saves one tensor of the four that such an MLP keeps of its hidden width.
     filter_fn  of a module and its dotted name: whether to convert it
     coding     of the tables, as in `fewbit.design`; None for the optimal one
     sample     a batch, by which conversions that would keep more bytes are found and left out: a tensor, a tuple or list of
@@ -65,31 +71,24 @@ def convert(
     if inputs is not None:
         check_bits(inputs, DesignError)
     filter_fn = _with_sample(model, bits, inputs, filter_fn, coding, sample)
-    twins = _twins()
-    plan: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
-    for name, module in model.named_modules():
-        torch_class, *_ = vars(module).get(_BEFORE, (type(module),))
-        coded_class = twins.get(torch_class)
-        if coded_class is None or (filter_fn is not None and not filter_fn(module, name)):
-            continue
-        if issubclass(coded_class, CodedActivation):
-            plan.append((module, coded_class, _activation_attributes(module, coded_class, bits, inputs, coding)))
-        elif inputs is not None:
-            plan.append((module, coded_class, _layer_attributes(coded_class, inputs, coding)))
-    for module, coded_class, attributes in plan:
-        _revert_module(module)
-        attributes = {name: value for name, value in attributes.items() if vars(module).get(name, _BEFORE) != value}
-        before = {name: vars(module)[name] for name in attributes if name in vars(module)}
-        module.__dict__.update({_BEFORE: (type(module), before, tuple(attributes)), **attributes})
-        module.__class__ = coded_class
+    installed, changes = _plan(model, filter_fn, bits, inputs, coding)
+    for layer, name, activation in installed:
+        del vars(layer)[name]
+        layer.add_module(name, activation)
+    for change in changes:
+        change.make()
     return model
 
 
 def revert(model: Model) -> Model:
     """Make what `convert` changed torch's own again, in place; modules that were built as fewbit's stay. Returns the model."""
     _check_model("revert", model)
-    for module in model.modules():
+    for module in [*model.modules()]:
         _revert_module(module)
+        for name, child in [*module.named_children()]:
+            if _FUNCTION in vars(child):
+                del module._modules[name]
+                setattr(module, name, vars(child)[_FUNCTION])
     return model
 
 
@@ -111,29 +110,92 @@ def _with_sample(
     return lambda module, name: name not in left_out and (filter_fn is None or filter_fn(module, name))
 
 
+@dataclass
+class _Change:
+    """A module's own class, the coded class to take its place, and the attributes to set."""
+
+    module: nn.Module
+    own: type[nn.Module]
+    coded: type[nn.Module]
+    attributes: dict[str, Any]
+
+    def make(self) -> None:
+        _revert_module(self.module)
+        state = vars(self.module)
+        attributes = {name: value for name, value in self.attributes.items() if state.get(name, _BEFORE) != value}
+        before = {name: state[name] for name in attributes if name in state}
+        state.update({_BEFORE: (self.own, before, tuple(attributes)), **attributes})
+        classes.exchange(self.module, self.own, self.coded)
+
+
 def _revert_module(module: nn.Module) -> None:
     if _BEFORE in vars(module):
-        module.__class__, before, names = vars(module).pop(_BEFORE)
+        own, before, names = vars(module).pop(_BEFORE)
+        coded = classes.fewbits_class(module, own)
+        if coded is not None:
+            classes.exchange(module, coded, own)
         for name in names:
             vars(module).pop(name, None)
         vars(module).update(before)
 
 
+def _plan(
+    model: nn.Module,
+    filter_fn: Filter | None,
+    bits: int,
+    inputs: int | None,
+    coding: str | None,
+) -> tuple[list[tuple[nn.Module, str, nn.Module]], list[_Change]]:
+    """Modules to install, as (parent, name, module), in the place of functions; and all changes. Nothing is changed yet."""
+    twins, known = classes.torch_twins(), {}
+    installed, changes = [], {}
+    modules = [*model.named_modules()]
+    for name, module in modules:
+        if function := _activation_function(module):
+            installed.append((module, _ACTIVATION, function))
+            modules.append((f"{name}.{_ACTIVATION}" if name else _ACTIVATION, function))  # looked at below, in this very loop
+        own = vars(module)[_BEFORE][0] if _BEFORE in vars(module) else classes.own_class(module)
+        if own not in known:
+            known[own] = classes.coded_class(own, twins)
+        coded = known[own]
+        if coded is None or "forward" in vars(module) or (filter_fn is not None and not filter_fn(module, name)):
+            continue
+        if issubclass(coded, CodedActivation):
+            attributes = _activation_attributes(module, coded, bits, inputs, coding)
+        elif inputs is not None:
+            attributes = _layer_attributes(coded, inputs, coding) if issubclass(coded, CodedLayer) else {}
+        else:
+            continue
+        changes[id(module)] = _Change(module, own, coded, attributes)
+    installed = [each for each in installed if id(each[2]) in changes]
+    return installed, [each for each in changes.values() if _has_its_gate(each, changes)]
+
+
+def _has_its_gate(change: _Change, changes: dict[int, _Change]) -> bool:
+    """Whether the activation of what may be a gated MLP is, or becomes, a coded one."""
+    if not issubclass(change.coded, GatedMLP):
+        return True
+    activation = change.coded.part_of(change.module, "act")
+    return id(activation) in changes or isinstance(activation, CodedActivation)
+
+
+_ACTIVATION = "activation"  # the attribute of torch's transformer layers
+
+
+def _activation_function(module: nn.Module) -> nn.Module | None:
+    """torch's module for the function that a layer of torch's transformers has for its activation."""
+    if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or _ACTIVATION not in vars(module):
+        return None
+    found = held.module_for(vars(module)[_ACTIVATION])
+    if found is not None:
+        vars(found)[_FUNCTION] = vars(module)[_ACTIVATION]
+        found.train(module.training)
+    return found
+
+
 def _check_model(name: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} takes a torch.nn.Module, got {type(model).__name__}")
-
-
-@cache
-def _layer_twins() -> dict[type[nn.Module], type[nn.Module]]:
-    return {getattr(nn, name): coded for name, coded in CLASSES.items() if hasattr(nn, name)}
-
-
-def _twins() -> dict[type[nn.Module], type[nn.Module]]:
-    """fewbit's class for each of torch's."""
-    names = {activations.get(name).module for name in activations.names() if name in activations.BUILT_IN}
-    found = {getattr(nn, name): activation_modules.module(name) for name in names if hasattr(nn, name)}
-    return {**{torchs: ours for torchs, ours in found.items() if ours is not None}, **_layer_twins()}
 
 
 def _activation_attributes(
@@ -149,8 +211,7 @@ def _activation_attributes(
     return {"inplace": getattr(module, "inplace", False), "shared": shared, **_code(bits, table)}
 
 
-def _layer_attributes(coded_class: type[nn.Module], inputs: int, coding: str | None) -> dict[str, Any]:
-    assert issubclass(coded_class, CodedLayer), "all but activations are"
+def _layer_attributes(coded_class: type[CodedLayer], inputs: int, coding: str | None) -> dict[str, Any]:
     table = None
     if coding is not None:
         gate = coded_class.gate

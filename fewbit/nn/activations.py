@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from fewbit import activations, drop_in
+from fewbit import activations, drop_in, layers
 from fewbit.activations import Activation
 from fewbit.constants import DEFAULT_BITS
 from fewbit.design.table import CodeTable
@@ -27,9 +27,9 @@ class CodedActivation(torch.nn.Module):
     shared  whether coded layers that read the output keep the same code
     """
 
-    name: str  # of the activation in the registry
+    name: ClassVar[str]  # of the activation in the registry
     _of_torch: bool  # whether torch has a module of this name, whose constructor takes torch's arguments
-    _taken: tuple[str, ...]  # names of the constructor's arguments, which are attributes
+    _taken: tuple[str, ...]  # names of the attributes, arguments of the constructor, that the record depends on
     bits: int | None
     table: CodeTable | None
     shared: bool
@@ -52,13 +52,27 @@ class CodedActivation(torch.nn.Module):
     @classmethod
     def record_of(cls, module: torch.nn.Module) -> Activation:
         """The same at the parameters of a module of torch's own class."""
-        return drop_in.bound_record(activations.get(cls.name), vars(module))
+        return cls.record_at(cls._values_of(module))
 
-    def forward(self, input: Tensor) -> Tensor:
+    @classmethod
+    def record_at(cls, values: dict[str, Any]) -> Activation:
+        """The same at these values of the attributes that it depends on."""
+        return drop_in.bound_record(activations.get(cls.name), values)
+
+    @classmethod
+    def _values_of(cls, module: torch.nn.Module) -> dict[str, Any]:
+        return {name: getattr(module, name) for name in cls._taken}
+
+    def forward(self, input: Tensor, times: Tensor | None = None) -> Tensor:
+        """The activation of the input; with `times`, their product, from codes of both, as `fewbit.functional.swiglu`."""
+        values = self._values_of(self)
+        if times is not None:
+            bits = None if self.table is not None else self.bits or DEFAULT_BITS
+            return layers.gated_unit(type(self), values, input, times, bits=bits, table=self.table)
+        given = {"bits": self.bits, "table": self.table, "shared": self.shared, "inplace": self.inplace}
         if torch.compiler.is_compiling():
-            record = activations.get(self.name)
-            return drop_in.apply_compiled(record, input, **{name: getattr(self, name) for name in self._taken})
-        return drop_in.apply(self.record(), input, self.bits, self.table, self.shared, self.inplace)
+            return drop_in.apply_compiled(type(self), input, **values, **given)
+        return drop_in.apply(self.record_at(values), input, **given)
 
     def extra_repr(self) -> str:
         torchs = (
@@ -93,7 +107,7 @@ def _module_class(record: Activation) -> type[CodedActivation]:
         "__qualname__": record.module,
         "__doc__": drop_in.describe(record, f"{described}: exact forward, backward from codes of a few bits an element."),
         "__signature__": inspect.Signature(list(taken.values())),
-        "_taken": tuple(taken),
+        "_taken": tuple(name for name in taken if name not in drop_in.EXTRAS),
         "name": record.name,
         "_of_torch": torch_class is not torch.nn.Module,
     }

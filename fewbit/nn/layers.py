@@ -42,7 +42,8 @@ class CodedLayer(nn.Module):
             cls.__signature__ = inspect.signature(vars(cls)["__init__"].__get__(object()))
             return
         ours = [each for each in inspect.signature(CodedLayer.__init__).parameters.values() if each.kind is each.KEYWORD_ONLY]
-        torchs = [each for each in cls.__mro__ if each is not nn.Module and each.__module__.startswith("torch.nn")]
+        others = [each for each in cls.__mro__ if each is not nn.Module and not issubclass(each, CodedLayer)]
+        torchs = [each for each in others if each.__module__.startswith("torch.nn")]
         if torchs:
             cls.__signature__ = inspect.Signature([*inspect.signature(torchs[0]).parameters.values(), *ours])
 

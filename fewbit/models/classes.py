@@ -1,0 +1,119 @@
+"""Which class of fewbit stands for which, and modules that change their class.
+
+A module of exactly torch's class takes fewbit's. A module of a class made from it takes one made anew from both, which comes
+before the module's own: what fewbit replaces is fewbit's, and all else stays the module's.
+"""
+
+from __future__ import annotations
+
+import types
+from functools import cache
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from fewbit import activations
+from fewbit.models import held, mlp
+from fewbit.nn import activations as activation_modules
+from fewbit.nn.activations import CodedActivation
+from fewbit.nn.layers import CLASSES, CodedLayer
+
+CODED = (CodedActivation, CodedLayer, mlp.GatedMLP)
+# lazy modules are no layers yet; of out_proj MultiheadAttention reads the weight, and never calls it
+_EXCEPT = (LazyModuleMixin, NonDynamicallyQuantizableLinear, *CODED)
+_ATTRIBUTES = {"bits", "table", "shared", "rounding"}  # what coded modules hold
+_OPEN = {"extra_repr"}  # what both may define
+
+
+class Twin:
+    """Base of the classes that `coded_class` makes. Their instances are pickled and copied by the module's own class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        function, arguments, *rest = reduced
+        if function.__name__ != "__newobj__" or Twin not in type(self).__bases__:  # a way of the module's own class
+            return reduced
+        return _new, (type(self).__bases__[-1], *arguments[1:]), *rest
+
+
+def _new(own: type[nn.Module], *arguments: Any) -> nn.Module:
+    coded = coded_class(own, torch_twins())
+    assert coded is not None, f"{own} had a coded class when it was saved"
+    return coded.__new__(coded, *arguments)
+
+
+def torch_twins() -> dict[type[nn.Module], type[nn.Module]]:
+    """fewbit's class for each of torch's."""
+    names = {activations.get(name).module for name in activations.names() if name in activations.BUILT_IN}
+    found = {getattr(nn, name): activation_modules.module(name) for name in names if hasattr(nn, name)}
+    return {**{torchs: ours for torchs, ours in found.items() if ours is not None}, **_layer_twins()}
+
+
+@cache
+def _layer_twins() -> dict[type[nn.Module], type[nn.Module]]:
+    return {getattr(nn, name): coded for name, coded in CLASSES.items() if hasattr(nn, name)}
+
+
+def coded_class(own: type[nn.Module], twins: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module] | None:
+    """The class that codes for modules of a class, if there is one: the last of its bases is that class.
+
+    twins  as `torch_twins` gives them
+
+    There is none for a class that defines anew what fewbit replaces (`forward`, mostly), or that has a use of its own for the
+    names of fewbit's attributes.
+    """
+    if issubclass(own, _EXCEPT):
+        return None
+    for base in own.__mro__:
+        ours = twins.get(base) or held.coded_class(base) or mlp.coded_class(base)
+        if ours is None:
+            continue
+        if base in twins and own is base:
+            return ours
+        return None if _names(own, base) & (_names(ours, base) - _OPEN | _ATTRIBUTES) else _made(ours, own)
+    return None
+
+
+def _names(cls: type, base: type) -> set[str]:
+    """What is defined between a class and one of its bases, or all that they do not share, but for special methods."""
+    own = [each for each in cls.__mro__[: cls.__mro__.index(nn.Module)] if each not in base.__mro__]
+    return {name for each in own for name in vars(each) if not name.startswith("__")}
+
+
+def _made(ours: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
+    """The class of both. It lives as long as something is of it: classes know their subclasses by weak references."""
+    for known in own.__subclasses__():
+        if known.__bases__ == (Twin, ours, own):
+            return known
+    contents = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return types.new_class(own.__name__, (Twin, ours, own), exec_body=lambda namespace: namespace.update(contents))
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class whose place fewbit's takes: the module's, or, where it is parametrized, that below the parametrizations."""
+    cls = type(module)
+    return cls.__bases__[0] if parametrize.is_parametrized(module) and cls.__name__.startswith("Parametrized") else cls
+
+
+def exchange(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Let the module be of a class with `new` where its class has `old`."""
+    module.__class__ = _exchanged(type(module), old, new)
+
+
+def _exchanged(cls: type, old: type, new: type) -> type:
+    """A class that something made for one module, such as a parametrization, on top of `old`, is made anew on top of `new`."""
+    if cls is old:
+        return new
+    if old not in cls.__mro__:
+        return cls
+    contents = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    bases = tuple(_exchanged(each, old, new) for each in cls.__bases__)
+    return types.new_class(cls.__name__, bases, exec_body=lambda namespace: namespace.update(contents))
+
+
+def fewbits_class(module: nn.Module, own: type[nn.Module]) -> type[nn.Module] | None:
+    """Of a module that was of its own class, or of one on top of it, before: the class that fewbit put in its place."""
+    return next((each for each in type(module).__mro__ if issubclass(each, CODED) and each.__bases__[-1] is own), None)
