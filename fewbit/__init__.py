@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fewbit.activations import register
     from fewbit.autograd.switch import exact
     from fewbit.design.table import CodeTable
+    from fewbit.models.allocate import Allocation, allocate
     from fewbit.models.calibrate import calibrate
     from fewbit.models.calibration import Calibration
     from fewbit.models.convert import convert, revert
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ActivationError",
+    "Allocation",
     "Calibration",
     "CodeTable",
     "DesignError",
@@ -36,6 +38,7 @@ __all__ = [
     "InputError",
     "TableError",
     "TableFileError",
+    "allocate",
     "calibrate",
     "convert",
     "design",
@@ -50,8 +53,10 @@ __all__ = [
     "revert",
 ]
 _HOMES = {
+    "Allocation": "fewbit.models.allocate",
     "Calibration": "fewbit.models.calibration",
     "CodeTable": "fewbit.design.table",
+    "allocate": "fewbit.models.allocate",
     "calibrate": "fewbit.models.calibrate",
     "convert": "fewbit.models.convert",
     "exact": "fewbit.autograd.switch",

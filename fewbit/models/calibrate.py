@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fewbit.models.coded import Coded, Filter, coded_modules
 from fewbit.models.convert import convert
 from fewbit.models.histogram import StreamingHistogram, bins_of
 from fewbit.models.undisturbed import restored_on_error, run, undisturbed, without_compiler
+from fewbit.record import Activation
 from fewbit.weights import Histogram
 
 Tensor = torch.Tensor
@@ -166,7 +168,13 @@ def weighs_gradients(histogram: StreamingHistogram, by_gradient: bool) -> bool:
 
 def fitted(coded: Coded, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CodeTable:
     """The table of so many bits designed for the histogram."""
-    return design(coded.record, bits, weight=histogram.smoothed(by_gradient), channels=coded.channels)
+    return _designed(coded.record, bits, histogram.smoothed(by_gradient), coded.channels)
+
+
+@lru_cache(maxsize=256)
+def _designed(record: Activation, bits: int, weight: Histogram, channels: tuple[str, ...]) -> CodeTable:
+    """Remembered, so that to allocate after a calibration on the same batches, or with another budget, designs nothing anew."""
+    return design(record, bits, weight=weight, channels=channels)
 
 
 def relative_errors(seen: Histogram, table: CodeTable, coded: Coded) -> tuple[float, ...]:

@@ -36,3 +36,32 @@ def plot_calibration(names: Sequence[str], panels: Mapping[str, Sequence[tuple[f
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle("Tables before and after calibration, under each layer's own histogram", fontsize=10)
     return figure
+
+
+def plot_allocation(
+    names: Sequence[str], bits: Sequence[int], errors: Sequence[tuple[float, float]], uniform_bits: int
+) -> Figure:
+    """The bits of each layer, and the error that it adds to the gradient's with uniform bits and with its own.
+
+    errors  (uniform, chosen) of each layer, relative to the gradient's norm
+    """
+    with styled():
+        figure = Figure(figsize=(7.6, 1.4 + 0.22 * max(len(names), 3)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+        places = np.arange(len(names))
+        left.barh(places, bits, height=0.7, color=_AFTER, alpha=0.75)
+        left.axvline(uniform_bits, color=_BEFORE, linewidth=1.5)
+        left.set_xticks(range(max(*bits, uniform_bits) + 1))
+        left.set_xlabel("bits")
+        uniform, chosen = np.array(errors, float).T
+        right.hlines(places, chosen, uniform, color="0.85", linewidth=2, zorder=1)
+        right.plot(uniform, places, "o", color=_BEFORE, markersize=5, label=f"{uniform_bits} bits everywhere")
+        right.plot(chosen, places, "o", color=_AFTER, markersize=4, label="as allocated")
+        right.set_xlim(left=0)
+        right.set_xlabel("predicted error of the gradient from this layer")
+        right.grid(axis="x", color="0.93")
+        right.set_axisbelow(True)
+        left.set_yticks(places, names)
+        left.invert_yaxis()
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure

@@ -1,0 +1,122 @@
+"""What an allocation chose: bits for each layer, and what they are predicted and were measured to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fewbit import terminal
+from fewbit.models.calibration import Calibration
+from fewbit.models.knapsack import Choices
+from fewbit.models.report import Report
+from fewbit.record import plural
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class AllocatedLayer:
+    """The bits of one layer.
+
+    activation  what its table is for; "identity" for layers that standardize what they code
+    elements    numbers that it keeps codes of, for one batch
+    choices     a number of bits -> bytes, and the squared relative error that it adds to the gradient's
+    """
+
+    name: str
+    activation: str
+    bits: int
+    elements: int
+    choices: Choices
+
+    @property
+    def bytes(self) -> int:
+        """Of its codes."""
+        return self.choices[self.bits][0]
+
+    def error(self, bits: int) -> float:
+        """The relative error of the gradient that the layer alone makes, as predicted."""
+        return sqrt(self.choices[bits][1])
+
+
+class Outcome(NamedTuple):
+    """Bytes of all codes, and the relative error ||g̃ - g|| / ||g|| of the gradient of the first batch."""
+
+    bytes: int
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True, repr=False)
+class Allocation(Report):
+    """The bits of each coded layer that keeps codes of its own.
+
+    calibration   their tables, to save, load and install
+    budget, exact_bytes  in bytes, for one batch: what the codes may take, and what the coded tensors take in their own dtype
+    outcome       of the bits chosen
+    uniform_bits, uniform  the most bits for all that fit the budget, and their outcome
+    """
+
+    layers: tuple[AllocatedLayer, ...]
+    calibration: Calibration
+    budget: int
+    exact_bytes: int
+    outcome: Outcome
+    uniform_bits: int
+    uniform: Outcome
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Name of a layer -> its bits."""
+        return {layer.name: layer.bits for layer in self.layers}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": layer.name,
+                "activation": layer.activation,
+                "bits": layer.bits,
+                "elements": layer.elements,
+                "bytes": layer.bytes,
+                "predicted_error": layer.error(layer.bits),
+                "uniform_predicted_error": layer.error(self.uniform_bits),
+            }
+            for layer in self.layers
+        ]
+
+    def totals(self) -> dict[str, Any]:
+        found = {"budget_bytes": self.budget, "exact_bytes": self.exact_bytes, "uniform_bits": self.uniform_bits}
+        for prefix, outcome in (("", self.outcome), ("uniform_", self.uniform)):
+            found |= {f"{prefix}bytes": outcome.bytes}
+            found |= {f"{prefix}predicted_error": outcome.predicted, f"{prefix}measured_error": outcome.measured}
+        return found
+
+    def view(self) -> RenderableType:
+        from rich.console import Group
+
+        uniform = f"at {plural(self.uniform_bits, 'bit')}"
+        view = terminal.table(("layer", "activation"), ("bits", "bytes", "error", uniform))
+        for layer in self.layers:
+            errors = (f"{layer.error(bits):.4f}" for bits in (layer.bits, self.uniform_bits))
+            view.add_row(layer.name, layer.activation, str(layer.bits), f"{layer.bytes:,}", *errors)
+        for name, index in (("all, predicted", 1), ("all, measured", 2)):
+            errors = (f"{outcome[index]:.4f}" for outcome in (self.outcome, self.uniform))
+            view.add_row(name, "", "", f"{self.outcome.bytes:,}", *errors)
+        key = (
+            "error: of the gradient, ||g̃ - g|| / ||g||, that the layer alone makes; all: measured on the first batch\n"
+            f"budget {self.budget:,} of {self.exact_bytes:,} bytes uncoded; "
+            f"{plural(self.uniform_bits, 'bit')} everywhere take {self.uniform.bytes:,}"
+        )
+        return Group(view, "", key)
+
+    def figure(self) -> Figure:
+        from fewbit.plots.calibration import plot_allocation
+
+        bits, errors = [], []
+        for layer in self.layers:
+            bits.append(layer.bits)
+            errors.append((layer.error(self.uniform_bits), layer.error(layer.bits)))
+        return plot_allocation([layer.name for layer in self.layers], bits, errors, self.uniform_bits)

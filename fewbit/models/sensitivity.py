@@ -1,0 +1,156 @@
+"""How much the error of each coded layer adds to the error of the gradient, and what its codes take: measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from fewbit.constants import MAX_BITS
+from fewbit.design.evaluate import errors_under
+from fewbit.design.table import CodeTable
+from fewbit.errors import InputError
+from fewbit.measuring import saved_storages
+from fewbit.models.calibrate import LossFunction, fitted, trainable, weighs_gradients
+from fewbit.models.coded import Coded
+from fewbit.models.histogram import StreamingHistogram
+from fewbit.models.undisturbed import run, undisturbed
+
+Tensor = torch.Tensor
+Gradient = list[Tensor | None]
+_COARSE, _FINE = 2, MAX_BITS  # bits of the layer that is looked at, and of all others
+
+
+class Sensitivity(NamedTuple):
+    """What one layer's codes take, and what their error does.
+
+    factor    the squared error of the gradient, relative to its own square, over the error of the layer's table
+    elements  numbers that the layer keeps codes of; 0 if it keeps none of its own
+    itemsize  bytes of one of them before coding
+    """
+
+    factor: float
+    elements: int
+    itemsize: int
+
+
+class Probe:
+    """A model to be run on one batch with several tables in its layers. Buffers and random numbers stay as they are.
+
+    inner       the model without the compiler; `model` is what loss_fn is called with
+    coded       its coded layers
+    histograms  by name, of those layers that read pre-activations
+    loss_fn     None for what `surrogate_loss` makes of the outputs
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        model: nn.Module,
+        coded: Sequence[Coded],
+        histograms: Mapping[str, StreamingHistogram],
+        loss_fn: LossFunction | None,
+        batch: Any,
+    ):
+        self.coded, self.histograms = {each.name: each for each in coded}, histograms
+        self.by_gradient = {name: weighs_gradients(each, loss_fn is not None) for name, each in histograms.items()}
+        self._inner, self._model, self._loss_fn, self._batch = inner, model, loss_fn or surrogate_loss, batch
+        self._parameters = trainable(inner)
+        self.table: Callable[[str, int], CodeTable] = cache(self._table)
+        self._fine: Gradient = []
+        self._power = 0.0
+
+    def _table(self, name: str, bits: int) -> CodeTable:
+        coded, histogram = self.coded[name], self.histograms.get(name)
+        if histogram is None or not histogram.elements:
+            return coded.shipped(bits)
+        return fitted(coded, histogram, bits, self.by_gradient[name])
+
+    def table_error(self, name: str, bits: int) -> float:
+        """∫ w (g - q)² dx of the layer's table, all channels together: under what was seen, or as designed."""
+        table, histogram = self.table(name, bits), self.histograms.get(name)
+        if histogram is None or not histogram.elements:
+            return sum(table.errors or ())
+        return float(errors_under(histogram.seen(self.by_gradient[name]), table, self.coded[name].record)[0].sum())
+
+    def install(self, bits: Mapping[str, int]) -> None:
+        """Give the layers of these names their tables of so many bits."""
+        for name, number in bits.items():
+            self.coded[name].install(self.table(name, number))
+
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """Of every layer: one pass with fine codes everywhere, and one for each layer with coarse codes there."""
+        itemsizes: dict[str, int] = {}
+        handles = [_note_itemsize(each, itemsizes) for each in self.coded.values()]
+        fine = dict.fromkeys(self.coded, _FINE)
+        self.install(fine)
+        try:
+            self._fine, kept = self._gradient()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._power = sum(float(each.double().square().sum()) for each in self._fine if each is not None)
+        if not 0 < self._power < float("inf"):
+            raise InputError(
+                f"the gradient of the first batch must be finite and not zero, got a squared norm of {self._power}"
+            )
+        found = {}
+        for name in self.coded:
+            self.install({name: _COARSE})
+            error, kept_coarse = self._error()
+            self.install({name: _FINE})
+            table_error = self.table_error(name, _COARSE)
+            elements = round((kept - kept_coarse) * 8 / (_FINE - _COARSE))
+            found[name] = Sensitivity(error / table_error if table_error else 0.0, max(elements, 0), itemsizes.get(name, 0))
+        return found
+
+    def measured_error(self, bits: Mapping[str, int]) -> float:
+        """The relative error of the gradient with so many bits in these layers and fine codes in all others.
+
+        Asked for after `sensitivities`.
+        """
+        self.install({**dict.fromkeys(self.coded, _FINE), **bits})
+        return self._error()[0] ** 0.5
+
+    def _error(self) -> tuple[float, int]:
+        """||g̃ - g||² / ||g||², with fine codes for the exact g, and the bytes kept."""
+        gradient, kept = self._gradient()
+        pairs = [(a, b) for a, b in zip(gradient, self._fine, strict=True) if a is not None and b is not None]
+        return sum(float((a - b).double().square().sum()) for a, b in pairs) / self._power, kept
+
+    def _gradient(self) -> tuple[Gradient, int]:
+        """The gradient of the batch's loss, and the bytes that its forward pass keeps for backward."""
+        kept: dict[int, int] = {}
+        with undisturbed(self._inner), torch.enable_grad():
+            with saved_storages(kept):
+                loss = self._loss_fn(self._model, self._batch)
+            number = sum(kept.values())
+            gradient = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        return list(gradient), number
+
+
+def surrogate_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The `loss` of what the model returns; without one, all that it returns times normal numbers, the same at each call."""
+    output = run(model, batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.requires_grad]
+    if not tensors:
+        raise InputError("the model returns no tensor that depends on its trainable parameters; give a loss_fn")
+    generator, total = torch.Generator().manual_seed(0), torch.zeros((), device=tensors[0].device)
+    for each in tensors:
+        direction = torch.randn(each.shape, generator=generator).to(each)
+        total = total + (each * direction).sum()
+    return total
+
+
+def _note_itemsize(coded: Coded, itemsizes: dict[str, int]) -> Any:
+    def note(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        itemsizes[coded.name] = next(x.element_size() for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+
+    return coded.module.register_forward_pre_hook(note, with_kwargs=True)
