@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from fewbit import demo
-from tools.studies import baselines, common, gpt, pictures, resnet, swiglu
+from tools.studies import baselines, calibration, common, gpt, pictures, resnet, swiglu
 
 
 @pytest.fixture
@@ -132,8 +132,24 @@ def test_results_are_written(tmp_path, capsys):
     assert "some.json" in capsys.readouterr().out
 
 
+def test_picture_of_calibration():
+    ways = {way: {1: 0.2 * factor, 2: 0.1 * factor} for way, factor in (("shipped", 1.0), ("calibrated", 0.9))}
+    errors = {"uniform": {"held_out": 0.1}, "allocated": {"held_out": 0.08}}
+    results = {"tables": {"GELU": ways, "GELU and linear": ways}, "allocation": {"GELU": {2: errors, 3: errors}}}
+    pictures.plot_calibration_study(results).savefig(io.BytesIO())
+
+
 @pytest.mark.slow
 class TestTinyStudies:
+    def test_calibration(self, screen, monkeypatch):
+        monkeypatch.setattr(calibration, "BITS", (2,))
+        torch.manual_seed(0)
+        model, data = demo.GPT(None), calibration.batches(11, 1)
+        results = calibration.tables(screen, model, calibration.Judge(model, data), data)
+        assert set(results["GELU"]) == {"shipped", "calibrated", "by gradient"}
+        assert results["GELU and linear"]["calibrated"][2] < results["GELU and linear"]["shipped"][2]
+        assert "by gradient" in printed(screen)
+
     def test_gpt_memory(self, screen):
         results = gpt.memory(screen, widths=(128,), batch=2)["128"]
         assert results["bfloat16, exact"]["total"] + 1 == pytest.approx(16, abs=0.15)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+_WAYS = {"calibrated": "tab:blue", "by gradient": "tab:red"}
 
 
 def plot_errors_beside_noise(noise: dict[str, float], errors: dict[str, dict[str, float]], groups: Sequence[str]) -> Figure:
@@ -32,4 +35,35 @@ def plot_errors_beside_noise(noise: dict[str, float], errors: dict[str, dict[str
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("Gradient error of a coded GPT beside the noise between batches", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def plot_calibration_study(results: dict[str, Any]) -> Figure:
+    """Errors of the gradient over those with shipped tables, against bits; and beside them uniform against allocated bits."""
+    figure = Figure(figsize=(8.6, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.axhline(1.0, color="0.6", linewidth=1.5)
+    for kind, ways in results["tables"].items():
+        shipped, *others = ways
+        for way in others:
+            bits, line = list(ways[way]), "o-" if kind == "GELU" else "s--"
+            ratios = [ways[way][each] / ways[shipped][each] for each in bits]
+            left.plot(bits, ratios, line, markersize=4.5, color=_WAYS[way], label=f"{kind}, {way}")
+            left.set_xticks(bits)
+    left.set_xlabel("bits")
+    left.set_ylabel("error of the gradient over shipped tables'")
+    left.set_title("Tables at equal bits", fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    settings = [(kind, bits, found) for kind, by_bits in results["allocation"].items() for bits, found in by_bits.items()]
+    places = np.arange(len(settings))
+    for i, (way, color) in enumerate((("uniform", "0.6"), ("allocated", "tab:red"))):
+        right.bar(places + 0.36 * (i - 0.5), [each[way]["held_out"] for *_, each in settings], 0.36, color=color, label=way)
+    right.set_xticks(places, [f"{kind}\n{bits} bits" for kind, bits, _ in settings])
+    right.set_ylabel("error of the gradient, relative to its norm")
+    right.set_title("Bits at equal bytes, tables calibrated", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.grid(axis="y", color="0.93", which="major")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
     return figure
