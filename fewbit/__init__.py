@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fewbit.models.calibrate import calibrate
     from fewbit.models.calibration import Calibration
     from fewbit.models.convert import convert, revert
+    from fewbit.models.fidelity import Fidelity, fidelity
     from fewbit.models.memory import memory
     from fewbit.models.patch import patch
     from fewbit.models.plan import left_out
@@ -35,6 +36,7 @@ __all__ = [
     "CodeTable",
     "DesignError",
     "FewbitError",
+    "Fidelity",
     "InputError",
     "TableError",
     "TableFileError",
@@ -43,6 +45,7 @@ __all__ = [
     "convert",
     "design",
     "exact",
+    "fidelity",
     "functional",
     "left_out",
     "load_table",
@@ -56,10 +59,12 @@ _HOMES = {
     "Allocation": "fewbit.models.allocate",
     "Calibration": "fewbit.models.calibration",
     "CodeTable": "fewbit.design.table",
+    "Fidelity": "fewbit.models.fidelity",
     "allocate": "fewbit.models.allocate",
     "calibrate": "fewbit.models.calibrate",
     "convert": "fewbit.models.convert",
     "exact": "fewbit.autograd.switch",
+    "fidelity": "fewbit.models.fidelity",
     "left_out": "fewbit.models.plan",
     "load_table": "fewbit.store",
     "memory": "fewbit.models.memory",

@@ -1,0 +1,76 @@
+"""Run a model to look at it, and leave it as it was: buffers, training flags, gradients and random numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class State:
+    """Buffers and training flags of a model as they are now. What else its modules hold as plain attributes is not kept."""
+
+    def __init__(self, model: nn.Module):
+        self._training = [(module, module.training) for module in model.modules()]
+        self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
+        found = {id(buffer): buffer for _, buffers in self._buffers for buffer in buffers.values() if buffer is not None}
+        self._contents = [(buffer, buffer.detach().clone()) for buffer in found.values()]
+
+    def restore(self) -> None:
+        """Put them back: the same tensors with what they held."""
+        for module, training in self._training:
+            module.training = training
+        for module, buffers in self._buffers:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for buffer, content in self._contents:
+            buffer.data.copy_(content)  # as batch norm writes them: without a new version, which graphs that exist would miss
+
+
+class RandomNumbers:
+    """The states of the generators that random numbers come from by default: Python's, numpy's, torch's on these devices."""
+
+    def __init__(self, devices: set[torch.device]):
+        self._python, self._cpu = random.getstate(), torch.get_rng_state()
+        self._numpy = np.random.get_state()  # noqa: NPY002  the one that others may draw from
+        self._devices: list[tuple[Any, torch.device, Any]] = []
+        for device in devices:
+            if device.type not in ("cpu", "meta"):
+                generators: Any = torch.get_device_module(device)
+                self._devices.append((generators, device, generators.get_rng_state(device)))
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002  likewise
+        torch.set_rng_state(self._cpu)
+        for generators, device, state in self._devices:
+            generators.set_rng_state(state, device)
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Where its parameters and buffers lie."""
+    return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[State]:
+    """What a model and the random numbers are before this context they are after it, too, however it ends.
+
+    Inside, parameters begin without gradients. Gives the model's state, to be restored between runs.
+    """
+    state, numbers = State(model), RandomNumbers(devices_of(model))
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield state
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        state.restore()
+        numbers.restore()
