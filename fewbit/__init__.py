@@ -7,6 +7,7 @@ from fewbit.design import design  # now, not on first use: importing the package
 from fewbit.errors import (
     ActivationError,
     DesignError,
+    DriftWarning,
     FewbitError,
     InputError,
     TableError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fewbit.models.memory import memory
     from fewbit.models.patch import patch
     from fewbit.models.plan import left_out
+    from fewbit.models.watch import Watch, watch
     from fewbit.store import load_table
 
 __version__ = "0.1.0"
@@ -35,11 +37,13 @@ __all__ = [
     "Calibration",
     "CodeTable",
     "DesignError",
+    "DriftWarning",
     "FewbitError",
     "Fidelity",
     "InputError",
     "TableError",
     "TableFileError",
+    "Watch",
     "allocate",
     "calibrate",
     "convert",
@@ -54,12 +58,14 @@ __all__ = [
     "patch",
     "register",
     "revert",
+    "watch",
 ]
 _HOMES = {
     "Allocation": "fewbit.models.allocate",
     "Calibration": "fewbit.models.calibration",
     "CodeTable": "fewbit.design.table",
     "Fidelity": "fewbit.models.fidelity",
+    "Watch": "fewbit.models.watch",
     "allocate": "fewbit.models.allocate",
     "calibrate": "fewbit.models.calibrate",
     "convert": "fewbit.models.convert",
@@ -71,6 +77,7 @@ _HOMES = {
     "patch": "fewbit.models.patch",
     "register": "fewbit.activations",
     "revert": "fewbit.models.convert",
+    "watch": "fewbit.models.watch",
 }
 
 

@@ -23,3 +23,7 @@ class TableFileError(TableError):
 
 class InputError(FewbitError, TypeError):
     """A tensor of a kind that coded activations do not take, or a derivative that codes cannot give."""
+
+
+class DriftWarning(UserWarning):
+    """The inputs of a layer have drifted away from what its table was designed for, so that its derivative errs more."""
