@@ -33,6 +33,7 @@ SAFE, DOUBTFUL = 0.1, 0.5
 # Below this part of the squared gradient a group is not judged by itself: the gradient of a bias before a batch norm, say, is
 # nothing but rounding, and so is its noise.
 JUDGED = 1e-6
+RESOLVED = 0.1  # of a batch's gradient: a smaller mean gradient is not told from the noise of a few batches
 SHOWN = 30
 
 
@@ -65,7 +66,8 @@ def fidelity(
         noise       sqrt(V / ⟨‖g‖²⟩), V half the mean of ‖g − g'‖² over successive batches: the variance, without bias
         share       sqrt(⟨‖e‖²⟩ / V), the error over the noise
         systematic  ‖mean e‖ / ‖mean g‖ where batches are as many as one likes: what does not average out. Both are estimated
-                    without bias before the square root, (B² ‖⟨e⟩‖² − Σ‖e‖²) / (B (B − 1)) from sketches of e, ⟨‖g‖²⟩ − V
+                    without bias before the square root, (B² ‖⟨e⟩‖² − Σ‖e‖²) / (B (B − 1)) from sketches of e, ⟨‖g‖²⟩ − V;
+                    None where ‖mean g‖ is below a tenth of a batch's gradient, too little to be told from the noise
 
     Raises InputError for a model without trainable parameters, no batches, and a loss that is none.
 
@@ -170,7 +172,8 @@ class Fidelity(Report):
         """One line: the error, its share of the noise, and whether that is safe.
 
         Safe is an error up to a tenth of the noise, doubtful up to half of it, unsafe beyond: heuristics, the first from those
-        who proposed approximate gradients, who find errors an order of magnitude below the noise harmless.
+        who proposed approximate gradients, who find errors an order of magnitude below the noise harmless. The systematic
+        part is held to the same parts of the mean gradient, since large noise would hide it.
         """
         return self._judged()[1]
 
@@ -204,8 +207,12 @@ class Fidelity(Report):
         if whole.share is None:
             why = "one batch tells no SGD noise; give two or more" if self._used() < 2 else "its batches differ in nothing"
             return "unknown", f"{text}: whether that is safe is unknown, {why}"
-        level = _level(whole.share)
-        text += f", {_percent(whole.share)} of the SGD noise {whole.noise:.2g}: {level}"
+        systematic = whole.systematic or 0.0
+        level = _level(max(whole.share, systematic))
+        text += f", {_percent(whole.share)} of the SGD noise {whole.noise:.2g}"
+        if systematic > max(SAFE, whole.share):
+            text += f", and by {_percent(systematic)} of the mean gradient for good"
+        text += f": {level}"
         weakest = self.weakest
         if weakest is not None and _LEVELS.index(_level(weakest.share)) > _LEVELS.index(level):
             text += f", but look at {weakest.group} ({_percent(weakest.share)} of its noise)"
@@ -341,7 +348,7 @@ class _Sums:
         variance = sums.difference / (2 * self._differences) if self._differences else 0.0
         mean_gradient = sums.exact / max(used, 1) - variance
         mean_error = (summed_sketch - sums.sketch) / (used * (used - 1)) if used > 1 else math.nan
-        error = _root(sums.error, sums.exact)
+        error, resolved = _root(sums.error, sums.exact), mean_gradient * used >= RESOLVED**2 * sums.exact
         return Part(
             group=group,
             parameters=size,
@@ -351,7 +358,7 @@ class _Sums:
             cosine=sums.product / math.sqrt(sums.exact * sums.coded) if sums.exact * sums.coded else None,
             noise=_root(variance, sums.exact / max(used, 1)) if variance else None,
             share=_root(sums.error / used, variance) if used else None,
-            systematic=_root(max(mean_error, 0.0), mean_gradient) if used > 1 else None,
+            systematic=_root(max(mean_error, 0.0), mean_gradient) if used > 1 and resolved else None,
         )
 
 

@@ -112,6 +112,8 @@ class Streams:
         if not named:
             raise InputError("fidelity compares gradients, but no parameter of the model requires one; unfreeze what you train")
         for name, parameter in named:
+            if hasattr(parameter, "full_tensor"):
+                raise InputError(f"{name} is sharded over processes; compare gradients on one process, with the whole model")
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
                 raise InputError(
                     f"{name} has a hook that runs after its gradient is accumulated, such as an optimizer's that steps within "
