@@ -1,0 +1,122 @@
+"""Is it safe? On the demo's GPT, trained 300 steps: `python -m tools.studies.fidelity [errors] [drift]`, both by default.
+
+errors  what `fewbit.fidelity` says of 1 to 4 bits: of the activations alone, and with what the blocks' other layers read at as
+        many bits, all layers coded or those of the blocks alone
+drift   training goes on with coded blocks, and at one step the weights of one layer are scaled by 10: what `fewbit.watch` says,
+        and when. The same where activations alone are coded, whose tables of the derivative endure it.
+
+Tables go to the terminal and, as JSON, to tools/results/; the pictures go there too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import fewbit
+from fewbit import demo, terminal
+from tools.studies import common, gpt
+
+LEARNING_RATE = 2e-4
+SCALED, TIMES = "blocks.1.up", 10.0
+
+
+def in_blocks(_: Any, name: str) -> bool:
+    """Whether a module of that name is part of a block."""
+    return name.startswith("blocks.")
+
+
+def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any]:
+    """`fewbit.fidelity` of each way to code, on the batches of `tools.studies.gpt errors`."""
+    training, _ = demo.read_text(torch.device("cpu"))
+    sampler = torch.Generator().manual_seed(1)
+    data = [demo.sample_batch(training, sampler) for _ in range(batches)]
+    ways: dict[str, dict[str, Any]] = {
+        "activations": {},
+        "blocks": {"inputs": True, "filter_fn": in_blocks},
+        "all layers": {"inputs": True},
+    }
+    view = terminal.table(("coded", "bits"), ("error", "error / noise", "systematic", "worst group", "its share", "verdict"))
+    results: dict[str, Any] = {}
+    for (label, options), bits in itertools.product(ways.items(), (1, 2, 3, 4)):
+        inputs = {"inputs": bits} if "inputs" in options else {}
+        coded = common.coded(model, bits=bits, **{**options, **inputs})
+        report = fewbit.fidelity(coded, demo.batch_loss, data)
+        results[f"{label}, {bits} bits"] = report.to_dict()
+        whole, weakest = report.whole, report.weakest
+        figures = [f"{each:.4f}" for each in (whole.error, whole.share, whole.systematic)]
+        of_weakest = (weakest.group, f"{weakest.share:.3f}") if weakest else ("–", "–")
+        view.add_row(label, str(bits), *figures, *of_weakest, report.level, end_section=bits == 4)
+        if (label, bits) == ("blocks", 4):
+            console.print(str(report), "", markup=False)
+            report.plot(common.RESULTS / "fidelity.png")
+    console.print(view, "")
+    return results
+
+
+def drift(console: Console, model: demo.GPT, steps: int = 30, every: int = 5) -> dict[str, Any]:
+    """Training goes on for so many steps, with the weights scaled after half of them."""
+    results = {}
+    for label, options in {"blocks, 4 bits": {"inputs": 4, "filter_fn": in_blocks}, "activations, 4 bits": {}}.items():
+        coded = common.coded(model, bits=4, **options)
+        with fewbit.watch(coded, every=every) as watching:
+            seen = _train(coded, steps)
+        report = watching.report()
+        found = [{"step": step, "message": message} for step, message in seen]
+        results[label] = {"scaled_after": steps // 2, "every": every, "warnings": found, **report.to_dict()}
+        console.print(f"{label}: weights of {SCALED} times {TIMES:g} after step {steps // 2}, checked every {every} steps")
+        for step, message in seen or [(None, "no warning")]:
+            console.print(f"  step {step}: {message}" if step else f"  {message}", markup=False)
+        console.print("", str(report), "", markup=False)
+        if seen:
+            report.plot(common.RESULTS / "fidelity-drift.png")
+    return results
+
+
+def _train(model: Any, steps: int) -> list[tuple[int, str]]:
+    """Steps of AdamW; the warnings, with the step of each."""
+    training, _ = demo.read_text(torch.device("cpu"))
+    sampler, seen = torch.Generator().manual_seed(2), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    for step in range(1, steps + 1):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            demo.batch_loss(model, demo.sample_batch(training, sampler)).backward()
+        seen += [(step, str(each.message)) for each in caught if issubclass(each.category, fewbit.DriftWarning)]
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == steps // 2:
+            with torch.no_grad():
+                model.get_submodule(SCALED).weight.mul_(TIMES)
+    return seen
+
+
+def main() -> None:
+    """Run the parts asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[[], "errors", "drift"], help="both by default")
+    default = Path(tempfile.gettempdir()) / "fewbit-study-gpt.pt"
+    parser.add_argument("--weights", type=Path, default=default, help="of the trained model: read, or made (%(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="that the trained model has seen (%(default)s)")
+    parser.add_argument("--batches", type=int, default=8, help="to compare gradients on (%(default)s)")
+    arguments = parser.parse_args()
+    console = terminal.console(at_least=120)
+    model = gpt.trained(arguments.weights, arguments.steps)
+    results = {}
+    if "errors" in (arguments.parts or ["errors"]):
+        results["errors"] = errors(console, model, arguments.batches)
+    if "drift" in (arguments.parts or ["drift"]):
+        results["drift"] = drift(console, model)
+    if not arguments.parts:
+        common.write("fidelity", results)
+
+
+if __name__ == "__main__":
+    main()
