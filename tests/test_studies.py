@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from fewbit import demo
-from tools.studies import baselines, calibration, common, gpt, pictures, resnet, swiglu
+from tools.studies import baselines, calibration, common, gpt, huggingface, pictures, resnet, swiglu
 
 
 @pytest.fixture
@@ -183,3 +183,12 @@ class TestTinyStudies:
         results = swiglu.memory(screen, width=64, hidden=128)
         assert results["bfloat16, exact"]["bits"]["all but the input"] == 64
         assert results["bfloat16, 4 bits"]["bits"]["all but the input"] <= 9
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+    def test_huggingface(self, screen):
+        found = huggingface.compare_all(screen, ["Llama"], steps=2)["Llama"]
+        assert found["bits equal"]
+        assert found["keys equal"]
+        assert found["losses"]["exact"][0] == found["losses"]["coded"][0]
+        assert found["kept_bytes"]["coded"] < found["kept_bytes"]["exact"] / 2
+        assert "Llama" in printed(screen)
