@@ -26,7 +26,7 @@ def no_window(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["--help"], ["list", "table", "tables", "plot", "demo", "bench"]),
+        (["--help"], ["list", "table", "tables", "plot", "demo", "bench", "memory"]),
         (["plot", "-h"], ["--gallery"]),
         (["bench", "-h"], ["--parts", "--compile", "--json"]),
         (["--version"], [f"fewbit {fewbit.__version__}"]),
@@ -249,3 +249,87 @@ def test_a_reader_that_leaves_early_is_no_error():
     result = subprocess.run(code, shell=True, capture_output=True, text=True)
     assert result.stderr == ""
     assert len(result.stdout.splitlines()) == 1
+
+
+MODELS = """
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module("<script>alert(1)</script>", nn.Linear(8, 64))
+        self.add_module('b&"act', nn.GELU())
+        self.add_module("down", nn.Linear(64, 8))
+
+    def forward(self, x, tokens=None):
+        for each in self.children():
+            x = each(x)
+        return x
+
+def make():
+    return Odd()
+
+made = Odd()
+fails = lambda: 1 / 0
+number = lambda: 3
+"""
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some_models.py").write_text(MODELS)
+    monkeypatch.delitem(sys.modules, "some_models", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("fake", [[], ["--fake"]])
+def test_memory_shows_and_writes_all_of_it(capsys, models, fake):
+    files = [part for name in ("json", "csv", "html") for part in (f"--{name}", f"a.{name}")]
+    given = ["--input", "16,8", "--input", "16:int64", "--bits", 3, "--inputs", 4, *files, *fake]
+    status, out, err = run(capsys, "memory", "some_models:make", *given)
+    assert (status, err) == (0, "")
+    for part in (
+        "Kept for backward by Odd in training mode",
+        ": 8.00 KiB of activations",
+        "converted with bits=3, inputs=4",
+        "wrote a.html",
+    ):
+        assert part in out
+    figures = json.loads((models / "a.json").read_text())
+    assert figures["activations"] == figures["plan"]["before"] == 2 * 16 * 64 * 4
+    assert len((models / "a.csv").read_text().splitlines()) == len(figures["rows"]) + 1
+    html = (models / "a.html").read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "b&amp;&#34;act" in html
+    assert not [word for word in ("http:", "https:", "src=", "@import", "url(") if word in html]
+
+
+def test_memory_of_a_module_itself_without_a_plan(capsys, models):
+    status, out, _ = run(capsys, "memory", "some_models:made", "--input", "16,8", "--html", "a.html", "--plot", "a.png")
+    assert status == 0
+    assert "converted" not in out
+    assert "What to do" not in (models / "a.html").read_text()
+    assert (models / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["some_models", "--input", "2"], 2, "given as package.module:factory"),
+        (["some_models:make", "--input", "2,x"], 2, "--input takes a shape"),
+        (["some_models:make", "--input", "2:integer"], 2, "--input takes a shape"),
+        (["some_models:make", "--input", "2,8", "--html", "nowhere/a.html"], 1, "No such folder"),
+        (["some_models:none", "--input", "2"], 1, "AttributeError"),
+        (["some_models:fails", "--input", "2"], 1, "ZeroDivisionError"),
+        (["some_models:number", "--input", "2"], 1, "made a int, not a torch.nn.Module"),
+        (["some_models:make", "--input", "2,9"], 1, "the model raised RuntimeError"),
+        (["some_models:make", "--input", "2,8", "--bits", 9], 2, "bits"),
+    ],
+)
+def test_memory_tells_what_is_wrong(capsys, models, arguments, status, message):
+    found, _, err = run(capsys, "memory", *arguments)
+    assert found == status
+    assert message in err
+    assert err.count("\n") == 1

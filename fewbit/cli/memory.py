@@ -49,7 +49,10 @@ def memory(
     from fewbit.models.memory import memory as measure
 
     found, tensors = _find_model(model), [_input(text, gradient, fake) for text in inputs_of]
-    report = measure(found, *tensors, fake=fake)
+    try:
+        report = measure(found, *tensors, fake=fake)
+    except Exception as error:  # whatever the model does with such inputs
+        raise InputError(f"the model raised {type(error).__name__} for these inputs: {error}") from error
     plan = report.plan(bits or DEFAULT_BITS, inputs) if bits is not None or inputs is not None else None
     console = terminal.console(at_least=report.width)
     for each in (report, plan):

@@ -68,6 +68,7 @@ class Plan(Report):
     before   what is kept by the model as it is
     after    with all converted that `fewbit.convert` would
     outcome  with those alone that pay
+    candidates  what `fewbit.convert` would convert
     advice   for each module that is converted or keeps something
     how      on what the converted model ran
     """
@@ -77,6 +78,7 @@ class Plan(Report):
     before: list[Storage]
     after: list[Storage]
     outcome: trials.Outcome
+    candidates: frozenset[str]
     advice: list[advice.Advice]
     how: str
 
@@ -99,8 +101,10 @@ class Plan(Report):
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Modules whose conversion would keep more bytes, or with no gain at all, and why."""
-        return {each.module: each.reason for each in self.advice if each.saves is not None and each.saves < 0}
+        """Modules whose conversion would keep more bytes, and why."""
+        worse = -1 if self.after_bytes > self.before_bytes else 0  # of all as a whole, where none was tried alone
+        saved = {name: self.outcome.saved.get(name, worse) for name in self.candidates - self.outcome.chosen}
+        return {each.module: each.reason for each in self.advice if saved.get(each.module, 0) < 0}
 
     def filter_fn(self, module: nn.Module, name: str) -> bool:
         """For `fewbit.convert`: whether the conversion of this module pays."""
@@ -210,7 +214,7 @@ def _plan(forward: Forward, setting: Setting, candidates: list[str], before: lis
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     others = _convertible(model, setting) - set(candidates)
     found = advice.of_modules(classes, candidates, others, before, after, outcome)
-    return Plan(model, setting, before, after, outcome, found, how)
+    return Plan(model, setting, before, after, outcome, frozenset(candidates), found, how)
 
 
 def _convertible(model: nn.Module, setting: Setting) -> set[str]:

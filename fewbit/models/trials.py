@@ -65,7 +65,7 @@ def choose(run: Run, candidates: Sequence[str], before: list[Storage], after: li
 
 def all_or_none(candidates: Sequence[str], before: list[Storage], after: list[Storage]) -> Outcome:
     """The same without trials, for models that are too dear to run often."""
-    if _total(after) <= _total(before):
+    if _total(after) < _total(before):
         return Outcome(frozenset(candidates), {}, after)
     return Outcome(frozenset(), {}, before)
 

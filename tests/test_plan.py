@@ -1,0 +1,276 @@
+"""Plans against what is measured after conversion, and what `convert(sample=…)` leaves out."""
+
+import copy
+import itertools
+import json
+import logging
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fewbit
+from fewbit import demo
+from fewbit.errors import DesignError
+from fewbit.models import trials
+from fewbit.models.forward import arguments_of
+from fewbit.models.saved import Saver, Storage
+
+ROWS, WIDTH, HIDDEN = 64, 32, 64
+
+
+def mlp(activation, trainable=True):
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN), activation, nn.Linear(HIDDEN, WIDTH)).requires_grad_(trainable)
+
+
+def batch(gradient=False, rows=ROWS):
+    return torch.randn(rows, WIDTH, requires_grad=gradient)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
+    return transformers.BertModel(transformers.BertConfig(**sizes))
+
+
+def residual():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten()
+    )
+
+
+MODELS = {
+    "relu": (lambda: mlp(nn.ReLU()), batch),
+    "tanh, frozen": (lambda: mlp(nn.Tanh(), False), lambda: batch(True)),
+    "gelu": (lambda: mlp(nn.GELU()), batch),
+    "silu, frozen": (lambda: mlp(nn.SiLU(), False), lambda: batch(True)),
+    "swiglu": (SwiGLU, batch),
+    "norm and dropout": (
+        lambda: nn.Sequential(nn.LayerNorm(WIDTH), mlp(nn.GELU()), nn.Dropout(0.1), nn.Linear(WIDTH, 8)),
+        batch,
+    ),
+    "convolutions": (residual, lambda: torch.randn(2, 3, 12, 12)),
+    "gpt": (lambda: demo.GPT(None), lambda: torch.randint(256, (2, 64))),
+    "bert": (bert, lambda: {"input_ids": torch.randint(100, (2, 32)), "attention_mask": torch.ones(2, 32, dtype=torch.long)}),
+}
+
+
+def memory(model, sample):
+    args, kwargs = arguments_of(sample)
+    return fewbit.memory(model, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "inputs"), [(name, 4, 4) for name in MODELS] + [(name, 3, None) for name in MODELS if name != "bert"]
+)
+def test_predicted_is_what_is_measured(name, bits, inputs):
+    make, sample_of = MODELS[name]
+    model, sample = make(), sample_of()
+    before = memory(model, sample)
+    plan = before.plan(bits, inputs)
+    assert "fake tensors, for" in plan.how
+    assert plan.before_bytes == before.activation_bytes == memory(model, sample).activation_bytes
+    fewbit.convert(model, bits, inputs)
+    after = memory(model, sample)
+    assert plan.after_bytes == pytest.approx(after.activation_bytes, rel=0.01)
+    predicted = {module: kept for module, (_, kept) in plan.by_module().items() if kept}
+    measured = {module: kept for module, kept in after.by_module().items() if kept}
+    assert predicted == pytest.approx(measured, rel=0.01, abs=8)
+    fewbit.revert(model)
+    fewbit.convert(model, bits, inputs, sample=sample)
+    assert plan.best_bytes == pytest.approx(memory(model, sample).activation_bytes, rel=0.01)
+    assert plan.best_bytes <= min(plan.before_bytes, plan.after_bytes)
+    assert fewbit.left_out(model).keys() == plan.left_out.keys()
+
+
+def advice_of(plan):
+    return {each.module: (each.advice, each.reason) for each in plan.advice}
+
+
+def test_a_relu_before_an_exact_linear_is_left():
+    plan = fewbit.memory(mlp(nn.ReLU()), batch()).plan(bits=3)
+    advice, reason = advice_of(plan)["1"]
+    assert (advice, plan.outcome.saved["1"]) == ("leave", -ROWS * HIDDEN // 8 * 3)
+    assert reason.startswith("2 (Addmm) keeps that tensor anyway, and codes would add")
+    assert plan.best_bytes == plan.before_bytes < plan.after_bytes
+
+
+def test_what_pays_only_together():
+    plan = fewbit.memory(mlp(nn.Tanh()), batch()).plan(bits=4, inputs=4)
+    found = advice_of(plan)
+    assert found["1"][0] == found["2"][0] == "code"
+    assert "together with 2 (Addmm)" in found["1"][1]
+    assert found["0"] == ("leave", "reads the model's input, which is there anyway, and codes would add 1.50 KiB")
+    assert plan.outcome.saved["2"] == ROWS * HIDDEN * 4  # alone left exact, it keeps the tensor and the tanh its code
+
+
+def test_frozen_layers_and_products():
+    found = advice_of(fewbit.memory(mlp(nn.GELU(), False), batch(True)).plan(bits=3, inputs=4))
+    assert found["1"][0] == "code"
+    assert found["2"] == ("leave", "keeps nothing that coding could shrink (a frozen weight, or no gradient)")
+    found = advice_of(fewbit.memory(SwiGLU(), batch()).plan(bits=3))
+    assert found[""][0] == "recompute"
+    assert "Mul: not coded, but cheap" in found[""][1]
+    assert found["down"] == ("leave", "stays exact with these arguments")
+
+
+def test_few_rows_are_not_worth_coding():
+    plan = fewbit.memory(mlp(nn.Tanh()), batch(rows=1)).plan(bits=4, inputs=4)
+    assert not plan.outcome.chosen
+    assert "small beside its scales and padding" in advice_of(plan)["1"][1] or "keeps that tensor" in advice_of(plan)["1"][1]
+
+
+def test_the_filter_and_what_is_converted_already_are_kept():
+    model = fewbit.convert(mlp(nn.GELU()), bits=1)
+    before = copy.deepcopy({name: vars(module) for name, module in model.named_modules()})
+    plan = fewbit.memory(model, batch()).plan(4, 4, filter_fn=lambda module, name: name == "2")
+    assert set(plan.outcome.saved) == {"2"}
+    assert type(model[1]) is fewbit.GELU
+    assert {name: vars(module).keys() for name, module in model.named_modules()} == {n: v.keys() for n, v in before.items()}
+    assert fewbit.revert(model)[1].__class__ is nn.GELU
+
+
+def test_convert_leaves_out_what_would_keep_more_and_says_so(caplog):
+    model, x = mlp(nn.ReLU()), batch()
+    with caplog.at_level(logging.INFO, logger="fewbit"):
+        assert fewbit.convert(model, bits=3, sample=x) is model
+    assert type(model[1]) is nn.ReLU
+    assert list(fewbit.left_out(model)) == ["1"]
+    assert "1 stays exact: 2 (Addmm) keeps that tensor anyway" in caplog.text
+    for sample in ((x,), [x], {"input": x}):
+        assert type(fewbit.convert(model, bits=3, sample=sample)[1]) is nn.ReLU
+    fewbit.convert(model, bits=3)
+    assert type(model[1]) is fewbit.ReLU
+    assert fewbit.left_out(model) == {}
+    fewbit.revert(model)
+    plan = fewbit.memory(model, x).plan(bits=4, inputs=4)
+    fewbit.convert(model, 4, 4, plan.filter_fn)
+    assert [type(each) for each in model] == [nn.Linear, fewbit.ReLU, fewbit.Linear]
+
+
+def test_wrong_arguments_change_nothing():
+    model = mlp(nn.GELU())
+    report = fewbit.memory(model, batch())
+    for run in (lambda: report.plan(bits=9), lambda: fewbit.convert(model, bits=9, sample=batch())):
+        with pytest.raises(DesignError, match="bits"):
+            run()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fewbit.convert(model, bits=3, sample=torch.randn(3, 5))
+    assert [type(each) for each in model] == [nn.Linear, nn.GELU, nn.Linear]
+
+
+class LooksAtNumbers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = mlp(nn.GELU())
+
+    def forward(self, x):
+        return self.body(x) if x.sum().item() < 1e9 else x
+
+
+def test_a_model_that_looks_at_numbers_runs_itself():
+    model, x = LooksAtNumbers(), batch()
+    state = torch.get_rng_state()
+    plan = fewbit.memory(model, x).plan(4, 4)
+    assert "The converted model itself ran, since fake tensors do not serve (DataDependent" in plan.how
+    assert plan.after_bytes == fewbit.memory(fewbit.convert(model, 4, 4), x).activation_bytes
+    assert torch.equal(state, torch.get_rng_state())
+    assert type(fewbit.convert(fewbit.revert(model), 3, sample=x).body[1]) is fewbit.GELU
+    with pytest.raises(RuntimeError):
+        fewbit.memory(model, x, fake=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_planned_as_a_whole():
+    model = torch.compile(mlp(nn.GELU()), backend="aot_eager_decomp_partition")
+    x = batch()
+    plan = fewbit.memory(model, x).plan(bits=3)
+    assert "it is compiled" in plan.how
+    fewbit.convert(model, bits=3)
+    assert plan.after_bytes == pytest.approx(fewbit.memory(model, x).activation_bytes, rel=0.01)
+    assert plan.best_bytes == plan.after_bytes < plan.before_bytes
+    relu = torch.compile(mlp(nn.ReLU()), backend="aot_eager_decomp_partition")
+    assert fewbit.memory(relu, x).plan(bits=3).outcome.chosen == frozenset()
+    fewbit.convert(relu, bits=3, sample=x)
+    assert fewbit.left_out(relu) == {"_orig_mod.1": "the model as a whole would keep no less"}
+
+
+def test_a_plan_on_fake_tensors_alone_agrees():
+    model, x = mlp(nn.GELU()), batch()
+    real, fake = fewbit.memory(model, x).plan(4, 4), fewbit.memory(model, x, fake=True).plan(4, 4)
+    assert real.totals() == fake.totals()
+    meta = copy.deepcopy(model).to("meta")
+    assert fewbit.memory(meta, x.to("meta"), fake=True).plan(4, 4).totals() == real.totals()
+
+
+def test_exports(tmp_path):
+    plan = fewbit.memory(demo.GPT(None), torch.randint(256, (2, 16))).plan(4, 4)
+    found = json.loads(plan.to_json())
+    assert sum(row["after"] for row in found["rows"]) == found["after"] == plan.after_bytes
+    assert sum(row["before"] for row in found["rows"]) == found["before"]
+    plan.plot(tmp_path / "a.png")
+    assert "blocks.0-3.act (4)" in str(plan)
+    assert max(map(len, str(plan).splitlines())) <= plan.width
+    assert "blocks.0-3.act" in plan.to_csv() or "blocks.0.act" in plan.to_csv()
+
+
+LAYERS = [
+    lambda: nn.Linear(8, 8),
+    lambda: nn.Linear(8, 8).requires_grad_(False),
+    nn.GELU,
+    nn.ReLU,
+    nn.Tanh,
+    lambda: nn.LayerNorm(8),
+    lambda: nn.Dropout(0.3),
+]
+
+
+@settings(max_examples=8, deadline=None, database=None, derandomize=True)
+@given(st.lists(st.integers(0, len(LAYERS) - 1), min_size=2, max_size=4), st.sampled_from([2, 64, 400]))
+def test_no_set_of_conversions_keeps_less(which, rows):
+    """Against all sets of conversions, measured on real tensors."""
+    torch.manual_seed(random.Random(str(which)).randint(0, 100))
+    model, x = nn.Sequential(*[LAYERS[i]() for i in which]), torch.randn(rows, 8, requires_grad=True)
+    plan = fewbit.memory(model, x).plan(4, 4)
+    names, least = list(plan.outcome.saved), plan.before_bytes
+    for size in range(len(names) + 1):
+        for chosen in itertools.combinations(names, size):
+            fewbit.convert(model, 4, 4, lambda _, name, chosen=chosen: name in chosen)
+            least = min(least, fewbit.memory(model, x).activation_bytes)
+            fewbit.revert(model)
+    assert plan.best_bytes <= least
+
+
+def storage(number, *savers):
+    return Storage(
+        "activations", number, "float32", (1,), tuple(Saver(name, "Op") for name in savers), tuple((n, 0) for n in savers)
+    )
+
+
+def test_the_search_takes_back_more_than_one_at_a_time():
+    """Two modules of which each adds bytes, linked to a third that pays only without them."""
+    calls = []
+
+    def run(names):
+        calls.append(frozenset(names))
+        kept = 100 - 60 * ("c" in names) + 30 * ("a" in names) + 20 * ("b" in names)
+        return [storage(kept, "a", "b", "c")]
+
+    names = ["a", "b", "c"]
+    found = trials.choose(run, names, run([]), run(names))
+    assert found.chosen == {"c"}
+    assert found.saved == {"a": -30, "b": -20, "c": 60}
+    assert len(calls) <= 12
