@@ -52,7 +52,7 @@ class Forward(NamedTuple):
         args, kwargs = tree_map_only(Tensor, lambda tensor: _faked(tensor, mode), (self.args, self.kwargs))
 
         def kinds() -> dict[int, str]:
-            tables = [version for table in _tables() for version in (table, mode.from_tensor(table))]
+            tables = (mode.from_tensor(table) for table in _tables())  # but not those of one number, copied each time
             return _kinds(parameters.values(), buffers.values(), tensors_in((args, kwargs)), tables)
 
         with mode:

@@ -104,10 +104,7 @@ def _storage(kind: str, saved: list[tuple[_Token, torch.UntypedStorage]], operat
 
 
 def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Where a tensor lies: one storage, or those of the parts that a sparse tensor or a tensor subclass consists of; of a fake
-    tensor that stands for a known number, where that lies."""
-    constant = getattr(tensor, "constant", None)
-    tensor = constant if isinstance(constant, Tensor) else tensor
+    """Where a tensor lies: one storage, or those of the parts that a sparse tensor or a tensor subclass consists of."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             yield from storages_of(getattr(tensor, name))
