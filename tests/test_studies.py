@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from fewbit import demo
-from tools.studies import baselines, calibration, common, gpt, huggingface, pictures, resnet, swiglu
+from tools.studies import baselines, calibration, common, gpt, huggingface, pictures, planner, resnet, swiglu
 
 
 @pytest.fixture
@@ -192,3 +192,9 @@ class TestTinyStudies:
         assert found["losses"]["exact"][0] == found["losses"]["coded"][0]
         assert found["kept_bytes"]["coded"] < found["kept_bytes"]["exact"] / 2
         assert "Llama" in printed(screen)
+
+
+def test_the_planner_is_studied_beside_what_is_measured():
+    found = planner.study(planner.NETWORKS["GELU MLP"], True, False, planner.SETTINGS["bits=3"])
+    assert found["units"] == {"exact": 2, "predicted": 1.09375, "measured": 1.09375, "pays": 1.09375}
+    assert found["advice"]["1"][0] == "code"
