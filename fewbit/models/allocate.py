@@ -25,12 +25,12 @@ from fewbit.errors import DesignError, InputError
 from fewbit.models.allocation import AllocatedLayer, Allocation, Outcome
 from fewbit.models.calibrate import LossFunction, layer_of, observe, relative_errors
 from fewbit.models.calibration import CalibratedLayer, Calibration
-from fewbit.models.coded import Filter, coded_modules
+from fewbit.models.coded import Filter, coded_modules, without_compiler
 from fewbit.models.convert import convert
 from fewbit.models.histogram import StreamingHistogram
 from fewbit.models.knapsack import Choices, choose
 from fewbit.models.sensitivity import Probe, Sensitivity
-from fewbit.models.undisturbed import restored_on_error, without_compiler
+from fewbit.models.untouched import restored_on_error
 
 
 def allocate(

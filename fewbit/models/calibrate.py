@@ -17,10 +17,11 @@ from fewbit.design.evaluate import errors_under
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
 from fewbit.models.calibration import CalibratedLayer, Calibration
-from fewbit.models.coded import Coded, Filter, coded_modules
+from fewbit.models.coded import Coded, Filter, coded_modules, without_compiler
 from fewbit.models.convert import convert
+from fewbit.models.forward import run
 from fewbit.models.histogram import StreamingHistogram, bins_of
-from fewbit.models.undisturbed import restored_on_error, run, undisturbed, without_compiler
+from fewbit.models.untouched import eager, restored_on_error, untouched
 from fewbit.record import Activation
 from fewbit.weights import Histogram
 
@@ -84,7 +85,7 @@ def observe(
     """
     parameters = trainable(inner) if loss_fn is not None else []
     histograms, ran = {each.name: StreamingHistogram() for each in coded}, False
-    with undisturbed(inner), _watched(coded, histograms, loss_fn is not None):
+    with untouched(inner), eager(), _watched(coded, histograms, loss_fn is not None):
         for ran, batch in enumerate(batches, 1):  # noqa: B007
             if loss_fn is None:
                 with torch.no_grad():

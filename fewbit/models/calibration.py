@@ -16,10 +16,10 @@ from fewbit.coders import JOINT
 from fewbit.constants import CHANNELS
 from fewbit.design.table import VERSION, CodeTable, parse_entries, read_text, write_atomically
 from fewbit.errors import InputError, TableError, TableFileError
-from fewbit.models.coded import Coded, coded_modules
+from fewbit.models.coded import Coded, coded_modules, without_compiler
 from fewbit.models.convert import convert
 from fewbit.models.report import Report
-from fewbit.models.undisturbed import restored_on_error, without_compiler
+from fewbit.models.untouched import restored_on_error
 from fewbit.record import label, plural
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from fewbit import activations
 from fewbit.coders import JOINT
 from fewbit.constants import DEFAULT_BITS, DEFAULT_LAYER_BITS
 from fewbit.design.table import CodeTable
+from fewbit.errors import InputError
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CodedLayer
 from fewbit.record import Activation
@@ -71,3 +73,13 @@ def describe(name: str, module: CodedActivation | CodedLayer) -> Coded:
         joint = module.shared or (module.table is not None and module.table.channels == JOINT)
         return Coded(name, module, module.record(), JOINT if joint else ("derivative",))
     return Coded(name, module, activations.get(module.gate or activations.IDENTITY), JOINT if module.gate else ("value",))
+
+
+def without_compiler(name: str, model: Any) -> nn.Module:
+    """The model inside of what `torch.compile` returned, or the model itself; names of modules are those inside.
+
+    InputError, naming the function `name`, for what is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name} takes a torch.nn.Module, got {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)

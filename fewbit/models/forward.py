@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from fewbit import coders
 from fewbit.errors import InputError
 from fewbit.models.saved import Storage, record, storages_of, tensors_in
+from fewbit.models.untouched import preserved, untouched
 
 Tensor = torch.Tensor
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -30,15 +30,14 @@ class Forward(NamedTuple):
         """What the call keeps for backward, of the model as it is now; its state, gradients and torch's random numbers are
         as before, after an error too."""
         _check_initialized(self.model)
-        with preserved(self.model), torch.inference_mode(False), torch.enable_grad():
+        with untouched(self.model), preserved(self.model), torch.inference_mode(False), torch.enable_grad():
             return self._saved_by_fake() if fake else self._saved_by_real()
 
     def _saved_by_real(self) -> list[Storage]:
         def kinds() -> dict[int, str]:
             return _kinds(self.model.parameters(), self.model.buffers(), tensors_in((self.args, self.kwargs)), _tables())
 
-        with _random_numbers_kept(self.model):
-            return record(self.model, lambda: self.model(*self.args, **self.kwargs), kinds)
+        return record(self.model, lambda: self.model(*self.args, **self.kwargs), kinds)
 
     def _saved_by_fake(self) -> list[Storage]:
         from torch._subclasses.fake_tensor import FakeTensorMode  # here, since it loads sympy
@@ -70,45 +69,10 @@ def arguments_of(batch: Any) -> Arguments:
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """After this context every module of the model has the class and the attributes that it had before, and every buffer its
-    values. Not undone: changes inside objects that are no tensors, and hooks registered meanwhile."""
-    modules = [(module, type(module), dict(vars(module)), _registered(module)) for module in model.modules()]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
-    try:
-        yield
-    finally:
-        for module, kind, attributes, registered in modules:
-            if type(module) is not kind:
-                module.__class__ = kind
-            _restore(vars(module), attributes)
-            for name, entries in registered.items():
-                _restore(vars(module)[name], entries)
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):  # only then: a write would spoil graphs of the caller that hold the buffer
-                    buffer.copy_(value)
-
-
-def _registered(module: nn.Module) -> dict[str, dict[str, Any]]:
-    return {name: dict(vars(module)[name]) for name in ("_parameters", "_buffers", "_modules")}
-
-
-def _restore(contents: dict[str, Any], before: dict[str, Any]) -> None:
-    """Writes what differs and no more: compiled code looks whether these dictionaries have changed."""
-    for name in contents.keys() - before.keys():
-        del contents[name]
-    for name, value in before.items():
-        if name not in contents or contents[name] is not value:
-            contents[name] = value
-
-
-@contextmanager
-def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    with torch.random.fork_rng(sorted({device.index or 0 for device in devices if device.type == "cuda"})):
-        yield
+def run(model: nn.Module, batch: Any) -> Any:
+    """What the model makes of a batch."""
+    args, kwargs = arguments_of(batch)
+    return model(*args, **kwargs)
 
 
 def _check_initialized(model: nn.Module) -> None:

@@ -15,11 +15,12 @@ from torch import nn
 from fewbit import terminal
 from fewbit.errors import InputError
 from fewbit.models import advice, trials
-from fewbit.models.forward import Forward, arguments_of, preserved
+from fewbit.models.forward import Forward, arguments_of
 from fewbit.models.grouping import label, shortened
 from fewbit.models.memory import bars_of, kept_by, total
 from fewbit.models.report import Report
 from fewbit.models.saved import Storage
+from fewbit.models.untouched import preserved
 from fewbit.terminal import bytes_label
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from fewbit.autograd.switch import exact
 from fewbit.constants import MAX_BITS
 from fewbit.design.evaluate import errors_under
 from fewbit.design.table import CodeTable
@@ -17,8 +18,9 @@ from fewbit.errors import InputError
 from fewbit.measuring import saved_storages
 from fewbit.models.calibrate import LossFunction, fitted, trainable, weighs_gradients
 from fewbit.models.coded import Coded
+from fewbit.models.forward import run
 from fewbit.models.histogram import StreamingHistogram
-from fewbit.models.undisturbed import run, undisturbed
+from fewbit.models.untouched import eager, untouched
 
 Tensor = torch.Tensor
 Gradient = list[Tensor | None]
@@ -61,6 +63,7 @@ class Probe:
         self._inner, self._model, self._loss_fn, self._batch = inner, model, loss_fn or surrogate_loss, batch
         self._parameters = trainable(inner)
         self.table: Callable[[str, int], CodeTable] = cache(self._table)
+        self._exact: Gradient = []
         self._fine: Gradient = []
         self._power = 0.0
 
@@ -90,10 +93,12 @@ class Probe:
         self.install(fine)
         try:
             self._fine, kept = self._gradient()
+            with exact():
+                self._exact, _ = self._gradient()
         finally:
             for handle in handles:
                 handle.remove()
-        self._power = sum(float(each.double().square().sum()) for each in self._fine if each is not None)
+        self._power = sum(float(each.double().square().sum()) for each in self._exact if each is not None)
         if not 0 < self._power < float("inf"):
             raise InputError(
                 f"the gradient of the first batch must be finite and not zero, got a squared norm of {self._power}"
@@ -101,7 +106,7 @@ class Probe:
         found = {}
         for name in self.coded:
             self.install({name: _COARSE})
-            error, kept_coarse = self._error()
+            error, kept_coarse = self._error(self._fine)
             self.install({name: _FINE})
             table_error = self.table_error(name, _COARSE)
             elements = round((kept - kept_coarse) * 8 / (_FINE - _COARSE))
@@ -114,18 +119,18 @@ class Probe:
         Asked for after `sensitivities`.
         """
         self.install({**dict.fromkeys(self.coded, _FINE), **bits})
-        return self._error()[0] ** 0.5
+        return self._error(self._exact)[0] ** 0.5
 
-    def _error(self) -> tuple[float, int]:
-        """||g̃ - g||² / ||g||², with fine codes for the exact g, and the bytes kept."""
+    def _error(self, reference: Gradient) -> tuple[float, int]:
+        """||g̃ - reference||² / ||g||², with g the exact gradient, and the bytes kept."""
         gradient, kept = self._gradient()
-        pairs = [(a, b) for a, b in zip(gradient, self._fine, strict=True) if a is not None and b is not None]
+        pairs = [(a, b) for a, b in zip(gradient, reference, strict=True) if a is not None and b is not None]
         return sum(float((a - b).double().square().sum()) for a, b in pairs) / self._power, kept
 
     def _gradient(self) -> tuple[Gradient, int]:
         """The gradient of the batch's loss, and the bytes that its forward pass keeps for backward."""
         kept: dict[int, int] = {}
-        with undisturbed(self._inner), torch.enable_grad():
+        with untouched(self._inner), eager(), torch.enable_grad():
             with saved_storages(kept):
                 loss = self._loss_fn(self._model, self._batch)
             number = sum(kept.values())

@@ -1,10 +1,11 @@
-"""Run a model to look at it, and leave it as it was: buffers, training flags, gradients and random numbers."""
+"""Run a model, or change it for a while, to look at it, and leave it as it was."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,7 @@ class State:
         for module, training in self._training:
             module.training = training
         for module, buffers in self._buffers:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            _restore(module._buffers, buffers)
         for buffer, content in self._contents:
             buffer.data.copy_(content)  # as batch norm writes them: without a new version, which graphs that exist would miss
 
@@ -74,3 +74,61 @@ def untouched(model: nn.Module) -> Iterator[State]:
             parameter.grad = gradient
         state.restore()
         numbers.restore()
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Within this context compiled models run as they are written."""
+    # where dynamo is not loaded, which takes seconds, nothing is compiled
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """After this context every module of the model has the class and the attributes that it had before.
+
+    Not undone: changes inside objects that are no modules, and hooks registered meanwhile.
+    """
+    restore = _structure(model)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """The same if an exception leaves this context; else what was changed stays."""
+    restore = _structure(model)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def _structure(model: nn.Module) -> Callable[[], None]:
+    """What puts back the classes and attributes of now."""
+    modules = [(module, type(module), dict(vars(module)), _registered(module)) for module in model.modules()]
+
+    def restore() -> None:
+        for module, kind, attributes, registered in modules:
+            if type(module) is not kind:
+                module.__class__ = kind
+            _restore(vars(module), attributes)
+            for name, entries in registered.items():
+                _restore(vars(module)[name], entries)
+
+    return restore
+
+
+def _registered(module: nn.Module) -> dict[str, dict[str, Any]]:
+    return {name: dict(vars(module)[name]) for name in ("_parameters", "_buffers", "_modules")}
+
+
+def _restore(contents: dict[str, Any], before: dict[str, Any]) -> None:
+    """Writes what differs and no more: compiled code looks whether these dictionaries have changed."""
+    for name in contents.keys() - before.keys():
+        del contents[name]
+    for name, value in before.items():
+        if name not in contents or contents[name] is not value:
+            contents[name] = value
