@@ -73,9 +73,8 @@ def memory(model, sample):
     return fewbit.memory(model, *args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("name", "bits", "inputs"), [(name, 4, 4) for name in MODELS] + [(name, 3, None) for name in MODELS if name != "bert"]
-)
+@pytest.mark.parametrize(("bits", "inputs"), [(3, None), (4, 4)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "bert")) for name in MODELS])
 def test_predicted_is_what_is_measured(name, bits, inputs):
     make, sample_of = MODELS[name]
     model, sample = make(), sample_of()
