@@ -81,7 +81,9 @@ def record(model: nn.Module, call: Callable[[], Any], kinds: Callable[[], Mappin
         tokens.append(ref(token))
         return token
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda token: token.tensor):
+    # where a compiler may be active it would compile the hook, too; where none is loaded, to load it takes long
+    hook: Any = torch.compiler.disable(pack) if "torch._dynamo" in sys.modules else pack
+    with torch.autograd.graph.saved_tensors_hooks(hook, lambda token: token.tensor):
         output = call()
     operations = _operations(tensor for root in (output, *map(vars, model.modules())) for tensor in tensors_in(root))
     living = [token for token in (each() for each in tokens) if token is not None]
