@@ -47,7 +47,7 @@ def saved_storages(*seen: dict[int, int], leave_out: Collection[int] = ()) -> to
         if storage.data_ptr() not in leave_out:
             for each in seen:
                 each[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself, if it is an output, would hold its own graph for good
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 

@@ -45,6 +45,21 @@ class TestBytes:
 
         assert kept(block, scale, bias, *weights) == self.CODES + 4 * (128 + 4 * N)
 
+    def test_three_readers_of_what_no_coded_layer_made(self):
+        x, weights = torch.randn(128, N, requires_grad=True), [torch.randn(N, N, requires_grad=True) for _ in range(3)]
+
+        def heads(x):
+            return [CODED.linear(x, weight, bits=4) for weight in weights]
+
+        own = self.CODES + 4 * (128 + 2 * N)
+        assert kept(lambda: heads(x + 1), x, *weights) == own
+        assert kept(lambda: heads(x), x, *weights) == 3 * own  # a leaf would keep its codes for as long as it lives
+        changed = x + 1
+        first = CODED.linear(changed, weights[0], bits=4)
+        changed.mul_(2)
+        assert handle.find(changed) is None
+        del first
+
     def test_an_activation_between_two_products(self):
         x, weights = torch.randn(128, N), [torch.randn(N, N, requires_grad=True) for _ in range(2)]
 

@@ -77,7 +77,7 @@ def kept(model: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> floa
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
+        return tensor.detach()  # the tensor itself, if it is an output, would hold its own graph for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call(x)

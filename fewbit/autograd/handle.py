@@ -1,7 +1,8 @@
 """One code, many readers: how the layers that read a tensor find the codes that already hold it.
 
 What an operation keeps of its input for backward is a `Recipe`. An operation whose own codes hold its output too attaches
-their recipe to that output; a coded layer that reads the very tensor, unchanged since, keeps the same codes and no more.
+their recipe to that output, and a linear layer that made codes of its input attaches theirs to the input; a coded layer that
+reads the very tensor, unchanged since, keeps the same codes and no more.
 
 Recipes are found by the identity of the tensor object, and belong to one version of it: after an in-place change, for another
 tensor that lies in the same memory, for a slice, a copy or the output of another operation none is found, and the reader makes

@@ -88,8 +88,9 @@ def coded_product(
 ) -> Tensor:
     """product(x, weight, bias), whose weight gradient is that of codes of x.
 
-    The codes are those that x brings along from the layer that made it; or none, but x itself, where the operation that made it
-    keeps it anyway; or codes of its own, with scales. Nothing of x is kept if the weight needs no gradient.
+    The codes are those that x brings along from the layer that made it, or from one that read it before; or none, but x itself,
+    where the operation that made it keeps it anyway; or codes of its own, with scales, which x brings along from then on. Nothing
+    of x is kept if the weight needs no gradient.
 
     coder       of a standard normal number, for codes of its own
     product     the operation
@@ -103,6 +104,8 @@ def coded_product(
         if recipe is None:
             with torch.no_grad():
                 recipe = scaled(x, Quantizer(coder, stochastic), product.channel)
+            if x.grad_fn is not None:  # a leaf, such as a batch, may outlive this pass, and its codes with it
+                handle.attach(x, recipe)
     if traced.is_autocast(x):
         x, weight, bias = _autocast(x, weight, bias)
     y, _ = _CodedProduct.apply(x, weight, bias, product, recipe)  # type: ignore[misc]

@@ -15,18 +15,16 @@ import torch
 from rich.console import Group, RenderableType
 from torch import nn
 
-from fewbit import activations, terminal
+from fewbit import terminal
 from fewbit.autograd import handle, traced
 from fewbit.autograd.switch import is_exact
-from fewbit.coders import JOINT
-from fewbit.constants import DEFAULT_BITS, DEFAULT_LAYER_BITS
 from fewbit.design.table import CodeTable
 from fewbit.errors import DesignError, DriftWarning, InputError
+from fewbit.models.coded import describe
 from fewbit.models.report import Report
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import GLU, CodedLayer
 from fewbit.record import Activation
-from fewbit.store import load_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,14 +198,10 @@ def _not_watched(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> N
 
 def _gate(module: nn.Module) -> tuple[Activation, CodeTable] | None:
     """The activation that the module codes, and the table it has now; None for other modules."""
-    if isinstance(module, CodedActivation):
-        record, default = module.record(), DEFAULT_BITS
-        channels = JOINT if module.shared else ("derivative",)
-    elif isinstance(module, CodedLayer) and module.gate is not None:
-        record, default, channels = activations.get(module.gate), DEFAULT_LAYER_BITS, JOINT
-    else:
+    if not isinstance(module, CodedActivation | CodedLayer):
         return None
-    return record, module.table or load_table(record, module.bits or default, channels=channels)
+    coded = describe("", module)
+    return (coded.record, coded.table) if coded.calibrates else None
 
 
 def _gate_input(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -59,7 +59,7 @@ def kept_by_part(model: nn.Module, forward: Callable[[], Any], apart: Iterable[T
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in left_out:
             kept.setdefault(storage.data_ptr(), (running[-1], storage.nbytes()))
-        return tensor
+        return tensor.detach()  # the tensor itself, if it is an output, would hold its own graph for good
 
     handles = []
     for name, module in model.named_modules():
