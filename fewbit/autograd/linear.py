@@ -89,8 +89,8 @@ def coded_product(
     """product(x, weight, bias), whose weight gradient is that of codes of x.
 
     The codes are those that x brings along from the layer that made it, or from one that read it before; or none, but x itself,
-    where the operation that made it keeps it anyway; or codes of its own, with scales, which x brings along from then on. Nothing
-    of x is kept if the weight needs no gradient.
+    where the operation that made it keeps it anyway; or codes of its own, with scales, which x brings along from then on.
+    Nothing of x is kept if the weight needs no gradient.
 
     coder       of a standard normal number, for codes of its own
     product     the operation

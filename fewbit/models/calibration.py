@@ -18,6 +18,7 @@ from fewbit.design.table import VERSION, CodeTable, parse_entries, read_text, wr
 from fewbit.errors import InputError, TableError, TableFileError
 from fewbit.models.coded import Coded, coded_modules, without_compiler
 from fewbit.models.convert import convert
+from fewbit.models.grouping import shortened
 from fewbit.models.report import Report
 from fewbit.models.untouched import restored_on_error
 from fewbit.record import label, plural
@@ -162,7 +163,7 @@ class Calibration(Report):
             cells = [f"{layer.elements:,}" if layer.elements else "–", _number(layer.mean, ".3g"), _number(layer.std, ".3g")]
             for channel in CHANNELS[: 1 + joint]:
                 cells += [_number(_error(layer, when, channel), ".4f") for when in ("before", "after")]
-            view.add_row(layer.name, label(layer.activation, layer.parameters), str(layer.table.bits), *cells)
+            view.add_row(shortened(layer.name), label(layer.activation, layer.parameters), str(layer.table.bits), *cells)
         return Group(view, "", self._key())
 
     def _key(self) -> str:

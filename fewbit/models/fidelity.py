@@ -16,6 +16,7 @@ from torch import nn
 from fewbit import terminal
 from fewbit.autograd.switch import exact
 from fewbit.errors import InputError
+from fewbit.models.grouping import shortened
 from fewbit.models.report import Report
 from fewbit.models.streamed import Figures, Stream, Streams
 from fewbit.models.untouched import RandomNumbers, devices_of, untouched
@@ -289,7 +290,15 @@ def _percent(ratio: float | None) -> str:
 def _cells(part: Part) -> list[str]:
     numbers = [f"{each:.4f}" if each is not None else "–" for each in (part.error, part.worst, part.cosine)]
     noise, systematic = ("–" if each is None else f"{each:.3f}" for each in (part.noise, part.systematic))
-    return [part.group, f"{part.parameters:,}", _percent(part.weight), *numbers, noise, _percent(part.share), systematic]
+    return [
+        shortened(part.group),
+        f"{part.parameters:,}",
+        _percent(part.weight),
+        *numbers,
+        noise,
+        _percent(part.share),
+        systematic,
+    ]
 
 
 class _Sums:

@@ -34,7 +34,7 @@ def _range(parts: Sequence[str]) -> str:
     return ",".join(map(str, numbers)) if len(numbers) <= 4 else "*"
 
 
-def shortened(name: str, most: int) -> str:
+def shortened(name: str, most: int = 30) -> str:
     """The name with its beginning left out, where it is longer than `most` characters.
 
     >>> shortened("encoder.layer.0-11.output.dense", 20)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Filter = Callable[[nn.Module, str], bool]
 _log = logging.getLogger("fewbit")
 _left_out: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
-_NAME_WIDTH = 30
 _AGREEMENT = 0.01  # of fake tensors with what was measured, or else the model itself runs
 
 
@@ -82,8 +81,6 @@ class Plan(Report):
     candidates: frozenset[str]
     advice: list[advice.Advice]
     how: str
-
-    width = 120
 
     @property
     def before_bytes(self) -> int:
@@ -148,7 +145,7 @@ class Plan(Report):
         groups = advice.grouped(self.advice)
         for group in groups[:most]:
             first, count = group[0], len(group)
-            name = shortened(label(each.module for each in group), _NAME_WIDTH) + (f" ({count})" if count > 1 else "")
+            name = shortened(label(each.module for each in group)) + (f" ({count})" if count > 1 else "")
             sums = [sum(each.before for each in group), sum(each.after for each in group)]
             view.add_row(name, *map(bytes_label, sums), advice.saves_label(group), first.advice, first.reason)
         if groups[most:]:

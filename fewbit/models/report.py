@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Report(ABC):
     """Figures of a model, one row for each of its parts; `str` of it is the table that people read."""
 
-    width: int = 100  # columns of the printed table
+    width: int = 120  # columns of the printed table
 
     @abstractmethod
     def rows(self) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from fewbit.autograd.switch import is_exact
 from fewbit.design.table import CodeTable
 from fewbit.errors import DesignError, DriftWarning, InputError
 from fewbit.models.coded import describe
+from fewbit.models.grouping import shortened
 from fewbit.models.report import Report
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import GLU, CodedLayer
@@ -309,7 +310,9 @@ class Drift(Report):
         )
         for row in sorted(self.rows(), key=lambda row: -(row["ratio"] or 0))[:30]:
             figures = [_cell(row[name]) for name in ("error", "design", "ratio", "largest_ratio", "mean", "std")]
-            table.add_row(row["layer"] or "(model)", str(row["calls"]), row["channel"] or "–", *figures, str(row["warnings"]))
+            table.add_row(
+                shortened(row["layer"] or "(model)"), str(row["calls"]), row["channel"] or "–", *figures, str(row["warnings"])
+            )
         more = [f"{len(self.layers) - 30} more layers have smaller ratios"] if len(self.layers) > 30 else []
         return Group(self.verdict, "", table, *more)
 
