@@ -71,8 +71,6 @@ class MemoryReport(Report):
     storages: list[Storage]
     fake: bool
 
-    width = 120
-
     @property
     def activation_bytes(self) -> int:
         """Bytes of all that is neither parameter, buffer, input nor table."""
