@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from fewbit import activations, coders, drop_in
 from fewbit.autograd import gated, norm, switch, traced
-from fewbit.autograd.linear import Convolution, Linear, coded_product
+from fewbit.autograd.linear import Convolution, Linear, TransposedLinear, coded_product
 from fewbit.constants import DEFAULT_LAYER_BITS
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
@@ -188,6 +188,16 @@ def gated_unit(
     return _run("gated_unit", (maker, tuple(values.items())), (gate, up), Code(bits, table))
 
 
+def written_rms_norm(way: str, input: Tensor, weight: Tensor, eps: float, code: Code) -> Tensor:
+    """As `rms_norm` over the last dimension, computed in one of the ways of `fewbit.autograd.norm.WRITTEN`; weight (size,)."""
+    return _run("written_rms_norm", (way, tuple(weight.shape), eps), (input, weight, None), code)
+
+
+def transposed_linear(input: Tensor, weight: Tensor, bias: Tensor, code: Code) -> Tensor:
+    """As `linear`, of a weight (in, out), computed by torch.addmm."""
+    return _run("transposed_linear", (), (input, weight, bias), code)
+
+
 class Operation(NamedTuple):
     """A layer at certain options.
 
@@ -215,6 +225,11 @@ def _layer_norm(shape: tuple[int, ...], eps: float) -> Operation:
 
 def _rms_norm(shape: tuple[int, ...], eps: float | None) -> Operation:
     return _norm(norm.RMSNorm(shape, eps), lambda x, weight, _: functional.rms_norm(x, shape, weight, eps))
+
+
+def _written_rms_norm(way: str, shape: tuple[int, ...], eps: float) -> Operation:
+    written = norm.WRITTEN[way]
+    return _norm(norm.RMSNorm(shape, eps, written), lambda x, weight, _: written(x, weight, eps), autocasts=False)
 
 
 def _group_norm(groups: int, eps: float) -> Operation:
@@ -258,9 +273,11 @@ def _glu(dim: int) -> Operation:
 
 _OPERATIONS: dict[str, Callable[..., Operation]] = {
     "linear": lambda: _product(Linear()),
+    "transposed_linear": lambda: _product(TransposedLinear()),
     "convolution": lambda *options: _product(Convolution(*options)),
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
+    "written_rms_norm": _written_rms_norm,
     "group_norm": _group_norm,
     "batch_norm": _batch_norm,
     "swiglu": _gated,

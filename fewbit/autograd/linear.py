@@ -54,6 +54,19 @@ class Linear(NamedTuple):
         )
 
 
+class TransposedLinear(NamedTuple):
+    """x (*, in), weight (in, out), bias (out,) -> (*, out), as Hugging Face's Conv1D computes it."""
+
+    channel: int = -1
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view((*x.size()[:-1], weight.size(1)))
+
+    def grads(self, grad: Tensor, x: Any, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight, grad_bias = Linear().grads(grad, x, weight.t(), needed)
+        return grad_x, None if grad_weight is None else grad_weight.t(), grad_bias
+
+
 def _rows(x: Tensor) -> Tensor:
     """(*, n) as (rows, n)."""
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)

@@ -37,7 +37,7 @@ class Normalization(Protocol):
     by_channel: bool  # whether w and b belong to dimension 1, instead of to the last ones
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | None) -> Statistics:
-        """y, exactly torch's, and the mean (None if not taken) and 1/σ in shapes that broadcast with x."""
+        """y, exactly as the operation gives it, and the mean (None if not taken) and 1/σ in shapes that broadcast with x."""
         ...
 
     def backward(
@@ -65,11 +65,38 @@ class LayerNorm(NamedTuple):
         return grad_x.mul_(scale) if needed[0] else None, *others
 
 
+def _root_mean_square(x: Tensor, eps: float) -> Tensor:
+    """x̂ = x / σ, in float32, of float32."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _cast_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # Llama
+    return weight * _root_mean_square(x.to(torch.float32), eps).to(x.dtype)
+
+
+def _cast_last(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # OLMo 2, GPT-OSS, and Gemma with its own weight
+    return (weight * _root_mean_square(x.to(torch.float32), eps)).to(x.dtype)
+
+
+def _cast_to_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # T5
+    hidden = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (hidden.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else hidden)
+
+
+# How models write RMS norms themselves, which differ in what they round: each of x, weight and eps, over the last dimension
+WRITTEN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "cast first": _cast_first,
+    "cast last": _cast_last,
+    "cast to weight": _cast_to_weight,
+}
+
+
 class RMSNorm(NamedTuple):
-    """Over the last dimensions, of shape `shape`; no mean is taken."""
+    """Over the last dimensions, of shape `shape`; no mean is taken. Computed as torch does, or by one of `WRITTEN`."""
 
     shape: tuple[int, ...]
     eps: float | None
+    written: Callable[[Tensor, Any, Any], Tensor] | None = None
     by_channel: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
@@ -77,10 +104,14 @@ class RMSNorm(NamedTuple):
         wide = x if x.dtype == torch.float64 else x.float()
         eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps  # as torch: of the dtype that it computes in
         scale = wide.square().mean(dims, keepdim=True).add_(eps).rsqrt_()
+        if self.written is not None:
+            return self.written(x, weight, eps), None, scale
         return torch.nn.functional.rms_norm(x, self.shape, weight, self.eps), None, scale
 
     def backward(self, grad, x_hat, scale, weight, needed):
         dims, rows = tuple(range(-len(self.shape), 0)), tuple(range(grad.dim() - len(self.shape)))
+        wide = torch.promote_types(grad.dtype, torch.float32)  # as torch and others compute, to whatever they round y
+        grad, x_hat = grad.to(wide), x_hat.to(wide)
         inner = grad if weight is None else grad * weight
         grad_x = torch.addcmul(inner, x_hat, (inner * x_hat).mean(dims, keepdim=True), value=-1).mul_(scale)
         by_weight = grad * x_hat if needed[1] else None

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from fewbit import activations
-from fewbit.models import held, mlp
+from fewbit.models import held, mlp, written
 from fewbit.nn import activations as activation_modules
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CLASSES, CodedLayer
@@ -68,7 +68,7 @@ def coded_class(own: type[nn.Module], twins: dict[type[nn.Module], type[nn.Modul
     if issubclass(own, _EXCEPT):
         return None
     for base in own.__mro__:
-        ours = twins.get(base) or held.coded_class(base) or mlp.coded_class(base)
+        ours = twins.get(base) or held.coded_class(base) or mlp.coded_class(base) or written.coded_class(base)
         if ours is None:
             continue
         if base in twins and own is base:

@@ -36,11 +36,11 @@ def convert(
     """Let the modules of a model keep codes for backward, in place. The forward pass stays as it is, bit for bit.
 
     model      its modules are converted by class: activations, torch's and Hugging Face's, and with `inputs` linear layers,
-               convolutions, norms, GLU and gated MLPs too. Subclasses are, if they leave as it is what fewbit replaces:
-               `forward`, mostly. A function that a torch.nn.TransformerEncoderLayer or TransformerDecoderLayer has for its
-               activation becomes a module. Each module remains the same object, with its weights, hooks, names and state, and
-               only changes its class, for one that its own is a base of. What was converted before is converted anew; what
-               was built as fewbit's stays.
+               convolutions, norms, GLU and gated MLPs too, and so are RMS norms and GPT-2's Conv1D as Hugging Face's models
+               write them. Subclasses are, if they leave as it is what fewbit replaces: `forward`, mostly. A function that a
+               torch.nn.TransformerEncoderLayer or TransformerDecoderLayer has for its activation becomes a module. Each
+               module remains the same object, with its weights, hooks, names and state, and only changes its class, for one
+               that its own is a base of. What was converted before is converted anew; what was built as fewbit's stays.
     bits       of the codes of activations, 1 to 8
     inputs     bits of the codes of what weights and norms read, 1 to 8; None leaves these layers exact. Activations then make
                one code for their own backward and for the layers that read them, of the larger of both numbers of bits. So

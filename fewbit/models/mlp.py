@@ -6,7 +6,6 @@ the names of attributes and variables. Any other class stays as it is.
 
 from __future__ import annotations
 
-import dis
 import types
 from collections.abc import Callable
 from functools import cache
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.coders import JOINT
+from fewbit.models.bytecode import Names, names_in
 from fewbit.nn.activations import CodedActivation
 from fewbit.record import Activation
 
 # attributes that may have any name; each pattern and step below reads them under these
 _ROLES = ("act", "gate", "up", "both", "dropout", "down")
-_KINDS = 0xFFF  # the flags of code that say what it is; those above tell of __future__ imports
-Names = dict[str, str]  # role -> the attribute's name
 
 
 class GatedMLP(nn.Module):
@@ -83,43 +81,10 @@ def _found(own: type[nn.Module]) -> tuple[Pattern, Names] | None:
         return None
     for pattern in PATTERNS:
         if len(pattern.forward.__code__.co_code) == len(function.__code__.co_code):
-            names = _names_in(function, pattern.forward)
+            names = names_in(function, pattern.forward, _ROLES)
             if names is not None:
                 return pattern, names
     return None
-
-
-def _names_in(function: types.FunctionType, pattern: types.FunctionType) -> Names | None:
-    """The names in the function for the roles in the pattern, if all else is the same."""
-    code, wanted = function.__code__, pattern.__code__
-    if (code.co_argcount, code.co_kwonlyargcount, code.co_cellvars) != (2, 0, ()) or (code.co_flags ^ wanted.co_flags) & _KINDS:
-        return None
-    names: Names = {}
-    instructions = _instructions(wanted), _instructions(code)
-    if len(instructions[0]) != len(instructions[1]):
-        return None
-    for ours, theirs in zip(*instructions, strict=True):
-        if ours[0] == "name" == theirs[0] and ours[1] in _ROLES:
-            if names.setdefault(ours[1], theirs[1]) != theirs[1]:
-                return None
-        elif ours != theirs:
-            return None
-    same_globals = all(function.__globals__.get(name) is pattern.__globals__.get(name) for name in ("torch", "isinstance"))
-    return names if same_globals and len({*names.values()}) == len(names) else None
-
-
-def _instructions(code: types.CodeType) -> list[tuple]:
-    """A name or a constant by itself, variables by their number, jumps by their distance; no line numbers, no docstring."""
-    found = []
-    for each in dis.get_instructions(code):
-        if each.opcode in dis.hasname:
-            found.append(("name", each.argval, each.opname))
-        elif each.opcode in dis.hasconst:
-            constant = code.co_consts[each.arg or 0]
-            found.append((each.opname, type(constant), constant))
-        else:
-            found.append((each.opname, each.arg))
-    return found
 
 
 # What an MLP does before the product, (gate, up), and after it.
