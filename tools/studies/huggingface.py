@@ -1,9 +1,9 @@
 """Hugging Face's models, small and from configurations, converted: `python -m tools.studies.huggingface [NAME ...]`.
 
 For each model, at 4 bits: whether the output has the same bits and the state the same keys, the bytes kept for backward before
-and after, the error of the gradient, and the loss after 50 steps from the same seed on data that can be learnt, exact and
-coded. Models of text learn to go on with a sequence of equal steps, or to fill the gaps in one of equal tokens, those of images
-to tell which colour is brighter.
+and after, and how far `fewbit.memory(...).plan(...)` is from the latter, the error of the gradient, and the loss after 50 steps
+from the same seed on data that can be learnt, exact and coded. Models of text learn to go on with a sequence of equal steps, or
+to fill the gaps in one of equal tokens, those of images to tell which colour is brighter.
 
 The table goes to the terminal and, as JSON, to tools/results/.
 """
@@ -143,6 +143,8 @@ def compare(case: Case, steps: int = STEPS) -> dict[str, Any]:
     batch = case.sample(torch.Generator().manual_seed(1))
     same_keys = list(exact.state_dict()) == list(coded.state_dict())
     kept = {label: kept_bytes(model, batch) for label, model in (("exact", exact), ("coded", coded))}
+    keywords: dict[str, Any] = {**batch}
+    kept["predicted"] = fewbit.memory(exact, **keywords).plan(bits=BITS, inputs=BITS).after_bytes
     outputs = [model(**batch) for model in (exact, coded)]
     equal = all(torch.equal(one, other) for one, other in zip(*(output[:2] for output in outputs), strict=True))
     gradients = []
@@ -162,7 +164,8 @@ def _gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 
 def compare_all(console: Console, names: list[str], steps: int = STEPS) -> dict[str, Any]:
     """Print, and give, the figures of these models."""
-    kept_columns, loss_columns = ("kept, KiB\nexact", "\ncoded", "of\nexact"), ("first\nloss", "last\nexact", "\ncoded")
+    kept_columns = ("kept, KiB\nexact", "\ncoded", "pre-\ndicted", "devi-\nation", "of\nexact")
+    loss_columns = ("first\nloss", "last\nexact", "\ncoded")
     columns = ("bits", "keys", *kept_columns, "gradient\nerror", *loss_columns)
     view = terminal.table((f"{BITS} bits, {steps} steps",), columns)
     results = {}
@@ -173,7 +176,8 @@ def compare_all(console: Console, names: list[str], steps: int = STEPS) -> dict[
         view.add_row(
             name,
             *("same" if found[key] else "DIFFER" for key in ("bits equal", "keys equal")),
-            *(f"{kept[label] / 1024:.0f}" for label in ("exact", "coded")),
+            *(f"{kept[label] / 1024:.0f}" for label in ("exact", "coded", "predicted")),
+            f"{kept['predicted'] / kept['coded'] - 1:.1%}",
             f"{kept['coded'] / kept['exact']:.3f}",
             f"{found['gradient error']:.4f}",
             f"{losses['exact'][0]:.4f}",
@@ -202,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[[], *CASES], help="all by default")
     arguments = parser.parse_args()
-    console = terminal.console(at_least=100)
+    console = terminal.console(at_least=120)
     results = {"models": compare_all(console, arguments.names or list(CASES)), "conversion": conversion_seconds(console)}
     common.write("huggingface", results)
 
