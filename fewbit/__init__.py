@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from fewbit.activations import register
     from fewbit.autograd.switch import exact
     from fewbit.design.table import CodeTable
-    from fewbit.models.allocate import Allocation, allocate
-    from fewbit.models.calibrate import calibrate
-    from fewbit.models.calibration import Calibration
-    from fewbit.models.convert import convert, revert
-    from fewbit.models.fidelity import Fidelity, fidelity
-    from fewbit.models.memory import memory
-    from fewbit.models.patch import patch
-    from fewbit.models.plan import left_out
-    from fewbit.models.watch import Watch, watch
+    from fewbit.models.calibration.allocate import Allocation, allocate
+    from fewbit.models.calibration.calibrate import calibrate
+    from fewbit.models.calibration.calibration import Calibration
+    from fewbit.models.conversion.convert import convert, revert
+    from fewbit.models.conversion.patch import patch
+    from fewbit.models.planning.memory import memory
+    from fewbit.models.planning.plan import left_out
+    from fewbit.models.safety.fidelity import Fidelity, fidelity
+    from fewbit.models.safety.watch import Watch, watch
     from fewbit.store import load_table
 
 __version__ = "0.1.0"
@@ -61,23 +61,23 @@ __all__ = [
     "watch",
 ]
 _HOMES = {
-    "Allocation": "fewbit.models.allocate",
-    "Calibration": "fewbit.models.calibration",
+    "Allocation": "fewbit.models.calibration.allocate",
+    "Calibration": "fewbit.models.calibration.calibration",
     "CodeTable": "fewbit.design.table",
-    "Fidelity": "fewbit.models.fidelity",
-    "Watch": "fewbit.models.watch",
-    "allocate": "fewbit.models.allocate",
-    "calibrate": "fewbit.models.calibrate",
-    "convert": "fewbit.models.convert",
+    "Fidelity": "fewbit.models.safety.fidelity",
+    "Watch": "fewbit.models.safety.watch",
+    "allocate": "fewbit.models.calibration.allocate",
+    "calibrate": "fewbit.models.calibration.calibrate",
+    "convert": "fewbit.models.conversion.convert",
     "exact": "fewbit.autograd.switch",
-    "fidelity": "fewbit.models.fidelity",
-    "left_out": "fewbit.models.plan",
+    "fidelity": "fewbit.models.safety.fidelity",
+    "left_out": "fewbit.models.planning.plan",
     "load_table": "fewbit.store",
-    "memory": "fewbit.models.memory",
-    "patch": "fewbit.models.patch",
+    "memory": "fewbit.models.planning.memory",
+    "patch": "fewbit.models.conversion.patch",
     "register": "fewbit.activations",
-    "revert": "fewbit.models.convert",
-    "watch": "fewbit.models.watch",
+    "revert": "fewbit.models.conversion.convert",
+    "watch": "fewbit.models.safety.watch",
 }
 
 

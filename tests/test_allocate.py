@@ -13,7 +13,7 @@ from torch import nn
 import fewbit
 from fewbit.errors import DesignError, InputError
 from fewbit.measuring import saved_storages
-from fewbit.models.knapsack import choose
+from fewbit.models.calibration.knapsack import choose
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import fewbit
 from fewbit import activations
 from fewbit.design.evaluate import errors_under
 from fewbit.errors import DesignError, InputError, TableError, TableFileError
-from fewbit.models.histogram import BINS, EDGES, StreamingHistogram, bins_of
+from fewbit.models.calibration.histogram import BINS, EDGES, StreamingHistogram, bins_of
 
 
 class Net(nn.Module):

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fewbit
 from fewbit.errors import InputError
-from fewbit.models import fidelity as module
-from fewbit.models import streamed
-from fewbit.models.fidelity import kind_of
+from fewbit.models.safety import fidelity as module
+from fewbit.models.safety import streamed
+from fewbit.models.safety.fidelity import kind_of
 
 
 def squares(model, batch):

@@ -14,7 +14,7 @@ import fewbit
 from fewbit import activations
 from fewbit.autograd import handle
 from fewbit.measuring import saved_storages
-from fewbit.models import mlp, written
+from fewbit.models.conversion import mlp, written
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CodedLayer
 

@@ -15,7 +15,7 @@ import fewbit
 from fewbit import activations
 from fewbit.errors import ActivationError, DesignError, InputError
 from fewbit.measuring import saved_storages
-from fewbit.models import patch as patching
+from fewbit.models.conversion import patch as patching
 
 pytestmark = [
     # torch's own: dynamo asks each input that is no leaf for its .grad

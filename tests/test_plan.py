@@ -15,9 +15,9 @@ from torch import nn
 import fewbit
 from fewbit import demo
 from fewbit.errors import DesignError
-from fewbit.models import trials
-from fewbit.models.forward import arguments_of
-from fewbit.models.saved import Saver, Storage
+from fewbit.models.planning import trials
+from fewbit.models.planning.forward import arguments_of
+from fewbit.models.planning.saved import Saver, Storage
 
 ROWS, WIDTH, HIDDEN = 64, 32, 64
 

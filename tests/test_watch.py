@@ -17,7 +17,7 @@ from torch import nn
 import fewbit
 from fewbit import activations
 from fewbit.errors import DesignError, DriftWarning, InputError
-from fewbit.models import watch as module
+from fewbit.models.safety import watch as module
 
 
 def inputs(scale=1.0, mean=0.0, shape=(64, 32)):

@@ -46,7 +46,7 @@ def memory(
             check_folder(path)
     from fewbit import terminal
     from fewbit.constants import DEFAULT_BITS
-    from fewbit.models.memory import memory as measure
+    from fewbit.models.planning.memory import memory as measure
 
     found, tensors = _find_model(model), [_input(text, gradient, fake) for text in inputs_of]
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.coders import JOINT
-from fewbit.models.bytecode import Names, names_in
+from fewbit.models.conversion.bytecode import Names, names_in
 from fewbit.nn.activations import CodedActivation
 from fewbit.record import Activation
 

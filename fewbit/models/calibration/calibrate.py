@@ -16,11 +16,11 @@ from fewbit.design import design
 from fewbit.design.evaluate import errors_under
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
-from fewbit.models.calibration import CalibratedLayer, Calibration
+from fewbit.models.calibration.calibration import CalibratedLayer, Calibration
+from fewbit.models.calibration.histogram import StreamingHistogram, bins_of
 from fewbit.models.coded import Coded, Filter, coded_modules, without_compiler
-from fewbit.models.convert import convert
-from fewbit.models.forward import run
-from fewbit.models.histogram import StreamingHistogram, bins_of
+from fewbit.models.conversion.convert import convert
+from fewbit.models.planning.forward import run
 from fewbit.models.untouched import eager, restored_on_error, untouched
 from fewbit.record import Activation
 from fewbit.weights import Histogram

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fewbit.models.grouping import pattern
-from fewbit.models.memory import kept_by, total
-from fewbit.models.saved import ACTIVATIONS, Storage
-from fewbit.models.trials import Outcome
+from fewbit.models.planning.memory import kept_by, total
+from fewbit.models.planning.saved import ACTIVATIONS, Storage
+from fewbit.models.planning.trials import Outcome
 from fewbit.terminal import bytes_label
 
 CODE, LEAVE, RECOMPUTE = "code", "leave", "recompute"

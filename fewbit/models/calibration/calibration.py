@@ -17,7 +17,7 @@ from fewbit.constants import CHANNELS
 from fewbit.design.table import VERSION, CodeTable, parse_entries, read_text, write_atomically
 from fewbit.errors import InputError, TableError, TableFileError
 from fewbit.models.coded import Coded, coded_modules, without_compiler
-from fewbit.models.convert import convert
+from fewbit.models.conversion.convert import convert
 from fewbit.models.grouping import shortened
 from fewbit.models.report import Report
 from fewbit.models.untouched import restored_on_error

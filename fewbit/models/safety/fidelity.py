@@ -18,7 +18,7 @@ from fewbit.autograd.switch import exact
 from fewbit.errors import InputError
 from fewbit.models.grouping import shortened
 from fewbit.models.report import Report
-from fewbit.models.streamed import Figures, Stream, Streams
+from fewbit.models.safety.streamed import Figures, Stream, Streams
 from fewbit.models.untouched import RandomNumbers, devices_of, untouched
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CodedLayer

@@ -12,8 +12,8 @@ from fewbit.coders import JOINT
 from fewbit.constants import CODINGS, DEFAULT_BITS
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
-from fewbit.models import classes, held
-from fewbit.models.mlp import GatedMLP
+from fewbit.models.conversion import classes, held
+from fewbit.models.conversion.mlp import GatedMLP
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CodedLayer
 from fewbit.store import load_table
@@ -101,7 +101,7 @@ def _with_sample(
     model: nn.Module, bits: int, inputs: int | None, filter_fn: Filter | None, coding: str | None, sample: Any
 ) -> Filter | None:
     """The filter, less what would keep more bytes for this sample."""
-    from fewbit.models import plan
+    from fewbit.models.planning import plan
 
     if sample is None:
         plan.forget_left_out(model)

@@ -16,10 +16,10 @@ from fewbit.design.evaluate import errors_under
 from fewbit.design.table import CodeTable
 from fewbit.errors import InputError
 from fewbit.measuring import saved_storages
-from fewbit.models.calibrate import LossFunction, fitted, trainable, weighs_gradients
+from fewbit.models.calibration.calibrate import LossFunction, fitted, trainable, weighs_gradients
+from fewbit.models.calibration.histogram import StreamingHistogram
 from fewbit.models.coded import Coded
-from fewbit.models.forward import run
-from fewbit.models.histogram import StreamingHistogram
+from fewbit.models.planning.forward import run
 from fewbit.models.untouched import eager, untouched
 
 Tensor = torch.Tensor

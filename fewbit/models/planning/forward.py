@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from fewbit import coders
 from fewbit.errors import InputError
-from fewbit.models.saved import Storage, record, storages_of, tensors_in
+from fewbit.models.planning.saved import Storage, record, storages_of, tensors_in
 from fewbit.models.untouched import preserved, untouched
 
 Tensor = torch.Tensor

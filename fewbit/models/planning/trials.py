@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from fewbit.models.saved import ACTIVATIONS, Slot, Storage
+from fewbit.models.planning.saved import ACTIVATIONS, Slot, Storage
 
 Node = str | Slot  # a module that can be converted, or a place in another one that saves a tensor
 Run = Callable[[Collection[str]], list[Storage]]  # what is kept with these modules converted

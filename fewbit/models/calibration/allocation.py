@@ -7,9 +7,9 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewbit import terminal
-from fewbit.models.calibration import Calibration
+from fewbit.models.calibration.calibration import Calibration
+from fewbit.models.calibration.knapsack import Choices
 from fewbit.models.grouping import shortened
-from fewbit.models.knapsack import Choices
 from fewbit.models.report import Report
 from fewbit.record import plural
 

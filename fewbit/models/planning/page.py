@@ -6,14 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewbit.models import advice
 from fewbit.models.grouping import label
-from fewbit.models.memory import KINDS, NOTE, bars_of, repeated
+from fewbit.models.planning import advice
+from fewbit.models.planning.memory import KINDS, NOTE, bars_of, repeated
 from fewbit.terminal import bytes_label
 
 if TYPE_CHECKING:
-    from fewbit.models.memory import MemoryReport
-    from fewbit.models.plan import Plan
+    from fewbit.models.planning.memory import MemoryReport
+    from fewbit.models.planning.plan import Plan
 
 
 def page(report: MemoryReport, plan: Plan | None = None) -> str:

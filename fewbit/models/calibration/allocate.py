@@ -22,14 +22,14 @@ from torch import nn
 from fewbit.constants import DEFAULT_BITS, DEFAULT_LAYER_BITS, MAX_BITS
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
-from fewbit.models.allocation import AllocatedLayer, Allocation, Outcome
-from fewbit.models.calibrate import LossFunction, layer_of, observe, relative_errors
-from fewbit.models.calibration import CalibratedLayer, Calibration
+from fewbit.models.calibration.allocation import AllocatedLayer, Allocation, Outcome
+from fewbit.models.calibration.calibrate import LossFunction, layer_of, observe, relative_errors
+from fewbit.models.calibration.calibration import CalibratedLayer, Calibration
+from fewbit.models.calibration.histogram import StreamingHistogram
+from fewbit.models.calibration.knapsack import Choices, choose
+from fewbit.models.calibration.sensitivity import Probe, Sensitivity
 from fewbit.models.coded import Filter, coded_modules, without_compiler
-from fewbit.models.convert import convert
-from fewbit.models.histogram import StreamingHistogram
-from fewbit.models.knapsack import Choices, choose
-from fewbit.models.sensitivity import Probe, Sensitivity
+from fewbit.models.conversion.convert import convert
 from fewbit.models.untouched import restored_on_error
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from fewbit import activations
-from fewbit.models import held, mlp, written
+from fewbit.models.conversion import held, mlp, written
 from fewbit.nn import activations as activation_modules
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CLASSES, CodedLayer

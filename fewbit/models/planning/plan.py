@@ -14,12 +14,12 @@ from torch import nn
 
 from fewbit import terminal
 from fewbit.errors import InputError
-from fewbit.models import advice, trials
-from fewbit.models.forward import Forward, arguments_of
 from fewbit.models.grouping import label, shortened
-from fewbit.models.memory import bars_of, kept_by, total
+from fewbit.models.planning import advice, trials
+from fewbit.models.planning.forward import Forward, arguments_of
+from fewbit.models.planning.memory import bars_of, kept_by, total
+from fewbit.models.planning.saved import Storage
 from fewbit.models.report import Report
-from fewbit.models.saved import Storage
 from fewbit.models.untouched import preserved
 from fewbit.terminal import bytes_label
 
@@ -49,7 +49,7 @@ class Setting:
 
     def convert(self, model: nn.Module, names: Collection[str] | None = None) -> list[str]:
         """Convert the model, or those of these names alone; the names of what was converted."""
-        from fewbit.models.convert import convert, is_converted
+        from fewbit.models.conversion.convert import convert, is_converted
 
         asked = {}
 

@@ -16,17 +16,17 @@ from fewbit import terminal
 from fewbit.constants import DEFAULT_BITS
 from fewbit.design.table import write_atomically
 from fewbit.errors import InputError
-from fewbit.models.forward import Forward
 from fewbit.models.grouping import cut, label, pattern, shortened
+from fewbit.models.planning.forward import Forward
+from fewbit.models.planning.saved import ACTIVATIONS, Saver, Storage
 from fewbit.models.report import Report
-from fewbit.models.saved import ACTIVATIONS, Saver, Storage
 from fewbit.terminal import bytes_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
-    from fewbit.models.plan import Plan
+    from fewbit.models.planning.plan import Plan
 
 KINDS = (ACTIVATIONS, "parameters", "buffers", "inputs", "tables")
 NOTE = (
@@ -122,13 +122,13 @@ class MemoryReport(Report):
 
         Raises as `fewbit.convert`, before anything is changed.
         """
-        from fewbit.models.plan import plan
+        from fewbit.models.planning.plan import plan
 
         return plan(self.forward, None if self.fake else self.storages, bits, inputs, filter_fn)
 
     def to_html(self, path: str | Path | None = None, plan: Plan | None = None) -> str:
         """One self-contained page of the report, and of the plan if one is given; also written to the file, if one is named."""
-        from fewbit.models.page import page
+        from fewbit.models.planning.page import page
 
         text = page(self, plan)
         if path is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit import layers
-from fewbit.models.bytecode import Names, names_in
+from fewbit.models.conversion.bytecode import Names, names_in
 from fewbit.nn.layers import CodedLayer
 
 _ROLES = ("eps",)  # attributes that may have any name; the templates read them under these

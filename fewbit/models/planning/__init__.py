@@ -1,0 +1,1 @@
+"""What a model keeps for backward, and what converting it would leave."""

@@ -1,0 +1,1 @@
+"""Whether gradients from codes are good enough, before training and during it."""
