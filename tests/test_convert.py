@@ -407,7 +407,7 @@ class TestTransformerLayers:
         layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, activation=activation, batch_first=True)
         return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
-    @pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh, nn.SiLU()], ids=str)
+    @pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh, nn.SiLU()], ids=["relu", "gelu", "tanh", "SiLU()"])
     @pytest.mark.parametrize("inputs", [None, 6])
     def test_outputs_and_gradients(self, activation, inputs):
         exact = self.model(activation)
