@@ -8,15 +8,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fewbit.coders import JOINT
-from fewbit.constants import CODINGS, DEFAULT_BITS
-from fewbit.design.table import CodeTable, check_bits
-from fewbit.errors import DesignError, InputError
-from fewbit.models.conversion import classes, held
+from fewbit.constants import DEFAULT_BITS
+from fewbit.design.table import CodeTable
+from fewbit.errors import InputError
+from fewbit.models.conversion import classes, codes, held
 from fewbit.models.conversion.mlp import GatedMLP
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CodedLayer
-from fewbit.store import load_table
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[nn.Module, str], bool]
@@ -65,11 +63,7 @@ def convert(
     GELU(approximate='none')
     """
     _check_model("convert", model)
-    check_bits(bits, DesignError)
-    if coding is not None and coding not in CODINGS:
-        raise DesignError(f"coding must be one of {CODINGS}, got {coding!r}")
-    if inputs is not None:
-        check_bits(inputs, DesignError)
+    codes.check(bits, inputs, coding)
     filter_fn = _with_sample(model, bits, inputs, filter_fn, coding, sample)
     installed, changes = _plan(model, filter_fn, bits, inputs, coding)
     for layer, name, activation in installed:
@@ -201,21 +195,13 @@ def _check_model(name: str, model: object) -> None:
 def _activation_attributes(
     module: nn.Module, coded_class: type[CodedActivation], bits: int, inputs: int | None, coding: str | None
 ) -> dict[str, Any]:
-    shared = inputs is not None
-    if shared:
-        bits = max(bits, inputs)
-    table = None
-    if coding is not None:
-        record = coded_class.record_of(module)
-        table = load_table(record, bits, coding=coding, channels=JOINT if shared else ("derivative",))
-    return {"inplace": getattr(module, "inplace", False), "shared": shared, **_code(bits, table)}
+    table = None if coding is None else codes.activation_table(coded_class.record_of(module), bits, inputs, coding)
+    code = _code(codes.activation_bits(bits, inputs), table)
+    return {"inplace": getattr(module, "inplace", False), "shared": inputs is not None, **code}
 
 
 def _layer_attributes(coded_class: type[CodedLayer], inputs: int, coding: str | None) -> dict[str, Any]:
-    table = None
-    if coding is not None:
-        gate = coded_class.gate
-        table = load_table(gate or "identity", inputs, coding=coding, channels=JOINT if gate else ("value",))
+    table = None if coding is None else codes.layer_table(coded_class.gate, inputs, coding)
     return {"rounding": "nearest", **_code(inputs, table)}
 
 

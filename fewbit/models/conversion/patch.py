@@ -20,13 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 from fewbit import activations, drop_in, layers
 from fewbit.autograd import traced
-from fewbit.coders import JOINT
-from fewbit.constants import CODINGS, DEFAULT_BITS
-from fewbit.design.table import CodeTable, check_bits
+from fewbit.constants import DEFAULT_BITS
+from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, DesignError, InputError
+from fewbit.models.conversion import codes
 from fewbit.nn.layers import GLU
 from fewbit.record import Activation
-from fewbit.store import load_table
 
 Tensor = torch.Tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -73,10 +72,8 @@ class patch(ContextDecorator):
         coding: str | None = None,
         activations: Collection[str] | None = None,
     ):
-        if coding is not None and coding not in CODINGS:
-            raise DesignError(f"coding must be one of {CODINGS}, got {coding!r}")
-        self.bits, self.coding = check_bits(bits, DesignError), coding
-        self.inputs = None if inputs is None else check_bits(inputs, DesignError)
+        codes.check(bits, inputs, coding)
+        self.bits, self.inputs, self.coding = bits, inputs, coding
         self.tables = _tables(self.inputs, coding)
         self.activations = None if activations is None else _checked_names(activations)
 
@@ -218,13 +215,12 @@ def _request(
     """What a call with these arguments asks for under these settings; None if it cannot be coded, or is not to be."""
     record = activations.BUILT_IN[name]
     keywords = {**dict(named), "inplace": True} if inplace else dict(named)
-    channels = ("derivative",) if inputs is None else JOINT
     try:
         given = inspect.signature(drop_in.function(record)).bind(None, *rest, **keywords).arguments
         record = drop_in.bound_record(record, given)
         if chosen is not None and record.name not in chosen:
             return None
-        table = load_table(record, max(bits, inputs or 0), coding=coding, channels=channels)
+        table = codes.activation_table(record, bits, inputs, coding)
     except (TypeError, ActivationError, DesignError):
         return None
     return _Request(record, {"table": table, "shared": inputs is not None, "inplace": bool(given.get("inplace"))})
@@ -269,8 +265,7 @@ def _tables(inputs: int | None, coding: str | None) -> dict[str, CodeTable | Non
         return {"value": None, "gated": None}
     if torch.compiler.is_compiling():
         raise InputError("in compiled code patch takes inputs or coding, not both; make such a patch outside")
-    value = load_table("identity", inputs, coding=coding, channels=("value",))
-    return {"value": value, "gated": load_table(str(GLU.gate), inputs, coding=coding, channels=JOINT)}
+    return {"value": codes.layer_table(None, inputs, coding), "gated": codes.layer_table(GLU.gate, inputs, coding)}
 
 
 def _is_codable(x: Any) -> bool:
