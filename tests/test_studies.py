@@ -136,7 +136,11 @@ def test_picture_of_calibration():
     ways = {way: {1: 0.2 * factor, 2: 0.1 * factor} for way, factor in (("shipped", 1.0), ("calibrated", 0.9))}
     errors = {"uniform": {"held_out": 0.1}, "allocated": {"held_out": 0.08}}
     results = {"tables": {"GELU": ways, "GELU and linear": ways}, "allocation": {"GELU": {2: errors, 3: errors}}}
-    pictures.plot_calibration_study(results).savefig(io.BytesIO())
+    figure, drawn = pictures.plot_calibration_study(results), io.BytesIO()
+    figure.savefig(drawn)
+    assert drawn.getvalue().startswith(b"\x89PNG")
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "GELU, calibrated")
+    assert line.get_ydata() == pytest.approx([0.9, 0.9])
 
 
 @pytest.mark.slow
