@@ -396,3 +396,32 @@ def test_compiled():
     torch.testing.assert_close(gradient(compiled), gradient(model))
     fewbit.calibrate(compiled, batches(), bits=1)
     torch.testing.assert_close(gradient(compiled), gradient(model))
+
+
+def test_batches_that_the_model_does_not_take():
+    model = fewbit.convert(nn.Sequential(nn.Linear(4, 4), nn.GELU()))
+    with pytest.raises(InputError, match="a tuple or list as forward's arguments, a mapping as named ones; give batches"):
+        fewbit.calibrate(model, [(torch.randn(2, 4), torch.randn(2))])
+
+
+class Checkpointed(nn.Sequential):
+    """Runs forward again in backward."""
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_a_checkpointed_part_counts_once():
+    model = Checkpointed(nn.Linear(4, 8), fewbit.GELU(bits=2), nn.Linear(8, 1))
+    batches = [torch.randn(16, 4) for _ in range(3)]
+    found = fewbit.calibrate(model, batches, loss_fn=lambda model, batch: model(batch).sum())
+    assert found.layers[0].elements == 3 * 16 * 8
+
+
+def test_installs_on_transformer_layers_that_hold_functions():
+    def encoder():
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True), 1)
+
+    calibration = fewbit.calibrate(encoder(), [torch.randn(4, 5, 8)], bits=2)
+    model = calibration.install(encoder())
+    assert model.layers[0].activation.table == calibration.layers[0].table

@@ -372,7 +372,7 @@ class TestVerdict:
         ]
         report = module.Fidelity(parts[0], parts[1:], 4, True)
         assert (
-            report.verdict == "coded gradient errs by 0.05, 5 % of the SGD noise 1: safe, but look at bad (30 % of its noise)"
+            report.verdict == "coded gradient errs by 0.05, 5.0 % of the SGD noise 1: safe, but look at bad (30 % of its noise)"
         )
 
     def test_one_batch_tells_no_noise(self, batches):
@@ -535,3 +535,8 @@ def test_exports_and_draws(batches, tmp_path):
     many = module.Fidelity(report.whole, report.parts * 12, 5, True)
     assert "more groups" in str(many)
     many.figure()
+
+
+def test_within_exact_there_is_nothing_to_compare(batches):
+    with fewbit.exact(), pytest.raises(InputError, match="there are none; call it outside"):
+        fewbit.fidelity(net(), squares, batches)

@@ -372,3 +372,23 @@ def test_rows_sum_to_what_is_measured_otherwise(names, frozen, gradient):
     assert sum(row["bytes"] for row in report.rows()) == everything
     assert report.activation_bytes == activations == sum(report.by_module().values())
     assert fewbit.memory(model, x, fake=True).activation_bytes == activations
+
+
+def test_buffers_that_lie_several_times_in_the_same_memory():
+    model = mlp(nn.GELU(), True)
+    model.register_buffer("mask", torch.zeros(1, 1).expand(4, 4))
+    assert fewbit.memory(model, batch()).activation_bytes == fewbit.memory(mlp(nn.GELU(), True), batch()).activation_bytes
+
+
+class Link:
+    """Of a chain."""
+
+    next = None
+
+
+def test_long_chains_of_objects():
+    model = mlp(nn.GELU(), True)
+    model.chain = last = Link()
+    for _ in range(3000):
+        last.next = last = Link()
+    assert fewbit.memory(model, batch()).activation_bytes

@@ -14,7 +14,7 @@ from torch import nn
 
 import fewbit
 from fewbit import demo
-from fewbit.errors import DesignError
+from fewbit.errors import DesignError, InputError
 from fewbit.models.planning import trials
 from fewbit.models.planning.forward import arguments_of
 from fewbit.models.planning.saved import Saver, Storage
@@ -282,3 +282,45 @@ def test_the_search_takes_back_more_than_one_at_a_time():
     assert found.chosen == {"c"}
     assert found.saved == {"a": -30, "b": -20, "c": 60}
     assert len(calls) <= 12
+
+
+def test_functions_of_transformer_layers_have_their_row():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True), 2)
+    plan = fewbit.memory(model, torch.randn(8, 16, 16)).plan(bits=3)
+    found = advice_of(plan)
+    assert found["layers.0.activation"][0] == found["layers.1.activation"][0] == "code"
+    assert sum(row["after"] for row in plan.rows()) == plan.after_bytes
+
+
+class Calls(nn.Module):
+    """An activation that is a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(WIDTH, HIDDEN)
+
+    def forward(self, x):
+        return nn.functional.gelu(self.up(x)) * 2
+
+
+def test_calls_of_functions_are_for_patch():
+    what, reason = advice_of(fewbit.memory(Calls(), batch()).plan(bits=3))[""]
+    assert what == "leave"
+    assert "Gelu: called as functions, which fewbit.patch codes" in reason
+
+
+def test_a_report_of_a_model_that_was_converted_since():
+    model = mlp(nn.GELU())
+    report = fewbit.memory(model, batch())
+    fewbit.convert(model)
+    with pytest.raises(InputError, match="converted or changed since this report; make a new one"):
+        report.plan()
+
+
+def test_a_plan_leaves_what_left_out_tells():
+    model = fewbit.convert(mlp(nn.Tanh()), bits=3, inputs=4, sample=batch())
+    told = fewbit.left_out(model)
+    assert told
+    fewbit.memory(model, batch()).plan(bits=3, inputs=4)
+    assert fewbit.left_out(model) == told
+    assert fewbit.left_out(fewbit.revert(model)) == {}

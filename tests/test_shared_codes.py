@@ -203,3 +203,32 @@ class TestSecondDerivatives:
         }[layer]()
         with pytest.raises(InputError, match="can be taken once"):
             TAKEN[taken](x, weight, y.square().sum())
+
+
+def test_a_reader_that_wants_more_bits_or_other_rounding_makes_its_own_codes():
+    x, weight = torch.randn(256, N, requires_grad=True), torch.randn(N, N)
+
+    def error(first, **keywords):
+        y, weights = x * 1, [weight.clone().requires_grad_() for _ in range(3)]
+        CODED.linear(y, weights[0], **first)
+        CODED.linear(y, weights[1], **keywords).square().sum().backward()
+        functional.linear(x, weights[2]).square().sum().backward()
+        return relative(weights[1].grad, weights[2].grad)
+
+    assert error({"bits": 1}, bits=8) < 0.02 < error({"bits": 1}, bits=1)
+    assert error({"bits": 8}, bits=1) < 0.02  # as good as what is there
+    assert error({"bits": 2}, bits=2, rounding="stochastic") > 1.1 * error({"bits": 2}, bits=2)
+
+
+def test_a_power_keeps_its_output_for_the_exponent_alone():
+    x, weight = torch.rand(512, N, requires_grad=True), torch.randn(N, N, requires_grad=True)
+    y = (x + 0.5) ** torch.tensor(2.0)
+    assert kept(lambda: CODED.linear(y, weight, bits=2), weight) < y.nbytes / 8
+
+
+def test_a_view_whose_data_was_replaced_is_another_tensor():
+    y = CODED.gelu(torch.randn(4, N, requires_grad=True), bits=4, shared=True)
+    view = y.view(2, 2, N)
+    assert handle.find(view) is not None
+    view.data = torch.randn(2, 2, N)
+    assert handle.find(view) is None

@@ -215,3 +215,65 @@ class TestCompiled:
         for mine, torchs in zip(found, gradients(exact, x), strict=True):
             torch.testing.assert_close(mine, torchs, rtol=1e-4, atol=1e-5)
         assert any((a - b).norm() > 1e-2 * b.norm() for a, b in zip(before, found, strict=True))
+
+
+def test_one_object_in_two_threads_at_once():
+    both, inside, errors = fewbit.exact(), threading.Barrier(2), []
+
+    def enter():
+        try:
+            with both:
+                inside.wait(10)
+                assert switch.is_exact()
+            assert not switch._here.get()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=enter) for _ in range(2)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not errors
+    assert not switch.is_exact()
+
+
+async def goes_on_later():
+    """A coroutine."""
+
+
+def yields():
+    """A generator."""
+    yield
+
+
+@pytest.mark.parametrize("function", [goes_on_later, yields], ids=lambda each: each.__name__)
+def test_what_goes_on_after_its_call_is_not_decorated(function):
+    with pytest.raises(InputError, match=r"exact decorates functions that return when they are done.*with fewbit.exact\(\)"):
+        fewbit.exact()(function)
+
+
+def test_compiled_code_leaves_the_count_of_threads_alone():
+    seen = []
+
+    @torch._dynamo.disable
+    def elsewhere():
+        with fewbit.exact():
+            seen.append(switch.is_exact())
+
+    @torch.compile(backend="eager")
+    def run(x):
+        with fewbit.exact():
+            y = fewbit.functional.gelu(x, bits=1)
+            elsewhere()
+            return y + fewbit.functional.gelu(x, bits=1)
+
+    x = torch.randn(8, requires_grad=True)
+    run(x).sum().backward()
+    true = torch.autograd.grad(2 * torch.nn.functional.gelu(x).sum(), x)[0]
+    assert torch.allclose(x.grad, true)
+    assert not switch.is_exact()
+    with fewbit.exact():
+        assert switch.is_exact()
+    assert seen == [True]
+    assert (switch._open, switch._traced) == (0, 0)

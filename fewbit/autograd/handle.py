@@ -27,11 +27,13 @@ class Recipe(NamedTuple):
     rebuild     of these, as saved, and a dtype: the tensor, of its shape and that dtype. It holds none of them itself, so that
                 hooks on saved tensors (checkpointing, offloading) can free them.
     keeps_sign  whether what is rebuilt is positive where the tensor is, and nowhere else
+    bits        of codes that a reader made for itself, for readers that want no more; None for those of what made the tensor
     """
 
     kept: tuple[Tensor, ...]
     rebuild: Callable[[Sequence[Tensor], torch.dtype], Tensor]
     keeps_sign: bool = False
+    bits: int | None = None
 
 
 class _Entry(NamedTuple):
@@ -61,6 +63,8 @@ def find(tensor: Tensor) -> Recipe | None:
         return None
     if (tensor.dtype, tensor.is_neg(), tensor.storage_offset()) != (base.dtype, base.is_neg(), base.storage_offset()):
         return None
+    if tensor.untyped_storage()._cdata != base.untyped_storage()._cdata:  # after `tensor.data = ...`
+        return None
     rebuild, shape = entry.recipe.rebuild, tensor.shape
     return entry.recipe._replace(rebuild=lambda kept, dtype: rebuild(kept, dtype).reshape(shape))
 
@@ -86,4 +90,6 @@ def is_kept_exactly(tensor: Tensor) -> bool:
     while node is not None and type(node).__name__ in _VIEW_NODES:
         node, output = node.next_functions[0]
     # of the class: to ask the node itself would unpack the tensor
+    if type(node).__name__ == "PowBackward1":  # keeps its output for the exponent's gradient alone
+        return False
     return output == 0 and any(hasattr(type(node), name) for name in ("_saved_result", "_saved_output"))

@@ -112,13 +112,16 @@ def coded_product(
     recipe = None
     if weight.requires_grad:
         recipe = handle.find(x)
+        if recipe is not None and recipe.bits is not None and (stochastic or recipe.bits < coder.bits):
+            recipe = None  # codes that another reader made, of less than is asked for here
         if recipe is None and handle.is_kept_exactly(x):
             recipe = handle.as_it_is(x)
         if recipe is None:
             with torch.no_grad():
                 recipe = scaled(x, Quantizer(coder, stochastic), product.channel)
-            if x.grad_fn is not None:  # a leaf, such as a batch, may outlive this pass, and its codes with it
-                handle.attach(x, recipe)
+            # a leaf, such as a batch, may outlive this pass, and its codes with it
+            if x.grad_fn is not None and not stochastic:
+                handle.attach(x, recipe._replace(bits=coder.bits))
     if traced.is_autocast(x):
         x, weight, bias = _autocast(x, weight, bias)
     y, _ = _CodedProduct.apply(x, weight, bias, product, recipe)  # type: ignore[misc]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 import threading
+from collections.abc import Callable
 from contextlib import ContextDecorator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-_here = contextvars.ContextVar("fewbit.exact", default=False)
+from fewbit.errors import InputError
+
+_here = contextvars.ContextVar("fewbit.exact", default=0)  # how many of these contexts this thread or task is inside
 _lock = threading.Lock()
-_open = 0  # how many of these contexts are open, in all threads
+_open = 0  # how many are open, in all threads
 _anywhere = False  # whether one is; all that plain calls look at, and what compiled code guards
+_traced = 0  # how many are open inside compiled code, which writes it without a lock
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class exact(ContextDecorator):
@@ -35,31 +42,36 @@ class exact(ContextDecorator):
 
     def __enter__(self) -> None:
         _count(1)
-        if not torch.compiler.is_compiling():
-            self._before = (_here.set(True), getattr(self, "_before", None))
 
     def __exit__(self, *error: Any) -> None:
         _count(-1)
-        if not torch.compiler.is_compiling():
-            token, self._before = self._before  # type: ignore[misc]  what was entered is left
-            _here.reset(token)
 
-    def _recreate_cm(self) -> exact:
-        """For each call of a function that it decorates one of its own, since threads may call it at once."""
-        return exact()
+    def __call__(self, function: Function) -> Function:
+        check_decorated("exact", function)
+        return super().__call__(function)
+
+
+def check_decorated(name: str, function: Any) -> None:
+    """Raise InputError for what goes on after the call of it has returned: the context would be left before."""
+    if isinstance(function, type) or inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise InputError(
+            f"{name} decorates functions that return when they are done, got {function!r}; decorate a method of the "
+            f"class, or use `with fewbit.{name}():` inside"
+        )
 
 
 def is_exact() -> bool:
     """Whether codes are off for the code that runs now."""
-    return _anywhere and (torch.compiler.is_compiling() or _here.get() or _is_exact_where_backward_began())
+    here = _anywhere and (torch.compiler.is_compiling() or _here.get() > 0 or _is_exact_where_backward_began())
+    return here or _traced > 0
 
 
 def _count(step: int) -> None:
-    global _open, _anywhere
-    if torch.compiler.is_compiling():  # a compiler follows no lock
-        _open += step
-        _anywhere = _open > 0
+    global _open, _anywhere, _traced
+    if torch.compiler.is_compiling():
+        _traced += step
         return
+    _here.set(_here.get() + step)
     with _lock:
         _open += step
         _anywhere = _open > 0
@@ -70,4 +82,4 @@ def _is_exact_where_backward_began() -> bool:
     that called backward."""
     tls: Any = torch._C
     context = tls._get_obj_in_tls("context") if tls._is_key_in_tls("context") else None
-    return context is not None and context.get(_here, False)
+    return context is not None and context.get(_here, 0) > 0

@@ -37,7 +37,7 @@ def memory(
 ) -> None:
     """Show what a model keeps for backward, by module and operation, and what fewbit.convert would save.
 
-    Integer inputs are zeros. With --bits or --inputs, files and pictures hold the plan, too.
+    Integer inputs are zeros. With --bits or --inputs, the page, the picture and the JSON hold the plan, too.
     """
     if plot_path:
         check_picture(plot_path, "--plot")
@@ -53,7 +53,7 @@ def memory(
         report = measure(found, *tensors, fake=fake)
     except Exception as error:  # whatever the model does with such inputs
         raise InputError(f"the model raised {type(error).__name__} for these inputs: {error}") from error
-    plan = report.plan(bits or DEFAULT_BITS, inputs) if bits is not None or inputs is not None else None
+    plan = report.plan(DEFAULT_BITS if bits is None else bits, inputs) if bits is not None or inputs is not None else None
     console = terminal.console(at_least=report.width)
     for each in (report, plan):
         if each is not None:

@@ -35,17 +35,17 @@ def _range(parts: Sequence[str]) -> str:
 
 
 def shortened(name: str, most: int = 30) -> str:
-    """The name with its beginning left out, where it is longer than `most` characters.
+    """The name with what follows its first part left out, as much as makes it no longer than `most` characters.
 
-    >>> shortened("encoder.layer.0-11.output.dense", 20)
-    '….0-11.output.dense'
+    >>> shortened("encoder.layer.0-11.output.dense", 26), shortened("fully_connected", 10)
+    ('encoder.….output.dense', 'fully_con…')
     """
     if len(name) <= most:
         return name
-    parts = name.split(".")
-    while len(parts) > 1 and len(".".join(parts)) + 2 > most:
-        parts.pop(0)
-    return "….".join(["", ".".join(parts)])
+    first, *rest = name.split(".")
+    while len(rest) > 1 and len(f"{first}.….{'.'.join(rest)}") > most:
+        rest.pop(0)
+    return cut(f"{first}.….{'.'.join(rest)}" if rest else name, most)
 
 
 def cut(text: str, most: int) -> str:

@@ -20,7 +20,7 @@ class State:
         self._training = [(module, module.training) for module in model.modules()]
         self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
         found = {id(buffer): buffer for _, buffers in self._buffers for buffer in buffers.values() if buffer is not None}
-        self._contents = [(buffer, buffer.detach().clone()) for buffer in found.values()]
+        self._contents = [(each, each.clone()) for each in map(_memory, found.values())]
 
     def restore(self) -> None:
         """Put them back: the same tensors with what they held."""
@@ -29,7 +29,15 @@ class State:
         for module, buffers in self._buffers:
             _restore(module._buffers, buffers)
         for buffer, content in self._contents:
-            buffer.data.copy_(content)  # as batch norm writes them: without a new version, which graphs that exist would miss
+            buffer.copy_(content)  # as batch norm writes them: without a new version, which graphs that exist would miss
+
+
+def _memory(buffer: torch.Tensor) -> torch.Tensor:
+    """The buffer's data, each number once: an expanded tensor has the same in many places."""
+    if buffer.layout != torch.strided:
+        return buffer.data
+    once = tuple(slice(1) if stride == 0 else slice(None) for stride in buffer.stride())
+    return buffer.data[once] if once else buffer.data
 
 
 class RandomNumbers:
@@ -72,8 +80,10 @@ def untouched(model: nn.Module) -> Iterator[State]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        state.restore()
-        numbers.restore()
+        try:
+            state.restore()
+        finally:
+            numbers.restore()
 
 
 def eager() -> AbstractContextManager[Any]:

@@ -67,6 +67,7 @@ class CodedActivation(torch.nn.Module):
         """The activation of the input; with `times`, their product, from codes of both, as `fewbit.functional.swiglu`."""
         values = self._values_of(self)
         if times is not None:
+            drop_in.check_input(self.name, input)
             bits = None if self.table is not None else self.bits or DEFAULT_BITS
             return layers.gated_unit(type(self), values, input, times, bits=bits, table=self.table)
         given = {"bits": self.bits, "table": self.table, "shared": self.shared, "inplace": self.inplace}

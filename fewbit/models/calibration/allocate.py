@@ -66,6 +66,10 @@ def allocate(
     model is then as it was before.
     """
     inner, share = without_compiler("allocate", model), _budget(budget)
+    if not isinstance(inputs, bool):
+        raise DesignError(f"inputs must be True or False, since allocate chooses the bits, got {inputs!r}")
+    if not isinstance(bits, Iterable):
+        raise DesignError(f"bits must be the numbers to choose from, such as (2, 3, 4), got {bits!r}")
     bits = sorted({check_bits(each, DesignError) for each in bits})
     if not bits:
         raise DesignError("bits must name at least one number of bits, got none")

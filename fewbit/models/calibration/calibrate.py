@@ -124,13 +124,15 @@ def _watch(coded: Coded, histogram: StreamingHistogram, with_gradients: bool) ->
     gradients = with_gradients and coded.channels == ("derivative",)
 
     def before(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        if _is_backward():  # checkpointing runs forward again
+            return
         x = _pre_activation(module, args, kwargs)
         histogram.add(x)
         if gradients:
             waiting.append(bins_of(x))
 
     def after(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if gradients:
+        if gradients and not _is_backward():
             bins = waiting.pop()
             if output.requires_grad:
                 output.register_hook(lambda gradient: histogram.add_gradient(bins, gradient))
@@ -139,6 +141,10 @@ def _watch(coded: Coded, histogram: StreamingHistogram, with_gradients: bool) ->
         coded.module.register_forward_pre_hook(before, with_kwargs=True),
         coded.module.register_forward_hook(after),
     ]
+
+
+def _is_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
 
 
 def _pre_activation(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:

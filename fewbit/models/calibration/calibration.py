@@ -113,14 +113,14 @@ class Calibration(Report):
         parameters or codes something else; the model is then as before.
         """
         inner = without_compiler("install", model)
-        modules = dict(inner.named_modules())
-        if missing := [layer.name for layer in self.layers if layer.name not in modules]:
-            raise InputError(
-                f"the model has no module {missing[0]!r} ({len(missing)} of {plural(len(self.layers), 'name')} missing); "
-                "install a calibration on a model of the architecture that it was made with"
-            )
         with restored_on_error(inner):
             self._convert(inner)
+            modules = dict(inner.named_modules())
+            if missing := [layer.name for layer in self.layers if layer.name not in modules]:
+                raise InputError(
+                    f"the model has no module {missing[0]!r} ({len(missing)} of {plural(len(self.layers), 'name')} missing); "
+                    "install a calibration on a model of the architecture that it was made with"
+                )
             found = {coded.module: coded for coded in coded_modules(inner)}
             for layer in self.layers:
                 _install(layer, found.get(modules[layer.name]))  # type: ignore[arg-type]

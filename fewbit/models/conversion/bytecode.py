@@ -6,7 +6,7 @@ import dis
 import types
 from collections.abc import Collection
 
-_KINDS = 0xFFF  # the flags of code that say what it is; those above tell of __future__ imports
+_KINDS = 0xFEF  # the flags of code that say what it is; not where it is nested, and, those above, what it has from __future__
 Names = dict[str, str]  # role -> the attribute's name
 
 

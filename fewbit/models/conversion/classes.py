@@ -73,7 +73,12 @@ def coded_class(own: type[nn.Module], twins: dict[type[nn.Module], type[nn.Modul
             continue
         if base in twins and own is base:
             return ours
-        return None if _names(own, base) & (_names(ours, base) - _OPEN | _ATTRIBUTES) else _made(ours, own)
+        if _names(own, base) & (_names(ours, base) - _OPEN | _ATTRIBUTES):
+            return None
+        try:
+            return _made(ours, own)
+        except TypeError:  # raised by its own __init_subclass__ or metaclass, which asks for more
+            return None
     return None
 
 

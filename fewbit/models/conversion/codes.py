@@ -20,7 +20,10 @@ def check(bits: int, inputs: int | None, coding: str | None) -> None:
     """Raise DesignError for numbers of bits other than 1 to 8, or an unknown coding."""
     check_bits(bits, DesignError)
     if inputs is not None:
-        check_bits(inputs, DesignError)
+        try:
+            check_bits(inputs, DesignError)
+        except DesignError as error:
+            raise DesignError(f"inputs: {error}, or None for none") from None
     if coding is not None and coding not in CODINGS:
         raise DesignError(f"coding must be one of {CODINGS}, got {coding!r}")
 

@@ -65,18 +65,28 @@ def convert(
     _check_model("convert", model)
     codes.check(bits, inputs, coding)
     filter_fn = _with_sample(model, bits, inputs, filter_fn, coding, sample)
+    convert_modules(model, bits, inputs, filter_fn, coding)
+    return model
+
+
+def convert_modules(
+    model: nn.Module, bits: int, inputs: int | None, filter_fn: Filter | None = None, coding: str | None = None
+) -> None:
+    """What `convert` does once its arguments are checked."""
     installed, changes = _plan(model, filter_fn, bits, inputs, coding)
     for layer, name, activation in installed:
         del vars(layer)[name]
         layer.add_module(name, activation)
     for change in changes:
         change.make()
-    return model
 
 
 def revert(model: Model) -> Model:
     """Make what `convert` changed torch's own again, in place; modules that were built as fewbit's stay. Returns the model."""
+    from fewbit.models.planning.plan import forget_left_out
+
     _check_model("revert", model)
+    forget_left_out(model)
     for module in [*model.modules()]:
         _revert_module(module)
         for name, child in [*module.named_children()]:

@@ -25,14 +25,15 @@ _ROLES = ("act", "gate", "up", "both", "dropout", "down")
 
 class GatedMLP(nn.Module):
     """Base of the classes made for gated MLPs: act(gate) * up is one coded unit, made by the activation, which has the `bits`
-    and the `table`. All else is the MLP's own forward, and that whole where the activation has no codes of its value."""
+    and the `table`. All else is the MLP's own forward, and that whole where the activation has no codes of its value, or hooks
+    that wait for its output."""
 
     _pattern: Pattern
     _names: Names
 
     def forward(self, x: Tensor) -> Tensor:
         act = self._part("act")
-        if not isinstance(act, CodedActivation) or not _is_joint(act):
+        if not isinstance(act, CodedActivation) or not _is_joint(act) or _sees_its_output(act):
             return super().forward(x)
         gate, up = self._pattern.halves(self, x)
         return self._pattern.finish(self, act(gate, times=up))
@@ -40,10 +41,6 @@ class GatedMLP(nn.Module):
     def record(self) -> Activation:
         """Of the activation of the gate. Raises AttributeError while that is not a coded one."""
         return self._part("act").record()
-
-    def gate_activation(self) -> nn.Module:
-        """The activation's module, whose `bits` and `table` are those of the unit."""
-        return self._part("act")
 
     def extra_repr(self) -> str:
         act = self._part("act")
@@ -57,6 +54,10 @@ class GatedMLP(nn.Module):
 
     def _part(self, role: str) -> Any:
         return self.part_of(self, role)
+
+
+def _sees_its_output(act: nn.Module) -> bool:
+    return bool(act._forward_hooks or act._backward_hooks or act._backward_pre_hooks)
 
 
 def _is_joint(act: CodedActivation) -> bool:

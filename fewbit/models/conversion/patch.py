@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fewbit import activations, drop_in, layers
 from fewbit.autograd import traced
+from fewbit.autograd.switch import check_decorated
 from fewbit.constants import DEFAULT_BITS
 from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, DesignError, InputError
@@ -93,11 +94,7 @@ class patch(ContextDecorator):
             mode.outer.active = True
 
     def __call__(self, function: Function) -> Function:
-        if isinstance(function, type) or inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
-            raise InputError(
-                f"patch decorates functions that return when they are done, got {function!r}; decorate a method of the "
-                "class, or use `with fewbit.patch():` inside"
-            )
+        check_decorated("patch", function)
 
         @wraps(function)
         def coded(*args: Any, **kwargs: Any) -> Any:
@@ -236,7 +233,8 @@ def _coded_layer(settings: patch, target: _Target, x: Any, rest: tuple, named: d
     operands = [each for each in (x, *rest, *named.values()) if isinstance(each, Tensor)]
     if settings.inputs is None or not _is_codable(x) or not all(type(each) in _PLAIN for each in operands):
         return None
-    if target.name == "linear" and operands[1].dim() != 2:  # torch takes a vector, too
+    weight = rest[0] if rest else named.get("weight")
+    if target.name == "linear" and isinstance(weight, Tensor) and weight.dim() != 2:  # torch takes a vector, too
         return None
     compiling, call = torch.compiler.is_compiling(), (target.name, len(rest), tuple(named))
     if not (compiling or traced.wants_codes(operands)):

@@ -19,9 +19,13 @@ _WORTH = 0.02  # of all that remains: a heuristic, below which recomputing is no
 # fmt: off
 _CHEAP = frozenset((
     "Mul", "Div", "Add", "Sub", "Neg", "Abs", "Pow", "Exp", "Log", "Sqrt", "Rsqrt", "Sin", "Cos", "Where", "MaskedFill",
-    "Clamp", "Maximum", "Minimum", "Softmax", "SafeSoftmax", "LogSoftmax", "NativeDropout", "Gelu", "Silu", "Mish", "Relu",
-    "Hardtanh", "LeakyRelu", "Elu", "Tanh", "Sigmoid", "Softplus", "LogSigmoid", "Hardswish", "Glu", "NativeLayerNorm",
+    "Clamp", "Maximum", "Minimum", "Softmax", "SafeSoftmax", "LogSoftmax", "NativeLayerNorm",
     "FusedRmsNorm", "NativeGroupNorm", "NativeBatchNorm", "MaxPool2DWithIndices",
+))
+# Activations that code calls as functions, which `fewbit.patch` codes
+CALLED = frozenset((
+    "Gelu", "Silu", "Mish", "Relu", "Hardtanh", "LeakyRelu", "Elu", "Tanh", "Sigmoid", "Softplus", "LogSigmoid", "Hardswish",
+    "Glu",
 ))
 # fmt: on
 
@@ -143,6 +147,9 @@ def _of_other(name: str, convertible: bool, seen: _Sight) -> tuple[str, str]:
     kept = [each for each in seen.best.get(name, ()) if each.kind == ACTIVATIONS]
     if convertible:
         return LEAVE, "stays exact with these arguments"
+    called = dict.fromkeys(each.savers[0].operation for each in kept if each.savers[0].module == name)
+    if functions := ", ".join(operation for operation in called if operation in CALLED):
+        return LEAVE, f"{functions}: called as functions, which fewbit.patch codes, if that pays"
     cheap = [each for each in kept if each.savers[0].module == name and each.savers[0].operation in _CHEAP]
     if cheap and seen.cheap[pattern(name)] >= _WORTH * seen.remains:
         operations = ", ".join(dict.fromkeys(each.savers[0].operation for each in cheap))
@@ -169,7 +176,8 @@ def _seen_from(name: str, other: str, classes: Mapping[str, str]) -> str:
     if other == "" or name.startswith(other + "."):
         return f"the {classes[other]} around it"
     here, there = name.split("."), other.split(".")
-    common = next((i for i, parts in enumerate(zip(here, there, strict=False)) if parts[0] != parts[1]), 0)
-    if common and there[common].isdigit():
+    differ = (i for i, parts in enumerate(zip(here, there, strict=False)) if parts[0] != parts[1])
+    common = next(differ, min(len(here), len(there)))
+    if 0 < common < len(there) and there[common].isdigit():
         common -= 1  # "layer.1.conv" says more than "1.conv"
     return ".".join(there[common:])

@@ -72,7 +72,13 @@ def arguments_of(batch: Any) -> Arguments:
 def run(model: nn.Module, batch: Any) -> Any:
     """What the model makes of a batch."""
     args, kwargs = arguments_of(batch)
-    return model(*args, **kwargs)
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the model does not take this batch ({error}): a tensor is passed alone, a tuple or list as forward's arguments, "
+            "a mapping as named ones; give batches of what forward takes, or a loss_fn, which takes batches as they are"
+        ) from error
 
 
 def _check_initialized(model: nn.Module) -> None:

@@ -60,7 +60,7 @@ def memory(model: nn.Module, *inputs: Any, fake: bool = False, **kwargs: Any) ->
     if not isinstance(model, nn.Module):
         raise InputError(f"memory takes a torch.nn.Module, got {type(model).__name__}")
     forward = Forward(model, inputs, kwargs)
-    return MemoryReport(forward, forward.saved(fake), fake)
+    return MemoryReport(forward, forward.saved(fake), fake, _classes(model))
 
 
 @dataclass(repr=False)
@@ -70,6 +70,7 @@ class MemoryReport(Report):
     forward: Forward
     storages: list[Storage]
     fake: bool
+    classes: list[type[nn.Module]]  # of the model's modules
 
     @property
     def activation_bytes(self) -> int:
@@ -120,10 +121,12 @@ class MemoryReport(Report):
         The converted model runs on fake tensors, and on real ones where it cannot, and is then made what it was. Besides all
         conversions at once, each is tried alone.
 
-        Raises as `fewbit.convert`, before anything is changed.
+        Raises as `fewbit.convert`, before anything is changed, and InputError if the model was converted since.
         """
         from fewbit.models.planning.plan import plan
 
+        if _classes(self.forward.model) != self.classes:
+            raise InputError("the model was converted or changed since this report; make a new one with fewbit.memory")
         return plan(self.forward, None if self.fake else self.storages, bits, inputs, filter_fn)
 
     def to_html(self, path: str | Path | None = None, plan: Plan | None = None) -> str:
@@ -134,6 +137,10 @@ class MemoryReport(Report):
         if path is not None:
             write_atomically(Path(path), text)
         return text
+
+
+def _classes(model: nn.Module) -> list[type[nn.Module]]:
+    return [type(module) for module in model.modules()]
 
 
 def total(storages: Iterable[Storage], kind: str = ACTIVATIONS) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Filter = Callable[[nn.Module, str], bool]
 _log = logging.getLogger("fewbit")
 _left_out: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+_LEGEND = "saves: what the conversion saves beside the others that pay; modules that let go of a tensor together each count it."
 _AGREEMENT = 0.01  # of fake tensors with what was measured, or else the model itself runs
 
 
@@ -49,7 +50,7 @@ class Setting:
 
     def convert(self, model: nn.Module, names: Collection[str] | None = None) -> list[str]:
         """Convert the model, or those of these names alone; the names of what was converted."""
-        from fewbit.models.conversion.convert import convert, is_converted
+        from fewbit.models.conversion.convert import convert_modules, is_converted
 
         asked = {}
 
@@ -57,7 +58,7 @@ class Setting:
             asked[name] = (names is None or name in names) and (self.filter_fn is None or self.filter_fn(module, name))
             return asked[name]
 
-        convert(model, self.bits, self.inputs, wanted, coding=self.coding)
+        convert_modules(model, self.bits, self.inputs, wanted, self.coding)
         return [name for name, module in model.named_modules() if asked.get(name) and is_converted(module)]
 
 
@@ -136,7 +137,7 @@ class Plan(Report):
         ]
         if self.best_bytes != self.after_bytes:
             lines.append(f"only what pays (sample=): {_part(self.best_bytes, self.before_bytes)}")
-        return Group(*lines, "", self._table(most), "", self.how)
+        return Group(*lines, "", self._table(most), "", _LEGEND, self.how)
 
     def _table(self, most: int) -> RenderableType:
         view = terminal.table(("module",), ("before", "after", "saves"))
@@ -200,25 +201,44 @@ def forget_left_out(model: nn.Module) -> None:
 
 def _plan(forward: Forward, setting: Setting, candidates: list[str], before: list[Storage], fake: bool, how: str) -> Plan:
     model = forward.model
+    installed = set(candidates) - {name for name, _ in model.named_modules()}
+    before = _attributed(before, installed)
 
     def run(names: Collection[str]) -> list[Storage]:
         with preserved(model):
             setting.convert(model, names)
-            return forward.saved(fake)
+            return _attributed(forward.saved(fake), installed)
 
     after = run(candidates)
     compiled = _is_compiled(model)
     outcome = (trials.all_or_none if compiled else lambda *args: trials.choose(run, *args))(candidates, before, after)
-    classes = {name: type(module).__name__ for name, module in model.named_modules()}
-    others = _convertible(model, setting) - set(candidates)
-    found = advice.of_modules(classes, candidates, others, before, after, outcome)
+    convertible, classes = _convertible(model, setting)
+    found = advice.of_modules(classes, candidates, convertible - set(candidates), before, after, outcome)
     return Plan(model, setting, before, after, outcome, frozenset(candidates), found, how)
 
 
-def _convertible(model: nn.Module, setting: Setting) -> set[str]:
-    """What `inputs=` would convert besides."""
+def _attributed(storages: list[Storage], installed: set[str]) -> list[Storage]:
+    """What modules save by an activation that they hold as a function, as what the module saves that takes its place.
+
+    installed  names of these modules, each the only one in its parent
+    """
+    parents = {name.rpartition(".")[0]: name for name in installed}
+
+    def moved(storage: Storage) -> Storage:
+        names = {saver.module: parents[saver.module] for saver in storage.savers if saver.module in parents}
+        if storage.savers[0].operation not in advice.CALLED or not names:
+            return storage
+        savers = tuple(saver._replace(module=names.get(saver.module, saver.module)) for saver in storage.savers)
+        return replace(storage, savers=savers, slots=tuple((names.get(name, name), number) for name, number in storage.slots))
+
+    return [moved(each) for each in storages]
+
+
+def _convertible(model: nn.Module, setting: Setting) -> tuple[set[str], dict[str, str]]:
+    """What `inputs=` would convert besides; and the class of each module then, those in the place of functions among them."""
     with preserved(model):
-        return set(Setting(setting.bits, setting.inputs or setting.bits).convert(model))
+        names = set(Setting(setting.bits, setting.inputs or setting.bits).convert(model))
+        return names, {name: type(module).__name__ for name, module in model.named_modules()}
 
 
 def _baseline(forward: Forward, measured: list[Storage] | None, strict: bool = True) -> tuple[list[Storage], bool, str]:

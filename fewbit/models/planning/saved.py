@@ -116,26 +116,30 @@ def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
         yield tensor.untyped_storage()
 
 
-def tensors_in(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+def tensors_in(thing: Any) -> Iterator[Tensor]:
     """The tensors in a tensor, in containers of them, in dataclasses and in plain objects such as outputs; modules apart."""
-    seen = set() if seen is None else seen
-    if id(thing) in seen or isinstance(thing, (nn.Module, type, str, bytes, int, float)):
-        return
-    seen.add(id(thing))
-    if isinstance(thing, Tensor):
-        yield thing
-        return
-    parts: Iterable[Any] = ()
+    seen, pending = set(), [thing]
+    while pending:
+        each = pending.pop()
+        if id(each) in seen or isinstance(each, (nn.Module, type, str, bytes, int, float)):
+            continue
+        seen.add(id(each))
+        if isinstance(each, Tensor):
+            yield each
+        else:
+            pending += reversed(_parts(each))
+
+
+def _parts(thing: Any) -> list[Any]:
     if isinstance(thing, Mapping):
-        parts = list(thing.values())
-    elif isinstance(thing, (list, tuple, set, frozenset)):
-        parts = thing
-    elif is_dataclass(thing):
-        parts = [getattr(thing, field.name, None) for field in fields(thing)]
-    elif type(thing).__module__.split(".")[0] not in ("torch", "builtins", "functools"):
-        parts = list(getattr(thing, "__dict__", {}).values())
-    for part in parts:
-        yield from tensors_in(part, seen)
+        return list(thing.values())
+    if isinstance(thing, (list, tuple, set, frozenset)):
+        return list(thing)
+    if is_dataclass(thing):
+        return [getattr(thing, field.name, None) for field in fields(thing)]
+    if type(thing).__module__.split(".")[0] not in ("torch", "builtins", "functools"):
+        return list(getattr(thing, "__dict__", {}).values())
+    return []
 
 
 def _where(names: Mapping[int, str]) -> tuple[str, str]:

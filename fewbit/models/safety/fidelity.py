@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from torch import nn
 
 from fewbit import terminal
-from fewbit.autograd.switch import exact
+from fewbit.autograd.switch import exact, is_exact
 from fewbit.errors import InputError
 from fewbit.models.grouping import shortened
 from fewbit.models.report import Report
@@ -81,6 +81,8 @@ def fidelity(
         raise InputError(f"fidelity takes a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise InputError(f"fidelity takes the model that {type(model).__name__} wraps; pass model.module")
+    if is_exact():
+        raise InputError("fidelity compares with codes, and within fewbit.exact() there are none; call it outside")
     with untouched(model) as state, torch.inference_mode(False), torch.enable_grad(), Streams(model) as streams:
         found = _Sums(streams.streams, group_of)
         devices = devices_of(model)
@@ -282,9 +284,9 @@ def _batches(number: int) -> str:
 def _percent(ratio: float | None) -> str:
     """
     >>> _percent(0.0504), _percent(0.0004), _percent(3.2), _percent(0.0)
-    ('5 %', '0.04 %', '320 %', '0 %')
+    ('5.0 %', '0.04 %', '320 %', '0.0 %')
     """
-    return "–" if ratio is None else f"{100 * ratio:.{2 if 0 < ratio < 0.01 else 0}f} %"
+    return "–" if ratio is None else f"{100 * ratio:.{2 if 0 < ratio < 0.01 else 1 if ratio < 0.2 else 0}f} %"
 
 
 def _cells(part: Part) -> list[str]:
@@ -333,8 +335,9 @@ class _Sums:
             for stream in self._streams:
                 stream.accept()
         self._differences += with_difference
+        counts = math.isfinite(figures[ALL].error)
         for group, found in figures.items():
-            if not math.isfinite(found.error):
+            if not counts:
                 found = Figures(difference=found.difference)
             if not with_difference:
                 found = found._replace(difference=0.0)
