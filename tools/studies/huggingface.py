@@ -1,10 +1,10 @@
 """Hugging Face's models, small and from configurations, converted: `python -m tools.studies.huggingface [NAME ...]`.
 
-For each model, at 4 bits: whether the output has the same bits and the state the same keys; the bytes kept for backward before and
-after, and how far `fewbit.memory(...).plan(...)` is from the latter; the error of the gradient, with the shipped tables and with
-those that `fewbit.calibrate` makes of another batch; and the loss after 50 steps from the same seed on data that can be learnt,
-exact, coded and calibrated. Models of text learn to go on with a sequence of equal steps, or to fill the gaps in one of equal
-tokens, those of images to tell which colour is brighter.
+For each model, at 4 bits: whether the output has the same bits and the state the same keys; the bytes kept for backward
+before and after, and how far `fewbit.memory(...).plan(...)` is from the latter; the error of the gradient, with the shipped
+tables and with those that `fewbit.calibrate` makes of another batch; and the loss after 50 steps from the same seed on data
+that can be learnt, exact, coded and calibrated. Models of text learn to go on with a sequence of equal steps, or to fill the
+gaps in one of equal tokens, those of images to tell which colour is brighter.
 
 The table goes to the terminal and, as JSON, to tools/results/.
 """
