@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import SwiGLU
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,16 +30,6 @@ def mlp(activation, trainable=True):
 
 def batch(gradient=False):
     return torch.randn(ROWS, WIDTH, requires_grad=gradient)
-
-
-class SwiGLU(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
-        self.act = nn.SiLU()
-
-    def forward(self, x):
-        return self.down(self.act(self.gate(x)) * self.up(x))
 
 
 def independent_total(model, *args):
@@ -62,8 +53,8 @@ def independent_total(model, *args):
         (lambda: mlp(nn.ReLU(), trainable=False), True, 1),
         (lambda: mlp(nn.GELU(), trainable=False), True, 1),
         (lambda: mlp(nn.GELU(), trainable=False), False, 0),
-        (SwiGLU, False, 4),
-        (lambda: SwiGLU().requires_grad_(False), True, 3),
+        (lambda: SwiGLU(WIDTH, HIDDEN), False, 4),
+        (lambda: SwiGLU(WIDTH, HIDDEN).requires_grad_(False), True, 3),
     ],
 )
 def test_units_kept(make, gradient, units, fake):
@@ -72,7 +63,9 @@ def test_units_kept(make, gradient, units, fake):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("make", "gradient", "units"), [(lambda: mlp(nn.GELU()), False, 2), (SwiGLU, False, 3)])
+@pytest.mark.parametrize(
+    ("make", "gradient", "units"), [(lambda: mlp(nn.GELU()), False, 2), (lambda: SwiGLU(WIDTH, HIDDEN), False, 3)]
+)
 def test_units_kept_by_compiled_models(make, gradient, units):
     model, x = make(), batch(gradient)
     compiled = torch.compile(model, backend="aot_eager_decomp_partition")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import SwiGLU
 from torch import nn
 
 import fewbit
@@ -28,16 +29,6 @@ def mlp(activation, trainable=True):
 
 def batch(gradient=False, rows=ROWS):
     return torch.randn(rows, WIDTH, requires_grad=gradient)
-
-
-class SwiGLU(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
-        self.act = nn.SiLU()
-
-    def forward(self, x):
-        return self.down(self.act(self.gate(x)) * self.up(x))
 
 
 class WrittenOut(SwiGLU):
@@ -64,7 +55,7 @@ MODELS = {
     "tanh, frozen": (lambda: mlp(nn.Tanh(), False), lambda: batch(True)),
     "gelu": (lambda: mlp(nn.GELU()), batch),
     "silu, frozen": (lambda: mlp(nn.SiLU(), False), lambda: batch(True)),
-    "swiglu": (SwiGLU, batch),
+    "swiglu": (lambda: SwiGLU(WIDTH, HIDDEN), batch),
     "norm and dropout": (
         lambda: nn.Sequential(nn.LayerNorm(WIDTH), mlp(nn.GELU()), nn.Dropout(0.1), nn.Linear(WIDTH, 8)),
         batch,
@@ -129,7 +120,7 @@ def test_frozen_layers_and_products():
     found = advice_of(fewbit.memory(mlp(nn.GELU(), False), batch(True)).plan(bits=3, inputs=4))
     assert found["1"][0] == "code"
     assert found["2"] == ("leave", "keeps nothing that coding could shrink (a frozen weight, or no gradient)")
-    found = advice_of(fewbit.memory(WrittenOut(), batch()).plan(bits=3))
+    found = advice_of(fewbit.memory(WrittenOut(WIDTH, HIDDEN), batch()).plan(bits=3))
     assert found[""][0] == "recompute"
     assert "Mul: not coded, but cheap" in found[""][1]
     assert found["down"] == ("leave", "stays exact with these arguments")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fewbit import activations
@@ -83,3 +84,9 @@ def without_compiler(name: str, model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} takes a torch.nn.Module, got {type(model).__name__}")
     return getattr(model, "_orig_mod", model)
+
+
+def pre_activation(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What a coded module that is called with these arguments applies its activation to, or that of its gate."""
+    x = args[0] if args else kwargs.get("input", kwargs.get("gate"))
+    return x.tensor_split(2, module.dim)[1] if isinstance(module, nn.GLU) and isinstance(x, torch.Tensor) else x

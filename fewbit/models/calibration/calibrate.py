@@ -18,7 +18,7 @@ from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
 from fewbit.models.calibration.calibration import CalibratedLayer, Calibration
 from fewbit.models.calibration.histogram import StreamingHistogram, bins_of
-from fewbit.models.coded import Coded, Filter, coded_modules, without_compiler
+from fewbit.models.coded import Coded, Filter, coded_modules, pre_activation, without_compiler
 from fewbit.models.conversion.convert import convert
 from fewbit.models.planning.forward import run
 from fewbit.models.untouched import eager, restored_on_error, untouched
@@ -126,7 +126,7 @@ def _watch(coded: Coded, histogram: StreamingHistogram, with_gradients: bool) ->
     def before(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if _is_backward():  # checkpointing runs forward again
             return
-        x = _pre_activation(module, args, kwargs)
+        x = pre_activation(module, args, kwargs)
         histogram.add(x)
         if gradients:
             waiting.append(bins_of(x))
@@ -145,12 +145,6 @@ def _watch(coded: Coded, histogram: StreamingHistogram, with_gradients: bool) ->
 
 def _is_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
-
-
-def _pre_activation(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """What the activation, or the gate's, is applied to."""
-    x = args[0] if args else kwargs["gate" if "gate" in kwargs else "input"]
-    return x.tensor_split(2, module.dim)[1] if isinstance(module, nn.GLU) else x
 
 
 def _calibrated(coded: Coded, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CalibratedLayer:

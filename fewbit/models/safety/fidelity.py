@@ -77,12 +77,7 @@ def fidelity(
     nothing in the model is coded: convert it first, with fewbit.convert(model)
     """
     group_of = _grouping(by)
-    if not isinstance(model, nn.Module):
-        raise InputError(f"fidelity takes a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise InputError(f"fidelity takes the model that {type(model).__name__} wraps; pass model.module")
-    if is_exact():
-        raise InputError("fidelity compares with codes, and within fewbit.exact() there are none; call it outside")
+    _check(model)
     with untouched(model) as state, torch.inference_mode(False), torch.enable_grad(), Streams(model) as streams:
         found = _Sums(streams.streams, group_of)
         devices = devices_of(model)
@@ -101,6 +96,15 @@ def fidelity(
         raise InputError("fidelity needs batches, and `batches` gave none; an iterator can be used up only once")
     coded = any(isinstance(module, CodedActivation | CodedLayer) for module in model.modules())
     return found.report(coded)
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"fidelity takes a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise InputError(f"fidelity takes the model that {type(model).__name__} wraps; pass model.module")
+    if is_exact():
+        raise InputError("fidelity compares with codes, and within fewbit.exact() there are none; call it outside")
 
 
 def _grouping(by: str | Callable[[str], str]) -> Callable[[str], str]:

@@ -20,11 +20,11 @@ from fewbit.autograd import handle, traced
 from fewbit.autograd.switch import is_exact
 from fewbit.design.table import CodeTable
 from fewbit.errors import DesignError, DriftWarning, InputError
-from fewbit.models.coded import describe
+from fewbit.models.coded import describe, pre_activation
 from fewbit.models.grouping import shortened
 from fewbit.models.report import Report
 from fewbit.nn.activations import CodedActivation
-from fewbit.nn.layers import GLU, CodedLayer
+from fewbit.nn.layers import CodedLayer
 from fewbit.record import Activation
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class _Hook:
         if torch.compiler.is_compiling():
             return
         if module.training and torch.is_grad_enabled():
-            self._watching.see(self._layer, _gate_input(module, args, kwargs))
+            self._watching.see(self._layer, pre_activation(module, args, kwargs))
 
     def __deepcopy__(self, memo: dict) -> Any:
         return _not_watched
@@ -204,14 +204,6 @@ def _gate(module: nn.Module) -> tuple[Activation, CodeTable] | None:
         return None
     coded = describe("", module)
     return (coded.record, coded.table) if coded.calibrates else None
-
-
-def _gate_input(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """What the module codes by a table for its activation; a GLU's gate is the second half of its input."""
-    x = args[0] if args else kwargs.get("input", kwargs.get("gate"))
-    if isinstance(module, GLU) and isinstance(x, Tensor):
-        return x.tensor_split(2, module.dim)[1]
-    return x
 
 
 def _has_its_sign_from_before(module: nn.Module, x: Tensor) -> bool:
