@@ -83,6 +83,11 @@ def register(
     >>> round(float(snake.df(0.0)), 3)
     1.0
     """
+    if not isinstance(name, str) or not callable(function) or not isinstance(parameters or {}, Mapping):
+        raise ActivationError(
+            "register takes a name, a function on tensors, and parameters as a mapping from name to default; got "
+            f"{name!r}, {function!r}, {parameters!r}"
+        )
     if not name.isidentifier() or name.startswith("_") or keyword.iskeyword(name):
         raise ActivationError(f"the name of an activation must be a Python identifier without leading underscore, got {name!r}")
     record = from_callable(function, derivative, parameters=parameters, name=name)
@@ -218,7 +223,7 @@ def _record(
 _GELU = "torch.nn.functional.gelu"
 
 _RESERVED = (
-    {"input", "inplace", "bits", "table"}  # what drop-ins take
+    {"input", "inplace", "bits", "table", "shared"}  # what drop-ins take
     | {"activation", "weight", "coding", "channels", "balance", "levels", "domain", "cells"}  # what designs take
     | {"name", "record", "training"}  # what modules have
 )

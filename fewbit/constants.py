@@ -1,8 +1,12 @@
 """Defaults and ranges that several parts share. Imports nothing, so that the command line can name them for free."""
 
 MAX_BITS = 8
-DEFAULT_BITS = 3
-DEFAULT_LAYER_BITS = 4  # of layers with weights
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # that can be coded
+DEFAULT_BITS = 3  # of codes of the derivative alone
+DEFAULT_LAYER_BITS = 4  # of codes of values, and of whole models
+REST_BITS = 8  # of kind "rest" at least, where bits are one number for every kind
+# of what is kept for backward. "linear" is the inputs of linear layers and convolutions, "product" of elementwise products.
+KINDS = ("activation", "linear", "norm", "product", "attention", "recurrent", "rest")
 DEFAULT_WEIGHT = "student"  # of tables that hold the derivative alone, which tolerate heavy tails
 VALUE_WEIGHT = "normal"  # of all others: values want light tails
 DEFAULT_DOMAIN = (-10.0, 10.0)

@@ -22,8 +22,13 @@ class TableFileError(TableError):
 
 
 class InputError(FewbitError, TypeError):
-    """A tensor of a kind that coded activations do not take, or a derivative that codes cannot give."""
+    """An argument that a call cannot take (a tensor that cannot be coded, something that is no model, batch, loss or filter),
+    or a derivative that codes cannot give."""
+
+
+class ConversionWarning(UserWarning):
+    """A conversion that found nothing to convert."""
 
 
 class DriftWarning(UserWarning):
-    """The inputs of a layer have drifted away from what its table was designed for, so that its derivative errs more."""
+    """The inputs of a layer have drifted away from what its table was designed for: its derivative or value errs more."""

@@ -29,9 +29,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"torch has no device {name!r} here ({str(error).splitlines()[0]}); --device cpu always works"
-        ) from error
+        raise InputError(f"torch has no device {name!r} here ({str(error).splitlines()[0]}); 'cpu' always works") from error
     return device
 
 

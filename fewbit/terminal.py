@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 
@@ -15,6 +18,23 @@ def console(stderr: bool = False, at_least: int = 0) -> Console:
     if found.width < at_least:
         found.width = at_least
     return found
+
+
+@contextmanager
+def progress(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """Show on stderr, if that is a terminal, that something takes long, as long as this context lasts; gives what to call after
+    each step."""
+    screen = console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[steps]}"), TimeElapsedColumn()
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as shown:
+        task, done = shown.add_task(description, total=total, steps=""), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            shown.update(task, advance=1, steps=f"{done} of {total}" if total else f"{done}")
+
+        yield advance
 
 
 def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:

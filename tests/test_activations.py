@@ -137,7 +137,6 @@ def test_records_compare_by_what_they_compute():
     assert hash(activations.get("elu", alpha=1.0)) == hash(activations.get("elu"))
 
 
-@pytest.mark.usefixtures("own_registry")
 class TestRegister:
     def test_derivative_by_autograd(self):
         record = activations.register("snake", lambda x: x + x.sin() ** 2)

@@ -24,7 +24,7 @@ CASES = [*[f"{way}, {mode}" for way in ("ddp", "fsdp") for mode in ("eager", "co
 def make_model(case):
     torch.manual_seed(0)
     if case in LAYERS:
-        return torch.nn.Sequential(*[fewbit.convert(Block(), bits=4, inputs=4) for _ in range(2)])
+        return torch.nn.Sequential(*[fewbit.convert(Block(), bits=4) for _ in range(2)])
     return torch.nn.Sequential(
         torch.nn.Sequential(torch.nn.Linear(8, 64), fewbit.GELU(bits=3), torch.nn.Linear(64, 16)),
         torch.nn.Sequential(fewbit.SiLU(bits=2), torch.nn.Linear(16, 1)),

@@ -1,8 +1,12 @@
 """The package as a whole: what an import costs, and which way imports point."""
 
 import ast
+import graphlib
+import itertools
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,56 +14,110 @@ import pytest
 import fewbit
 
 PACKAGE = Path(fewbit.__file__).parent
-# a module may import those on the lines below its own
-LAYERS = [
+# a part may import those on the lines below its own
+RANKS = [
     {"__main__"},
     {"cli"},
-    {"demo", "bench_report"},
-    {"bench"},
+    {"demo", "bench"},
     {"models"},
     {"plots", "terminal", "measuring"},
     {"nn"},
     {"functional"},
-    {"layers"},
-    {"drop_in"},
-    {"coders"},
-    {"autograd", "store"},
+    {"resolve", "autograd"},
+    {"store"},
     {"kernels", "design"},
-    {"packing", "activations", "weights"},
+    {"packing", "activations", "weights", "torch_internals"},
     {"record"},
     {"errors", "constants"},
 ]
+# and likewise inside of models
+MODELS = [
+    {"calibration", "gradients"},
+    {"memory"},
+    {"conversion"},
+    {"modules"},
+    {"preserve", "arguments", "report"},
+    {"grouping"},
+]
+# no torch at module level, and nothing of the machinery
 MATHEMATICS = {"store", "design", "activations", "weights", "record"}
-MACHINERY = {"autograd", "kernels", "packing"}
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-
-
-def part_of(path):
-    """The file's top part: fewbit/design/grid.py -> design."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+MACHINERY = {"autograd", "kernels", "packing", "torch_internals"}
 
 
 def imports_of(path):
-    """Parts of fewbit that a file imports, anywhere in it."""
+    """Modules of fewbit that a file imports, anywhere in it, as dotted names without "fewbit"."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "fewbit":
             yield from (alias.name for alias in node.names if alias.name != "__version__")
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fewbit."):
-            yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fewbit."):
+            home = node.module.removeprefix("fewbit.")
+            yield from (f"{home}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "fewbit":
             yield "nn" if node.attr[0].isupper() else node.attr
 
 
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+def check(own, other, ranks, path):
+    rank = {name: number for number, names in enumerate(ranks) for name in names}
+    assert own == other or rank[other] > rank[own], f"{path} is of {own} and imports {other}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+FILES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_down(path):
-    own = part_of(path)
-    for other in imports_of(path):
-        assert other == own or RANK[other] > RANK[own], f"{own} imports {other}"
-        assert not (own in MACHINERY and other in MATHEMATICS)
-        assert not (own in MATHEMATICS and other in MACHINERY)
+    own = [part.removesuffix(".py") for part in path.parts]
+    for other in (name.split(".") for name in imports_of(PACKAGE / path)):
+        if own[0] == other[0] == "models" and own[1] != "__init__":
+            check(own[1], other[1], MODELS, path)
+        check(own[0], other[0], RANKS, path)
+        assert not (own[0] in MACHINERY and other[0] in MATHEMATICS)
+        assert not (own[0] in MATHEMATICS and other[0] in MACHINERY)
+
+
+def imported_files(path):
+    """The files of fewbit that a file imports, but for what type checkers alone import."""
+    tree = ast.parse((PACKAGE / path).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fewbit":
+            home = "/".join(node.module.split(".")[1:])
+            for alias in node.names:
+                places = (f"{home}/{alias.name}", home)  # a module of that name, or a name in a module
+                found = (Path(f"{place}{end}".lstrip("/")) for place in places for end in (".py", "/__init__.py"))
+                yield from itertools.islice((each for each in found if each in FILES), 1)
+
+
+def test_no_file_imports_itself_through_others():
+    """Imports inside of functions count, too: they put a circle off, but leave it there."""
+    imports = {path: set(imported_files(path)) - {path} for path in FILES}
+    assert Path("functional/operation.py") in imports[Path("functional/layers.py")]
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
+
+
+def test_every_part_has_a_rank():
+    assert {path.parts[0].removesuffix(".py") for path in FILES} == set().union(*RANKS)
+    inside = {path.parts[1].removesuffix(".py") for path in FILES if path.parts[0] == "models"}
+    assert inside - {"__init__"} == set().union(*MODELS)
+
+
+def modules_imported(path):
+    """Top-level modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+def test_what_is_imported_is_declared():
+    declared = re.findall(r"^Requires-Dist: ([a-z0-9_-]+)(.*)$", str(metadata.metadata("fewbit")), re.MULTILINE)
+    names = {name for name, rest in declared if "extra" not in rest or "cuda" in rest}
+    imported = {name for path in FILES for name in modules_imported(PACKAGE / path)}
+    third = imported - set(sys.stdlib_module_names) - {"fewbit"}
+    assert third == names
 
 
 def loaded_after(code):

@@ -24,14 +24,41 @@ def cached_file(folder):
     return path
 
 
+def check_shipped(name):
+    """That the shipped file of a name is what a design gives, number for number.
+
+    But for which of two mirror images it is: where f' is symmetric and the best table is not, both have the same error, and the
+    last bit decides, in which processors differ.
+    """
+    shipped, designed = (store.tables_directory() / f"{name}.json").read_text(), store.shipped_text(name)
+    if shipped == designed:
+        return
+    for ours, theirs in zip(*(json.loads(text)["tables"] for text in (designed, shipped)), strict=True):
+        if ours != theirs:
+            numbers = ("thresholds", "codes", "levels")
+            assert {key: ours[key] for key in ours if key not in numbers} == {
+                key: theirs[key] for key in theirs if key not in numbers
+            }
+            check_mirrored(*({key: np.array(each[key]) for key in numbers} for each in (ours, theirs)))
+
+
+def check_mirrored(ours, theirs):
+    """That the first table's levels are the other's where -x is, for the derivative alone."""
+    np.testing.assert_allclose(ours["thresholds"], -theirs["thresholds"][::-1], rtol=1e-8)
+    by_interval = [each["levels"][0][each["codes"]] for each in (ours, theirs)]
+    even = np.allclose(by_interval[0], by_interval[1][::-1], rtol=1e-8)
+    assert even or np.allclose(by_interval[0], 1 - by_interval[1][::-1], rtol=1e-8)  # f'(-x) = 1 - f'(x)
+
+
 @pytest.mark.parametrize("name", ["tanh", "relu6", "hardswish", "identity"])
 def test_shipped_files_are_what_a_design_gives(name):
-    assert store.shipped_text(name) == (store.tables_directory() / f"{name}.json").read_text()
+    check_shipped(name)
 
 
 @pytest.mark.slow
-def test_all_shipped_files_are_what_a_design_gives():
-    assert [name for name, differs in store.build_tables(store.tables_directory(), check=True) if differs] == []
+@pytest.mark.parametrize("name", activations.SHIPPED)
+def test_all_shipped_files_are_what_a_design_gives(name):
+    check_shipped(name)
 
 
 def test_everything_promised_is_shipped(record, empty_cache):
@@ -136,7 +163,6 @@ def test_a_function_as_weight_is_not_cached(empty_cache):
     assert not empty_cache.exists()
 
 
-@pytest.mark.usefixtures("own_registry")
 class TestOwnActivations:
     def test_changed_under_its_old_name(self, empty_cache):
         activations.register("mine", torch.tanh)

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from fewbit import activations, packing
-from fewbit.coders import channel_coders
 from fewbit.kernels import cuda
+from fewbit.resolve import device_tables
 from fewbit.store import load_table
 
 KERNELS = ("encode", "forward", "decode")
@@ -149,7 +149,7 @@ def _scalars(constants: dict[str, Any]) -> int:
 
 def _search(activation: str, dtype: str, bits: int) -> cuda.Search:
     wide = torch.float64 if dtype == "float64" else torch.float32
-    return cuda.Constants.of(channel_coders(load_table(activation, bits), wide, torch.device("cpu"))[0]).search
+    return cuda.ProgramTable.of(device_tables(load_table(activation, bits), wide, torch.device("cpu"))[0]).search
 
 
 def _opcodes(sass: str) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 
 import fewbit
 from fewbit import terminal
+from fewbit.measuring import saved_storages
 
 BATCH, WIDTH, HIDDEN, RANK = 256, 256, 1024, 8
 
@@ -73,15 +74,12 @@ def kept(model: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> floa
     """Bytes for each element of the activation's input that `call`, the model or its compiled form, keeps for backward."""
     x = torch.randn(BATCH, WIDTH, requires_grad=True)
     owned = {tensor.untyped_storage().data_ptr() for tensor in (x, *model.parameters())}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor.detach()  # the tensor itself, if it is an output, would hold its own graph for good
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call(x)
-    return sum(storage.nbytes() for address, storage in saved.items() if address not in owned) / (BATCH * HIDDEN)
+    saved: dict[int, int] = {}
+    with saved_storages(saved, leave_out=owned):
+        output = call(x)
+    total = sum(saved.values())
+    del output  # which held all that was counted, so that no address was used twice
+    return total / (BATCH * HIDDEN)
 
 
 def row(make: Callable[[nn.Module], nn.Module], bits: int) -> list[float]:

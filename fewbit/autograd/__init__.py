@@ -1,1 +1,1 @@
-"""autograd functions, one file per kind of saved quantity. They take plain tensors and know no registry."""
+"""autograd functions, one file for each operation. They take plain tensors and know no registry."""

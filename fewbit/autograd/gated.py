@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from fewbit.autograd.codes import Quantizer, encode, scaled, times, values
-from fewbit.autograd.handle import Recipe, attach
+from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.layout import Layout
-from fewbit.autograd.once import once
-from fewbit.kernels import Coder
+from fewbit.autograd.quantize import Quantizer, encode, scaled, times, values
+from fewbit.autograd.sharing import Recipe, attach
+from fewbit.kernels import DeviceTable
 
 Tensor = torch.Tensor
 
@@ -23,9 +23,9 @@ Tensor = torch.Tensor
 def coded_gate(
     gate: Tensor,
     up: Tensor,
-    derivative: Coder,
-    value: Coder,
-    normal: Coder,
+    derivative: DeviceTable,
+    value: DeviceTable,
+    normal: DeviceTable,
     *,
     exact: Callable[[Tensor, Tensor], Tensor],
     channel: int = -1,
@@ -37,7 +37,7 @@ def coded_gate(
     derivative, value  one joint code of gate, with the levels of f' and of f
     normal             of a standard normal number, for codes of up, standardized by channel and scaled by row
     channel            the dimension of the channels
-    stochastic         as in `fewbit.autograd.codes.Quantizer`, for up
+    stochastic         as in `fewbit.autograd.quantize.Quantizer`, for up
     """
     if gate.shape != up.shape:
         gate, up = torch.broadcast_tensors(gate, up)
@@ -54,7 +54,7 @@ def coded_gate(
 
 
 class _CodedGate(torch.autograd.Function):
-    """Its second output is the anchor of `once`; then come the codes of gate and their layout."""
+    """Its second output is the anchor of `differentiable_once`; then come the codes of gate and their layout."""
 
     @staticmethod
     def forward(
@@ -62,15 +62,15 @@ class _CodedGate(torch.autograd.Function):
         gate: Tensor,
         up: Tensor,
         of_up: Recipe,
-        coders: tuple[Coder, Coder],
+        tables: tuple[DeviceTable, DeviceTable],
         exact: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Layout]:
         layout = Layout.of(gate)
-        packed, anchor = encode(layout.flatten(gate), coders[0]), gate.new_empty(0)
+        packed, anchor = encode(layout.flatten(gate), tables[0]), gate.new_empty(0)
         ctx.save_for_backward(anchor, packed, *of_up.kept)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(packed)
-        ctx.coded = coders, layout, of_up.rebuild
+        ctx.coded = tables, layout, of_up.rebuild
         return exact(gate, up), anchor, packed, layout
 
     @staticmethod
@@ -83,7 +83,7 @@ class _CodedGate(torch.autograd.Function):
         grad_gate, grad_up = None, None
         if ctx.needs_input_grad[0]:
             by_up = rebuild(kept, grad.dtype) * grad  # grad may be a batch of gradients
-            grad_gate = once(times(packed, by_up, derivative, layout), grad, anchor)
+            grad_gate = differentiable_once(times(packed, by_up, derivative, layout), grad, anchor)
         if ctx.needs_input_grad[1]:
-            grad_up = once(times(packed, grad, value, layout), grad, anchor)
+            grad_up = differentiable_once(times(packed, grad, value, layout), grad, anchor)
         return grad_gate, grad_up, None, None, None

@@ -17,9 +17,14 @@ class Layout(NamedTuple):
     order: tuple[int, ...]
 
     @classmethod
+    def contiguous(cls, shape: torch.Size) -> Layout:
+        """The usual one: the last dimension is the innermost."""
+        return cls(shape, tuple(range(len(shape))))
+
+    @classmethod
     def of(cls, tensor: Tensor) -> Layout:
         if tensor.is_contiguous():  # also for shapes that depend on data, whose strides cannot be compared
-            return cls(tensor.shape, tuple(range(tensor.dim())))
+            return cls.contiguous(tensor.shape)
         return cls(tensor.shape, tuple(memory_order(tensor.stride())))
 
     def flatten(self, tensor: Tensor) -> Tensor:

@@ -13,30 +13,31 @@ is there, by half at most. Farther out, where y hardly ever changes its sign, th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch._prims_common import suggest_memory_format
 
-from fewbit.autograd import traced
-from fewbit.autograd.codes import Quantizer, center_and_spread, standardized, values
-from fewbit.autograd.handle import Recipe, attach
+from fewbit.autograd import watched
+from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.layout import Layout
-from fewbit.autograd.once import once
-from fewbit.kernels import Coder
+from fewbit.autograd.quantize import Quantizer, center_and_spread, standardized, values
+from fewbit.autograd.sharing import Recipe, attach
+from fewbit.kernels import DeviceTable
+from fewbit.torch_internals import batch_norm_with_statistics, memory_format_of
 
 Tensor = torch.Tensor
 Needed = Sequence[bool]  # which gradients: of x, weight, bias
-Statistics = tuple[Tensor, Tensor | None, Tensor]
+Normalized = tuple[Tensor, Tensor | None, Tensor]
 _aten = torch.ops.aten
 
 
 class Normalization(Protocol):
-    """An operation y = w x̂ + b. Statistics are of the dtype of the operation's own."""
+    """An operation y = w x̂ + b. The mean and 1/σ have the dtype of the operation's own statistics."""
 
     by_channel: bool  # whether w and b belong to dimension 1, instead of to the last ones
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | None) -> Statistics:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Any) -> Normalized:
         """y, exactly as the operation gives it, and the mean (None if not taken) and 1/σ in shapes that broadcast with x."""
         ...
 
@@ -54,7 +55,7 @@ class LayerNorm(NamedTuple):
     eps: float
     by_channel: bool = False
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalized:
         return torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
 
     def backward(self, grad, x_hat, scale, weight, needed):
@@ -65,17 +66,17 @@ class LayerNorm(NamedTuple):
         return grad_x.mul_(scale) if needed[0] else None, *others
 
 
-def _root_mean_square(x: Tensor, eps: float) -> Tensor:
-    """x̂ = x / σ, in float32, of float32."""
+def _divided_by_rms(x: Tensor, eps: float) -> Tensor:
+    """x divided by its root mean square; float32 in and out."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 def _cast_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # Llama
-    return weight * _root_mean_square(x.to(torch.float32), eps).to(x.dtype)
+    return weight * _divided_by_rms(x.to(torch.float32), eps).to(x.dtype)
 
 
 def _cast_last(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # OLMo 2, GPT-OSS, and Gemma with its own weight
-    return (weight * _root_mean_square(x.to(torch.float32), eps)).to(x.dtype)
+    return (weight * _divided_by_rms(x.to(torch.float32), eps)).to(x.dtype)
 
 
 def _cast_to_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # T5
@@ -83,8 +84,9 @@ def _cast_to_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # T5
     return weight * (hidden.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else hidden)
 
 
-# How models write RMS norms themselves, which differ in what they round: each of x, weight and eps, over the last dimension
-WRITTEN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+# How models compute RMS norms themselves over the last dimension, as functions of x, weight and eps. They differ in where they
+# round.
+WAYS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "cast first": _cast_first,
     "cast last": _cast_last,
     "cast to weight": _cast_to_weight,
@@ -92,20 +94,20 @@ WRITTEN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 class RMSNorm(NamedTuple):
-    """Over the last dimensions, of shape `shape`; no mean is taken. Computed as torch does, or by one of `WRITTEN`."""
+    """Over the last dimensions, of shape `shape`; no mean is taken. Computed as torch does, or in one of `WAYS`."""
 
     shape: tuple[int, ...]
     eps: float | None
-    written: Callable[[Tensor, Any, Any], Tensor] | None = None
+    own: Callable[[Tensor, Any, Any], Tensor] | None = None
     by_channel: bool = False
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalized:
         dims = tuple(range(-len(self.shape), 0))
         wide = x if x.dtype == torch.float64 else x.float()
         eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps  # as torch: of the dtype that it computes in
         scale = wide.square().mean(dims, keepdim=True).add_(eps).rsqrt_()
-        if self.written is not None:
-            return self.written(x, weight, eps), None, scale
+        if self.own is not None:
+            return self.own(x, weight, eps), None, scale
         return torch.nn.functional.rms_norm(x, self.shape, weight, self.eps), None, scale
 
     def backward(self, grad, x_hat, scale, weight, needed):
@@ -127,9 +129,9 @@ class GroupNorm(NamedTuple):
     eps: float
     by_channel: bool = True
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Statistics:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalized:
         # torch's own function does the same before it calls this one
-        dense = x.contiguous(memory_format=suggest_memory_format(x) if x.device.type == "cpu" else torch.contiguous_format)
+        dense = x.contiguous(memory_format=memory_format_of(x) if x.device.type == "cpu" else torch.contiguous_format)
         y, mean, scale = torch.native_group_norm(dense, weight, bias, *self._sizes(x), self.groups, self.eps)
         if scale.dtype in (torch.float16, torch.bfloat16):  # too coarse for the signs of y
             variance, mean = torch.var_mean(x.float().reshape(x.shape[0], self.groups, -1), -1, correction=0)
@@ -146,7 +148,7 @@ class GroupNorm(NamedTuple):
         return grad_x.mul_(scale) if needed[0] else None, *others
 
     def _sizes(self, x: Tensor) -> tuple[int, int, int]:
-        return x.shape[0], x.shape[1], x.shape[2:].numel()
+        return x.shape[0], x.shape[1], prod(x.shape[2:])
 
     def _by_channel(self, statistic: Tensor, x: Tensor) -> Tensor:
         repeated = statistic.reshape(x.shape[0], self.groups).repeat_interleave(x.shape[1] // self.groups, 1)
@@ -157,14 +159,13 @@ class BatchNorm(NamedTuple):
     """Over all but the channels; by the running statistics where not `training`."""
 
     training: bool
-    momentum: float
     eps: float
     by_channel: bool = True
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | None) -> Statistics:
-        running_mean, running_var = running
-        y, mean, scale, *_ = torch._batch_norm_impl_index(  # type: ignore[attr-defined]
-            x, weight, bias, running_mean, running_var, self.training, self.momentum, self.eps, torch.backends.cudnn.enabled
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Any) -> Normalized:
+        running_mean, running_var, momentum = running
+        y, mean, scale, *_ = batch_norm_with_statistics(
+            x, weight, bias, running_mean, running_var, self.training, momentum, self.eps, torch.backends.cudnn.enabled
         )
         if not self.training:
             assert running_mean is not None, "torch has checked it"
@@ -190,35 +191,37 @@ def coded_normalization(
 ) -> Tensor:
     """normalization(x, weight, bias), with codes of x̂ for backward and for the coded layers that read the result.
 
-    others         what else the operation takes (running statistics), and last the Coder, of a standard normal number
+    others         what else the operation takes (running statistics and their momentum), and last the DeviceTable of a
+                   standard normal number
     normalization  the operation
     exact          torch's function for it, where autocast may make that one compute in another dtype
-    stochastic     as in `fewbit.autograd.codes.Quantizer`
+    stochastic     as in `fewbit.autograd.quantize.Quantizer`
     """
-    *running, coder = others
-    if exact is not None and traced.is_autocast(x):
+    *running, table = others
+    if exact is not None and watched.is_autocast(x):
         probe = x.detach() if normalization.by_channel else x.detach().unsqueeze(0)
         dtype = exact(probe[:0], weight, bias).dtype
         if dtype != x.dtype:
             x = x.to(dtype)
             weight, bias = (each if each is None else each.to(dtype) for each in (weight, bias))
     y, _, packed, center, spread, layout = _CodedNormalization.apply(  # type: ignore[misc]
-        x, weight, bias, normalization, Quantizer(coder, stochastic), *running
+        x, weight, bias, normalization, Quantizer(table, stochastic), *running
     )
     with torch.no_grad():  # w x̂ + b with x̂ = spread * level + center
         factor, offset = _composed(weight, bias, center, spread, normalization)
-    signs = normalization.by_channel and coder.thresholds.numel() > 1 and not stochastic
+    signs = normalization.by_channel and table.thresholds.numel() > 1 and not stochastic
     wide = factor.dtype if signs else None  # in which no sign is lost
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         packed, factor, offset = kept
-        return _affine(packed, factor, offset, layout, wide or dtype, coder).to(dtype)
+        return _affine(packed, factor, offset, layout, wide or dtype, table).to(dtype)
 
     return attach(y, Recipe((packed, factor, offset), rebuild, keeps_sign=signs))
 
 
 class _CodedNormalization(torch.autograd.Function):
-    """Its second output is the anchor of `once`; then come the codes, what turns their levels into x̂, and their layout."""
+    """Its second output is the anchor of `differentiable_once`; then come the codes, what turns their levels into x̂, and their
+    layout."""
 
     @staticmethod
     def forward(
@@ -228,14 +231,14 @@ class _CodedNormalization(torch.autograd.Function):
         bias: Tensor | None,
         normalization: Normalization,
         quantizer: Quantizer,
-        *running: Tensor | None,
+        *running: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Layout]:
         y, mean, scale = normalization.forward(x, weight, bias, *running)
         x_hat = _normalized(x, mean, scale)
         center, spread = center_and_spread(x_hat, _all_but_channels(x_hat, normalization))
-        if normalization.by_channel and quantizer.coder.thresholds.numel() > 1:
+        if normalization.by_channel and quantizer.table.thresholds.numel() > 1:
             composed = _composed(weight, bias, center, spread, normalization)
-            shrink, shift = _to_a_threshold(*composed, quantizer.coder.thresholds)
+            shrink, shift = _to_a_threshold(*composed, quantizer.table.thresholds)
             spread = spread / shrink
             normal = standardized(x_hat, center, spread, shift)
             center = torch.addcmul(center, spread, shift, value=-1)
@@ -246,7 +249,7 @@ class _CodedNormalization(torch.autograd.Function):
         ctx.save_for_backward(anchor, packed, center, spread, scale, weight)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(packed, center, spread)
-        ctx.coded = normalization, layout, quantizer.coder, x.dtype
+        ctx.coded = normalization, layout, quantizer.table, x.dtype
         return y, anchor, packed, center, spread, layout
 
     @staticmethod
@@ -255,11 +258,11 @@ class _CodedNormalization(torch.autograd.Function):
         if grad is None:
             return None, None, None, *others
         anchor, packed, center, spread, scale, weight = ctx.saved_tensors
-        normalization, layout, coder, dtype = ctx.coded
-        x_hat = _affine(packed, spread, center, layout, grad.dtype, coder)
+        normalization, layout, table, dtype = ctx.coded
+        x_hat = _affine(packed, spread, center, layout, grad.dtype, table)
         grad_x, *grads_affine = normalization.backward(grad, x_hat, scale, weight, list(ctx.needs_input_grad[:3]))
         found = (None if grad_x is None else grad_x.to(dtype), *grads_affine)
-        return *(each if each is None else once(each, grad, anchor) for each in found), *others
+        return *(each if each is None else differentiable_once(each, grad, anchor) for each in found), *others
 
 
 def _normalized(x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
@@ -289,8 +292,8 @@ def _composed(
     return spread, center
 
 
-def _affine(packed: Tensor, factor: Tensor, offset: Tensor, layout: Layout, dtype: torch.dtype, coder: Coder) -> Tensor:
-    return values(packed, layout, dtype, coder).mul_(factor).add_(offset)
+def _affine(packed: Tensor, factor: Tensor, offset: Tensor, layout: Layout, dtype: torch.dtype, table: DeviceTable) -> Tensor:
+    return values(packed, layout, dtype, table).mul_(factor).add_(offset)
 
 
 def _along_channels(statistic: Tensor, x: Tensor) -> Tensor:

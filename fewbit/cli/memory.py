@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 def memory(
     model: Annotated[str, typer.Argument(help="package.module:factory, called without arguments, or a module itself.")],
-    inputs_of: Annotated[
+    inputs: Annotated[
         list[str],
         typer.Option("--input", help="Shape of an input, 8,3,224,224, or with its dtype, 8,128:int64; once for each."),
     ],
-    bits: Annotated[int | None, typer.Option(help="Plan a conversion: bits of activations.")] = None,
-    inputs: Annotated[
-        int | None, typer.Option(help="Plan it: bits of what linear layers, convolutions and norms read.")
+    bits: Annotated[
+        str | None, typer.Option(help="Plan a conversion: 4, for every kind, or by kind, activation=3,linear=4.")
     ] = None,
     gradient: Annotated[bool, typer.Option("--gradient", help="Inputs of floating point need a gradient.")] = False,
     fake: Annotated[bool, typer.Option("--fake", help="On fake tensors, for models too large for this machine.")] = False,
@@ -37,7 +36,7 @@ def memory(
 ) -> None:
     """Show what a model keeps for backward, by module and operation, and what fewbit.convert would save.
 
-    Integer inputs are zeros. With --bits or --inputs, the page, the picture and the JSON hold the plan, too.
+    Integer inputs are zeros. With --bits, the page, the picture and the JSON hold the plan, too.
     """
     if plot_path:
         check_picture(plot_path, "--plot")
@@ -45,15 +44,18 @@ def memory(
         if path:
             check_folder(path)
     from fewbit import terminal
-    from fewbit.constants import DEFAULT_BITS
-    from fewbit.models.planning.memory import memory as measure
+    from fewbit.models.conversion.setting import Setting, parse_bits
+    from fewbit.models.memory.report import memory as measure
 
-    found, tensors = _find_model(model), [_input(text, gradient, fake) for text in inputs_of]
+    wanted = None if bits is None else parse_bits(bits)
+    if wanted is not None:
+        Setting.of(wanted)  # which raises before the model is looked at
+    found, batch = _find_model(model), tuple(_input(text, gradient, fake) for text in inputs)
     try:
-        report = measure(found, *tensors, fake=fake)
+        report = measure(found, batch, fake=fake)
     except Exception as error:  # whatever the model does with such inputs
         raise InputError(f"the model raised {type(error).__name__} for these inputs: {error}") from error
-    plan = report.plan(DEFAULT_BITS if bits is None else bits, inputs) if bits is not None or inputs is not None else None
+    plan = None if wanted is None else report.plan(wanted)
     console = terminal.console(at_least=report.width)
     for each in (report, plan):
         if each is not None:

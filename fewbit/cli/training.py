@@ -51,8 +51,8 @@ def bench(
     from rich.progress import track
 
     from fewbit import terminal
-    from fewbit.bench import run, settings_of
-    from fewbit.bench_report import WIDTH, show, write
+    from fewbit.bench.measure import run, settings_of
+    from fewbit.bench.report import WIDTH, show, write
 
     records = [find_activation(name) for name in names or ("gelu", "silu")]
     lists = (bits or [DEFAULT_BITS], dtype or ["float32", "bfloat16"], size or ["2^10", "2^16", "2^22"], device or ["cpu"])

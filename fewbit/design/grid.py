@@ -50,7 +50,10 @@ class Grid:
         by_name: dict[str, Callable[[Array], Array]] = {"derivative": self._activation.df, "value": self._activation.f}
         values = np.stack([np.broadcast_to(by_name[channel](x), np.shape(x)) for channel in self._channels])
         if not np.all(np.isfinite(values)):
-            raise DesignError(f"{self._activation} must have finite values and derivatives on the domain, which it has not")
+            raise DesignError(
+                f"{self._activation} must have finite values and derivatives on the domain; choose other "
+                "parameters or a smaller domain"
+            )
         return values
 
     def w(self, x: Array) -> Array:

@@ -9,39 +9,39 @@ from types import ModuleType
 import torch
 
 from fewbit.kernels import reference
-from fewbit.kernels.coder import Coder
+from fewbit.kernels.device_table import DeviceTable
 
-__all__ = ["Coder", "Formula", "decode", "encode", "forward", "values"]
+__all__ = ["DeviceTable", "Formula", "decode", "encode", "forward", "values"]
 
 Formula = tuple[str, Mapping[str, float]]  # name and parameters of a built-in activation, for backends that compute it
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def encode(x: torch.Tensor, coder: Coder) -> torch.Tensor:
+def encode(x: torch.Tensor, table: DeviceTable) -> torch.Tensor:
     """Packed codes (packed_bytes(n, bits),) uint8 of the n elements of x; see `fewbit.kernels.reference.encode`."""
-    return _backend(x).encode(x, coder)
+    return _backend(x).encode(x, table)
 
 
 def forward(
-    x: torch.Tensor, coder: Coder, exact: Callable[[torch.Tensor], torch.Tensor], formula: Formula | None = None
+    x: torch.Tensor, table: DeviceTable, exact: Callable[[torch.Tensor], torch.Tensor], formula: Formula | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """exact(x) and the packed codes of a contiguous x: in one pass where there is a formula and the backend can compute it."""
     backend = _backend(x)
     if formula is not None and hasattr(backend, "forward") and backend.has_formula(formula[0]):
-        return backend.forward(x, coder, *formula)
-    packed = backend.encode(x, coder)
+        return backend.forward(x, table, *formula)
+    packed = backend.encode(x, table)
     return exact(x), packed
 
 
-def decode(packed: torch.Tensor, grad: torch.Tensor, coder: Coder) -> torch.Tensor:
+def decode(packed: torch.Tensor, grad: torch.Tensor, table: DeviceTable) -> torch.Tensor:
     """grad times the levels of the packed codes; see `fewbit.kernels.reference.decode`."""
-    return _backend(grad).decode(packed, grad, coder)
+    return _backend(grad).decode(packed, grad, table)
 
 
-def values(packed: torch.Tensor, n: int, coder: Coder, dtype: torch.dtype) -> torch.Tensor:
+def values(packed: torch.Tensor, n: int, table: DeviceTable, dtype: torch.dtype) -> torch.Tensor:
     """The levels (n,) of the packed codes, as numbers of the dtype; see `fewbit.kernels.reference.values`."""
     backend = _on(packed.device, dtype) if type(packed) in _PLAIN else reference
-    return backend.values(packed, n, coder, dtype)
+    return backend.values(packed, n, table, dtype)
 
 
 def _backend(tensor: torch.Tensor) -> ModuleType:

@@ -18,8 +18,9 @@ from llvmlite import binding
 
 from fewbit import packing
 from fewbit.kernels import loops, reference
-from fewbit.kernels.coder import Coder
+from fewbit.kernels.device_table import DeviceTable
 from fewbit.kernels.system import Kernel, empty_like
+from fewbit.torch_internals import is_zero
 
 Tensor = torch.Tensor
 Array = np.ndarray
@@ -28,7 +29,7 @@ _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 class Encoding(NamedTuple):
-    """A coder as an encoder of one dtype takes it.
+    """A table as an encoder of one dtype takes it.
 
     kernel  the compiled encoder
     block   its arguments: the last ones of an EncodeBlock
@@ -41,35 +42,35 @@ class Encoding(NamedTuple):
     arrays: tuple[Array, ...]
 
 
-def encode(x: Tensor, coder: Coder) -> Tensor:
+def encode(x: Tensor, table: DeviceTable) -> Tensor:
     """As `fewbit.kernels.reference.encode`, for x on the CPU."""
     x = _in_memory(x)
-    n, bits, encoding = x.numel(), coder.bits, _encoding(coder, x.dtype)
+    n, bits, encoding = x.numel(), table.bits, _encoding(table, x.dtype)
     words = packing.words(n, bits)
     packed = x.new_empty(bits * words, dtype=torch.uint8)
     encoding.kernel.run(loops.EncodeBlock(0, words, bits, packed.data_ptr(), n, x.data_ptr(), *encoding.block), n)
     return packed
 
 
-def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
+def decode(packed: Tensor, grad: Tensor, table: DeviceTable) -> Tensor:
     """As `fewbit.kernels.reference.decode`, for tensors on the CPU."""
-    if (grad.dtype == torch.float64) != (coder.levels.dtype == torch.float64):  # the operation changed the dtype: rare
-        return reference.decode(packed, grad, coder)
+    if (grad.dtype == torch.float64) != (table.levels.dtype == torch.float64):  # the operation changed the dtype: rare
+        return reference.decode(packed, grad, table)
     grad = _in_memory(grad)
-    return _decode(packed, grad.data_ptr(), empty_like(grad), coder)
+    return _decode(packed, grad.data_ptr(), empty_like(grad), table)
 
 
-def values(packed: Tensor, n: int, coder: Coder, dtype: torch.dtype) -> Tensor:
+def values(packed: Tensor, n: int, table: DeviceTable, dtype: torch.dtype) -> Tensor:
     """As `fewbit.kernels.reference.values`, for tensors on the CPU."""
-    if (dtype == torch.float64) != (coder.levels.dtype == torch.float64):
-        return reference.values(packed, n, coder, dtype)
-    return _decode(packed, 0, torch.empty(n, dtype=dtype), coder)
+    if (dtype == torch.float64) != (table.levels.dtype == torch.float64):
+        return reference.values(packed, n, table, dtype)
+    return _decode(packed, 0, torch.empty(n, dtype=dtype), table)
 
 
-def _decode(packed: Tensor, grad: int, product: Tensor, coder: Coder) -> Tensor:
+def _decode(packed: Tensor, grad: int, product: Tensor, table: DeviceTable) -> Tensor:
     """Fill the product; grad is an address, or 0 for ones."""
-    n, bits = product.numel(), coder.bits
-    levels = _padded_levels(coder)  # by name: another thread may push it out of the cache meanwhile
+    n, bits = product.numel(), table.bits
+    levels = _padded_levels(table)  # by name: another thread may push it out of the cache meanwhile
     addresses = packed.data_ptr(), n, grad, levels.data_ptr(), product.data_ptr()
     _decoder(product.dtype).run(loops.DecodeBlock(0, packed.numel() // bits, bits, *addresses), n)
     return product
@@ -77,7 +78,7 @@ def _decode(packed: Tensor, grad: int, product: Tensor, coder: Coder) -> Tensor:
 
 def _in_memory(tensor: Tensor) -> Tensor:
     """The same numbers, one after another in memory, as they are to be read."""
-    if tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor():
+    if tensor.is_contiguous() and not tensor.is_neg() and not is_zero(tensor):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
 
@@ -89,8 +90,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @lru_cache(maxsize=512)
-def _encoding(coder: Coder, dtype: torch.dtype) -> Encoding:
-    thresholds, codes, fold = coder.thresholds.cpu(), coder.codes.cpu(), coder.is_even
+def _encoding(table: DeviceTable, dtype: torch.dtype) -> Encoding:
+    thresholds, codes, fold = table.thresholds.cpu(), table.codes.cpu(), table.is_even
     if fold:
         thresholds, codes = thresholds[thresholds.numel() // 2 :], codes[codes.numel() // 2 :]
     ordered = _sortable(thresholds, dtype)
@@ -98,10 +99,10 @@ def _encoding(coder: Coder, dtype: torch.dtype) -> Encoding:
     fours, twos, padding = ((fours, 0, 0), (fours, 1, 1), (fours, 1, 0), (fours + 1, 0, 1))[rest]
     # what is repeated comes first and gives the code of the first interval once more
     ordered = np.concatenate([np.repeat(ordered[:1], padding), ordered])
-    table = np.concatenate([np.repeat(codes.numpy()[:1], padding), codes.numpy()]).astype(f"int{8 * ordered.itemsize}")
-    block = (ordered.ctypes.data, table.ctypes.data, fours, twos, fold, _INFINITY.get(dtype, 0))
-    wide = ordered.itemsize > 2 or coder.bits > 4
-    return Encoding(_encoder(ordered.dtype.name, wide), block, (ordered, table))
+    of_intervals = np.concatenate([np.repeat(codes.numpy()[:1], padding), codes.numpy()]).astype(f"int{8 * ordered.itemsize}")
+    block = (ordered.ctypes.data, of_intervals.ctypes.data, fours, twos, fold, _INFINITY.get(dtype, 0))
+    wide = ordered.itemsize > 2 or table.bits > 4
+    return Encoding(_encoder(ordered.dtype.name, wide), block, (ordered, of_intervals))
 
 
 def _sortable(thresholds: Tensor, dtype: torch.dtype) -> Array:
@@ -118,9 +119,9 @@ def _sortable(thresholds: Tensor, dtype: torch.dtype) -> Array:
 
 
 @lru_cache(maxsize=256)
-def _padded_levels(coder: Coder) -> Tensor:
-    levels = coder.levels.cpu()
-    return torch.cat([levels, levels.new_zeros(2**coder.bits - levels.numel())])
+def _padded_levels(table: DeviceTable) -> Tensor:
+    levels = table.levels.cpu()
+    return torch.cat([levels, levels.new_zeros(2**table.bits - levels.numel())])
 
 
 @cache

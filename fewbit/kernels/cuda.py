@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from fewbit import packing
-from fewbit.kernels.coder import Coder
+from fewbit.constants import DTYPES
+from fewbit.kernels.device_table import DeviceTable
 
 Tensor = torch.Tensor
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 _WARPS = 4
 # of compilation: subnormal numbers are kept, as torch keeps them. No limit of registers: with maxnreg=128 the assembler takes
 # that many (for GELU's forward at 3 bits 128 where it takes 72 by itself), and saves no instructions by it.
@@ -62,12 +63,12 @@ class Search(NamedTuple):
         return 2**32 - 1 if self.bits <= 4 else 2**64 - 1
 
 
-class Constants(NamedTuple):
-    """A Coder in the form of the programs.
+class ProgramTable(NamedTuple):
+    """A DeviceTable in the form of the programs.
 
     thresholds  those of the run, then the others; or, in memory, all, padded with infinity to 2**depth - 1
     codes       (2**depth,) uint8 for the search in memory; else unused
-    levels      (2**bits,), those past the coder's own zero
+    levels      (2**bits,), those past the table's own zero
     """
 
     search: Search
@@ -77,23 +78,23 @@ class Constants(NamedTuple):
 
     @classmethod
     @lru_cache(maxsize=256)
-    def of(cls, coder: Coder) -> Constants:
-        thresholds, codes = coder.thresholds.cpu().numpy(), coder.codes.cpu().numpy().astype(np.int64)
-        if coder.is_even:
+    def of(cls, table: DeviceTable) -> ProgramTable:
+        thresholds, codes = table.thresholds.cpu().numpy(), table.codes.cpu().numpy().astype(np.int64)
+        if table.is_even:
             thresholds, codes = thresholds[thresholds.size // 2 :], codes[codes.size // 2 :]
-        search, order = _plan(codes, coder.bits, coder.is_even)
+        search, order = _plan(codes, table.bits, table.is_even)
         if search.depth:
             padding = 2**search.depth - codes.size
             thresholds, codes = np.append(thresholds, [np.inf] * padding), np.append(codes, [codes[-1]] * padding)
         else:
             thresholds = thresholds[order]
-        device = coder.thresholds.device
+        device = table.thresholds.device
         with torch.inference_mode(False):
             return cls(
                 search,
-                torch.as_tensor(thresholds, dtype=coder.thresholds.dtype, device=device),
+                torch.as_tensor(thresholds, dtype=table.thresholds.dtype, device=device),
                 torch.as_tensor(codes.astype(np.uint8), device=device),
-                torch.nn.functional.pad(coder.levels.cpu(), (0, 2**coder.bits - coder.levels.numel())).to(device),
+                torch.nn.functional.pad(table.levels.cpu(), (0, 2**table.bits - table.levels.numel())).to(device),
             )
 
 
@@ -177,16 +178,16 @@ def block_size(dtype: torch.dtype) -> int:
     return 32 * _WARPS * _BYTES // dtype.itemsize
 
 
-def encode(x: Tensor, coder: Coder) -> Tensor:
+def encode(x: Tensor, table: DeviceTable) -> Tensor:
     """As `fewbit.kernels.reference.encode`, for x on a GPU."""
-    return _encode(x, x, coder)
+    return _encode(x, x, table)
 
 
-def forward(x: Tensor, coder: Coder, name: str, parameters: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, table: DeviceTable, name: str, parameters: Mapping[str, float]) -> tuple[Tensor, Tensor]:
     """The activation and the packed codes of x, in one pass.
 
     x           (*) contiguous, on a GPU; float16, bfloat16, float32 or float64
-    coder       as for `fewbit.kernels.reference.encode`
+    table       as for `fewbit.kernels.reference.encode`
     name        of a built-in activation that `has_formula`
     parameters  as in its record, all of them, in the record's order
     Returns     (*) of x's shape and dtype, at most one unit in the last place from torch's; (packed_bytes(n, bits),) uint8
@@ -195,37 +196,37 @@ def forward(x: Tensor, coder: Coder, name: str, parameters: Mapping[str, float])
 
     y = torch.empty_like(x)
     constants = _constants(name, tuple(parameters.items()), x.dtype, x.device)
-    return y, _encode(x, y, coder, formulas.FORMULAS[name], constants)
+    return y, _encode(x, y, table, formulas.FORMULAS[name], constants)
 
 
-def decode(packed: Tensor, grad: Tensor, coder: Coder) -> Tensor:
+def decode(packed: Tensor, grad: Tensor, table: DeviceTable) -> Tensor:
     """As `fewbit.kernels.reference.decode`, for tensors on a GPU."""
     grad = grad.detach().resolve_neg().contiguous()
-    return _decode(packed, grad, torch.empty_like(grad), coder)
+    return _decode(packed, grad, torch.empty_like(grad), table)
 
 
-def values(packed: Tensor, n: int, coder: Coder, dtype: torch.dtype) -> Tensor:
+def values(packed: Tensor, n: int, table: DeviceTable, dtype: torch.dtype) -> Tensor:
     """As `fewbit.kernels.reference.values`, for tensors on a GPU."""
-    return _decode(packed, None, torch.empty(n, dtype=dtype, device=packed.device), coder)
+    return _decode(packed, None, torch.empty(n, dtype=dtype, device=packed.device), table)
 
 
-def _decode(packed: Tensor, grad: Tensor | None, product: Tensor, coder: Coder) -> Tensor:
+def _decode(packed: Tensor, grad: Tensor | None, product: Tensor, table: DeviceTable) -> Tensor:
     """Fill the product; ones where there is no grad."""
     from fewbit.kernels import programs
 
-    words, block = packed.numel() // coder.bits, block_size(product.dtype)
-    levels = Constants.of(coder).levels
-    _launch(programs.decode, words, block, packed, grad, levels, product, product.numel(), words, coder.bits, block)
+    words, block = packed.numel() // table.bits, block_size(product.dtype)
+    levels = ProgramTable.of(table).levels
+    _launch(programs.decode, words, block, packed, grad, levels, product, product.numel(), words, table.bits, block)
     return product
 
 
-def _encode(x: Tensor, y: Tensor, coder: Coder, formula: Any = None, constants: Tensor | None = None) -> Tensor:
+def _encode(x: Tensor, y: Tensor, table: DeviceTable, formula: Any = None, constants: Tensor | None = None) -> Tensor:
     from fewbit.kernels import programs
 
     x = x.detach().resolve_neg().contiguous()
-    n, block, (search, thresholds, codes, _) = x.numel(), block_size(x.dtype), Constants.of(coder)
-    words = packing.words(n, coder.bits)
-    packed = torch.empty(coder.bits * words, dtype=torch.uint8, device=x.device)
+    n, block, (search, thresholds, codes, _) = x.numel(), block_size(x.dtype), ProgramTable.of(table)
+    words = packing.words(n, table.bits)
+    packed = torch.empty(table.bits * words, dtype=torch.uint8, device=x.device)
     count = 0 if constants is None else constants.numel()
     tensors = x, y, packed, thresholds, codes, thresholds if constants is None else constants
     _launch(programs.encode, words, block, *tensors, n, words, search, formula, count, block)

@@ -11,30 +11,31 @@ import torch
 
 from fewbit import kernels, packing
 from fewbit.errors import InputError
-from fewbit.kernels.coder import Coder
+from fewbit.kernels.device_table import DeviceTable
+from fewbit.torch_internals import versions_of
 
 Tensor = torch.Tensor
-_CODER = "Tensor thresholds, Tensor codes, Tensor levels, int bits"
+_TABLE = "Tensor thresholds, Tensor codes, Tensor levels, int bits"
 # torch.library.custom_op would do, at more than twice the overhead, for checks of what is known here: nothing is mutated
 _library = torch.library.Library("fewbit", "DEF")
-_known: dict[tuple, Coder] = {}
-_library.define(f"encode(Tensor x, {_CODER}) -> Tensor")
-_library.define(f"decode(Tensor packed, Tensor grad, {_CODER}) -> Tensor")
+_known: dict[tuple, DeviceTable] = {}
+_library.define(f"encode(Tensor x, {_TABLE}) -> Tensor")
+_library.define(f"decode(Tensor packed, Tensor grad, {_TABLE}) -> Tensor")
 
 
 def encode(x: Tensor, thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
     """Packed codes, row by row.
 
     x        (*, n), float16, bfloat16, float32 or float64
-    others   as in `fewbit.kernels.Coder`
+    others   as in `fewbit.kernels.DeviceTable`
     Returns  (*, packed_bytes(n, bits)) uint8
     """
-    coder = _coder(thresholds, codes, levels, bits)
+    table = _device_table(thresholds, codes, levels, bits)
     if x.dim() == 1:
-        return kernels.encode(x.contiguous(), coder)
+        return kernels.encode(x.contiguous(), table)
     packed = x.new_empty((*x.shape[:-1], packing.packed_bytes(x.shape[-1], bits)), dtype=torch.uint8)
     for source, target in zip(_rows(x.contiguous()), _rows(packed), strict=True):
-        target.copy_(kernels.encode(source, coder))
+        target.copy_(kernels.encode(source, table))
     return packed
 
 
@@ -45,15 +46,15 @@ def decode(packed: Tensor, grad: Tensor, thresholds: Tensor, codes: Tensor, leve
     grad     (*, n)
     Returns  (*, n) of grad's dtype
     """
-    coder = _coder(thresholds, codes, levels, bits)
+    table = _device_table(thresholds, codes, levels, bits)
     packed, grad = packed.contiguous(), grad.contiguous()
     if packed.shape[-1] != (expected := packing.packed_bytes(grad.shape[-1], bits)):
         raise InputError(f"{grad.shape[-1]} codes of {bits} bits take {expected} bytes, got {packed.shape[-1]}")
     if grad.dim() == 1:
-        return kernels.decode(packed, grad, coder)
+        return kernels.decode(packed, grad, table)
     product = torch.empty_like(grad)
     for codes_of_row, source, target in zip(_rows(packed), _rows(grad), _rows(product), strict=True):
-        target.copy_(kernels.decode(codes_of_row, source, coder))
+        target.copy_(kernels.decode(codes_of_row, source, table))
     return product
 
 
@@ -61,32 +62,32 @@ def _rows(tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]).unbind()
 
 
-def _coder(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Coder:
-    """The coder of these tensors, which keeps what a backend derives from them.
+def _device_table(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> DeviceTable:
+    """The table of these tensors, which keeps what a backend derives from them.
 
     It is found by where they lie in memory, since compiled code passes the same memory as a new tensor object each time, and
-    by their versions, which count changes in place. Known coders hold their memory, so that no other tensor comes to lie there.
+    by their versions, which count changes in place. Known tables hold their memory, so that no other tensor comes to lie there.
     """
     tensors = thresholds, codes, levels
     try:
-        key = (bits, *[(each.data_ptr(), each._version, each.numel(), each.dtype) for each in tensors])
+        key = (bits, versions_of(*tensors), *[(each.data_ptr(), each.numel(), each.dtype) for each in tensors])
     except RuntimeError:  # made in inference mode: no version
         _check_sizes(*tensors, bits)
-        return Coder(*tensors, bits)
-    coder = _known.get(key)
-    if coder is None:
+        return DeviceTable(*tensors, bits)
+    table = _known.get(key)
+    if table is None:
         _check_sizes(*tensors, bits)
         if len(_known) >= 256:
             _known.clear()
-        coder = _known[key] = Coder(*tensors, bits)
-    return coder
+        table = _known[key] = DeviceTable(*tensors, bits)
+    return table
 
 
 def _check_sizes(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> None:
     """What the kernels rely on: they read memory by address."""
     if codes.numel() != thresholds.numel() + 1 or codes.dtype != torch.uint8 or not 1 <= levels.numel() <= 2**bits <= 256:
         raise InputError(
-            f"a coder of {bits} bits has m thresholds, m + 1 uint8 codes and up to {2**bits} levels; got "
+            f"a table of {bits} bits has m thresholds, m + 1 uint8 codes and up to {2**bits} levels; got "
             f"{thresholds.numel()} thresholds, {codes.numel()} {codes.dtype} codes and {levels.numel()} levels"
         )
 

@@ -11,16 +11,19 @@ from typing import Any, ClassVar
 
 import torch
 
-from fewbit import activations, drop_in, layers
-from fewbit.activations import Activation
+from fewbit import activations, resolve
 from fewbit.constants import DEFAULT_BITS
 from fewbit.design.table import CodeTable
+from fewbit.functional.activations import activation_operation, bind, bound_record, constructor_arguments, docstring_of
+from fewbit.functional.layers import Code, gated_unit
+from fewbit.functional.operation import run
+from fewbit.record import Activation
 
 Tensor = torch.Tensor
 
 
 class CodedActivation(torch.nn.Module):
-    """Base of all module drop-ins.
+    """Base of the modules of activations.
 
     bits   of one code, or None for the table's, or else 3
     table  the CodeTable given, or None for the shipped one
@@ -28,6 +31,7 @@ class CodedActivation(torch.nn.Module):
     """
 
     name: ClassVar[str]  # of the activation in the registry
+    coded_kind: ClassVar[str] = "activation"  # of what it keeps, one of fewbit.constants.KINDS
     _of_torch: bool  # whether torch has a module of this name, whose constructor takes torch's arguments
     _taken: tuple[str, ...]  # names of the attributes, arguments of the constructor, that the record depends on
     bits: int | None
@@ -38,12 +42,17 @@ class CodedActivation(torch.nn.Module):
     def __init__(self, *args: Any, **kwargs: Any):
         signature = inspect.signature(type(self))
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-        given = {**defaults, **drop_in.bind(signature, type(self).__name__, *args, **kwargs)}
-        ours = ("inplace", "bits", "table", "shared")
-        super().__init__(**{name: value for name, value in given.items() if self._of_torch and name not in ours})
+        given = {**defaults, **bind(signature, type(self).__name__, *args, **kwargs)}
+        super().__init__(**{name: given[name] for name in self._taken if self._of_torch})
         for name, value in given.items():
             setattr(self, name, value)
-        drop_in.check_arguments(self.record(), self.bits, self.table, self.shared)
+        resolve.check(self.name, self.record(), self.table_channels, self.bits, self.table)
+
+    @property
+    def table_channels(self) -> tuple[str, ...]:
+        """Those of its table: "derivative", and "value" where others read the same code."""
+        joint = self.shared or getattr(self.table, "channels", None) == resolve.JOINT
+        return resolve.JOINT if joint else ("derivative",)
 
     def record(self) -> Activation:
         """The activation's record at this module's parameters, which are torch's attributes (alpha, negative_slope, …)."""
@@ -57,27 +66,26 @@ class CodedActivation(torch.nn.Module):
     @classmethod
     def record_at(cls, values: dict[str, Any]) -> Activation:
         """The same at these values of the attributes that it depends on."""
-        return drop_in.bound_record(activations.get(cls.name), values)
+        return bound_record(activations.get(cls.name), values)
 
     @classmethod
     def _values_of(cls, module: torch.nn.Module) -> dict[str, Any]:
         return {name: getattr(module, name) for name in cls._taken}
 
-    def forward(self, input: Tensor, times: Tensor | None = None) -> Tensor:
-        """The activation of the input; with `times`, their product, from codes of both, as `fewbit.functional.swiglu`."""
+    def forward(self, input: Tensor, up: Tensor | None = None) -> Tensor:
+        """The activation of the input; with `up`, activation(input) * up, from codes of both, as `fewbit.functional.swiglu`."""
         values = self._values_of(self)
-        if times is not None:
-            drop_in.check_input(self.name, input)
-            bits = None if self.table is not None else self.bits or DEFAULT_BITS
-            return layers.gated_unit(type(self), values, input, times, bits=bits, table=self.table)
-        given = {"bits": self.bits, "table": self.table, "shared": self.shared, "inplace": self.inplace}
-        if torch.compiler.is_compiling():
-            return drop_in.apply_compiled(type(self), input, **values, **given)
-        return drop_in.apply(self.record_at(values), input, **given)
+        if up is not None:
+            code = Code(None if self.table is not None else self.bits or DEFAULT_BITS, self.table, by_name=False)
+            return gated_unit(code, type(self), values, input, up)
+        joint, named = len(self.table_channels) > 1, (*values.items(), ("inplace", self.inplace))
+        return run(activation_operation, (type(self), joint, (), named), (input,), self.bits, self.table, by_name=False)
 
     def extra_repr(self) -> str:
         torchs = (
-            super().extra_repr() if self._of_torch else ", ".join(f"{p}={getattr(self, p)}" for p in self.record().parameters)
+            super().extra_repr()
+            if self._of_torch
+            else ", ".join(f"{p}={getattr(self, p)}" for p in type(self).record(self).parameters)
         )
         own = f"table={self.table!r}" if self.table is not None else f"bits={self.bits or DEFAULT_BITS}"
         inplace = "inplace=True" if self.inplace and "inplace" not in torchs else ""
@@ -101,14 +109,16 @@ def names() -> list[str]:
 def _module_class(record: Activation) -> type[CodedActivation]:
     """The class `fewbit.nn.Name` for a record: a subclass of torch's class of that name where there is one."""
     torch_class = getattr(torch.nn, record.module, torch.nn.Module) if record.name in activations.BUILT_IN else torch.nn.Module
-    taken = drop_in.arguments(record)
+    arguments = constructor_arguments(record)
     described = f"torch.nn.{record.module}" if torch_class is not torch.nn.Module else f"The module of {record.torch_name}"
     contents = {
         "__module__": "fewbit.nn",
         "__qualname__": record.module,
-        "__doc__": drop_in.describe(record, f"{described}: exact forward, backward from codes of a few bits an element."),
-        "__signature__": inspect.Signature(list(taken.values())),
-        "_taken": tuple(name for name in taken if name not in drop_in.EXTRAS),
+        "__doc__": docstring_of(
+            record, f"{described}: exact forward, backward from codes of a few bits an element.", module=True
+        ),
+        "__signature__": inspect.Signature(arguments),
+        "_taken": tuple(each.name for each in arguments if each.kind is not each.KEYWORD_ONLY and each.name != "inplace"),
         "name": record.name,
         "_of_torch": torch_class is not torch.nn.Module,
     }

@@ -1,16 +1,20 @@
-"""The modules of layers: torch's classes and constructors, plus what `fewbit.layers` takes: `bits`, `table` and `rounding`."""
+"""The modules of layers: torch's classes and constructors, plus what fewbit's functions take: `bits`, `table`, `rounding`."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from fewbit import layers
 from fewbit.constants import DEFAULT_LAYER_BITS
 from fewbit.design.table import CodeTable
+from fewbit.errors import InputError
+from fewbit.functional import layers
+from fewbit.functional.layers import ADDED, Code
+from fewbit.functional.operation import not_codable
+from fewbit.torch_internals import dynamo_is_loaded
 
 Tensor = torch.Tensor
 
@@ -26,31 +30,31 @@ class CodedLayer(nn.Module):
     bits: int | None
     table: CodeTable | None
     rounding: str
+    coded_kind: ClassVar[str]  # of what it keeps, one of fewbit.constants.KINDS
     gate: str | None = None  # the activation that its table is for
 
-    def __init__(
-        self, *args: Any, bits: int | None = None, table: CodeTable | None = None, rounding: str = "nearest", **kwargs: Any
-    ):
+    def __init__(self, *args: Any, **kwargs: Any):
+        code = Code(**{each.name: kwargs.pop(each.name) for each in ADDED if each.name in kwargs})
         super().__init__(*args, **kwargs)
-        self.bits, self.table, self.rounding = bits, table, rounding
-        layers.check_code(type(self).__name__, layers.Code(bits, table, rounding), self.gate)
+        self.bits, self.table, self.rounding = code.bits, code.table, code.rounding
+        layers.check_code(type(self).__name__, code, self.gate)
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Show torch's arguments and then ours as those of the constructor, if it is this one."""
         super().__init_subclass__(**keywords)
         if "__init__" in vars(cls):
-            cls.__signature__ = inspect.signature(vars(cls)["__init__"].__get__(object()))
+            own = inspect.signature(vars(cls)["__init__"].__get__(object())).parameters.values()
+            cls.__signature__ = inspect.Signature([*(each for each in own if each.kind is not each.VAR_KEYWORD), *ADDED])
             return
-        ours = [each for each in inspect.signature(CodedLayer.__init__).parameters.values() if each.kind is each.KEYWORD_ONLY]
         others = [each for each in cls.__mro__ if each is not nn.Module and not issubclass(each, CodedLayer)]
         torchs = [each for each in others if each.__module__.startswith("torch.nn")]
         if torchs:
-            cls.__signature__ = inspect.Signature([*inspect.signature(torchs[0]).parameters.values(), *ours])
+            cls.__signature__ = inspect.Signature([*inspect.signature(torchs[0]).parameters.values(), *ADDED])
 
     @property
-    def code(self) -> dict[str, Any]:
-        """What the functions of `fewbit.layers` take besides torch's own arguments."""
-        return {"bits": self.bits, "table": self.table, "rounding": self.rounding}
+    def code(self) -> Code:
+        """What its function takes besides torch's own arguments."""
+        return Code(self.bits, self.table, self.rounding, by_name=False)
 
     def extra_repr(self) -> str:
         own = f"table={self.table!r}" if self.table is not None else f"bits={self.bits or DEFAULT_LAYER_BITS}"
@@ -61,17 +65,21 @@ class CodedLayer(nn.Module):
 class Linear(CodedLayer, nn.Linear):
     """torch.nn.Linear; the weight's gradient is made from codes of the input."""
 
+    coded_kind = layers.linear.kind
+
     def forward(self, input: Tensor) -> Tensor:
-        return layers.linear(input, self.weight, self.bias, **self.code)
+        return layers.linear.with_code(self.code, input, self.weight, self.bias)
 
 
 class _Convolution(CodedLayer):
+    coded_kind = layers.conv1d.kind
+
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        function, padding = getattr(layers, f"conv{weight.dim() - 2}d"), self.padding
+        function, padding = layers.FUNCTIONS[f"conv{len(self.kernel_size)}d"], self.padding
         if self.padding_mode != "zeros":
             input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return function(input, weight, bias, self.stride, padding, self.dilation, self.groups, **self.code)
+        return function.with_code(self.code, input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class Conv1d(_Convolution, nn.Conv1d):
@@ -87,14 +95,16 @@ class Conv3d(_Convolution, nn.Conv3d):
 
 
 class _TransposedConvolution(CodedLayer):
+    coded_kind = layers.conv_transpose1d.kind
+
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        dims = self.weight.dim() - 2
+        dims = len(self.kernel_size)
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
-        function = getattr(layers, f"conv_transpose{dims}d")
+        function = layers.FUNCTIONS[f"conv_transpose{dims}d"]
         options = self.stride, self.padding, output_padding, self.groups, self.dilation
-        return function(input, self.weight, self.bias, *options, **self.code)
+        return function.with_code(self.code, input, self.weight, self.bias, *options)
 
 
 class ConvTranspose1d(_TransposedConvolution, nn.ConvTranspose1d):
@@ -112,27 +122,44 @@ class ConvTranspose3d(_TransposedConvolution, nn.ConvTranspose3d):
 class LayerNorm(CodedLayer, nn.LayerNorm):
     """torch.nn.LayerNorm, with codes of the normalized input."""
 
+    coded_kind = layers.layer_norm.kind
+
     def forward(self, input: Tensor) -> Tensor:
-        return layers.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **self.code)
+        return layers.layer_norm.with_code(self.code, input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(CodedLayer, nn.RMSNorm):
     """torch.nn.RMSNorm, with codes of the normalized input."""
 
+    coded_kind = layers.rms_norm.kind
+
     def forward(self, x: Tensor) -> Tensor:
-        return layers.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self.code)
+        return layers.rms_norm.with_code(self.code, x, self.normalized_shape, self.weight, self.eps)
 
 
 class GroupNorm(CodedLayer, nn.GroupNorm):
     """torch.nn.GroupNorm, with codes of the normalized input."""
 
+    coded_kind = layers.group_norm.kind
+
     def forward(self, input: Tensor) -> Tensor:
-        return layers.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self.code)
+        return layers.group_norm.with_code(self.code, input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class _BatchNorm(CodedLayer):
+    coded_kind = layers.batch_norm.kind
+
     def forward(self: Any, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):  # such as a proxy: a trace would leave out the state that changes, too
+            raise InputError(not_codable("batch_norm", input))
         self._check_input_dim(input)
+        averages = self.momentum is None and self.training and self.track_running_stats
+        if averages and dynamo_is_loaded():  # compiled, it would be compiled anew for each number of batches
+            forward: Any = torch.compiler.disable(_BatchNorm._forward)
+            return forward(self, input)
+        return self._forward(input)
+
+    def _forward(self: Any, input: Tensor) -> Tensor:
         momentum = self.momentum or 0.0
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -141,7 +168,7 @@ class _BatchNorm(CodedLayer):
         tracked = not self.training or self.track_running_stats
         running = (self.running_mean, self.running_var) if tracked else (None, None)
         training = self.training or (self.running_mean is None and self.running_var is None)
-        return layers.batch_norm(input, *running, self.weight, self.bias, training, momentum, self.eps, **self.code)
+        return layers.batch_norm.with_code(self.code, input, *running, self.weight, self.bias, training, momentum, self.eps)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -159,23 +186,27 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 class GLU(CodedLayer, nn.GLU):
     """torch.nn.GLU, from codes of both halves of its input."""
 
-    gate = "sigmoid"
+    coded_kind = layers.glu.kind
+    gate = layers.glu.gate
 
     def forward(self, input: Tensor) -> Tensor:
-        return layers.glu(input, self.dim, **self.code)
+        return layers.glu.with_code(self.code, input, self.dim)
 
 
 class SwiGLU(CodedLayer):
     """silu(gate) * up, from codes of both; see `fewbit.functional.swiglu`."""
 
-    gate = "silu"
+    coded_kind = layers.swiglu.kind
+    gate = layers.swiglu.gate
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        return layers.swiglu(gate, up, **self.code)
+        return layers.swiglu.with_code(self.code, gate, up)
 
 
 class GEGLU(CodedLayer):
     """gelu(gate) * up, from codes of both; see `fewbit.functional.geglu`."""
+
+    coded_kind = layers.geglu.kind
 
     def __init__(self, approximate: str = "none", **code: Any):
         self.gate = layers.gelu_named(approximate)
@@ -183,7 +214,7 @@ class GEGLU(CodedLayer):
         self.approximate = approximate
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        return layers.geglu(gate, up, self.approximate, **self.code)
+        return layers.geglu.with_code(self.code, gate, up, self.approximate)
 
     def extra_repr(self) -> str:
         return f"approximate={self.approximate!r}, {super().extra_repr()}"
@@ -192,10 +223,11 @@ class GEGLU(CodedLayer):
 class ReGLU(CodedLayer):
     """relu(gate) * up, from codes of both; see `fewbit.functional.reglu`."""
 
-    gate = "relu"
+    coded_kind = layers.reglu.kind
+    gate = layers.reglu.gate
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        return layers.reglu(gate, up, **self.code)
+        return layers.reglu.with_code(self.code, gate, up)
 
 
 CLASSES = {

@@ -36,9 +36,9 @@ ALLOCATED_BITS = (2, 3)
 def converted(model: nn.Module, kind: str, bits: int) -> nn.Module:
     """A copy that codes the derivative of GELU, GELU and the layer behind it with one code, or all layers."""
     if kind == "GELU":
-        return common.coded(model, bits=bits)
+        return common.coded(model, bits={"activation": bits})
     filter_fn = None if kind == "all layers" else lambda _, name: name.endswith(("act", "down"))
-    return common.coded(model, bits=bits, inputs=bits, filter_fn=filter_fn)
+    return common.coded(model, bits=bits, filter_fn=filter_fn)
 
 
 def batches(seed: int, number: int) -> list[Tensor]:
@@ -78,7 +78,7 @@ def tables(console: Console, model: nn.Module, judge: Judge, data: Sequence[Tens
                 coded = converted(model, kind, bits)
                 if way != "shipped":
                     loss_fn = demo.batch_loss if way == "by gradient" else None
-                    fewbit.calibrate(coded, _inputs(data, loss_fn), loss_fn=loss_fn)
+                    fewbit.calibrate(coded, _inputs(data, loss_fn), loss_fn)
                 errors[bits] = judge.error(coded)
         results[kind] = {way: errors for way, errors in ways.items() if errors}
         for way, errors in results[kind].items():
@@ -101,9 +101,9 @@ def allocation(console: Console, model: nn.Module, judge: Judge, data: Sequence[
         results[kind] = {}
         for bits in ALLOCATED_BITS:
             found = {}
-            for way, choice in (("uniform", [bits]), ("allocated", range(1, 9))):
+            for way, choices in (("uniform", [bits]), ("allocated", range(1, 9))):
                 coded = converted(model, kind, bits)
-                made = fewbit.allocate(coded, data, demo.batch_loss, f"{100 * bits / 32}%", bits=choice)
+                made = fewbit.allocate(coded, data, demo.batch_loss, bits / 32, choices=choices)
                 found[way] = made.outcome._asdict() | {"held_out": judge.error(coded), "bits": made.bits}
                 shown = f"{bits} everywhere" if way == "uniform" else " ".join(map(str, made.bits.values()))
                 ratio = found[way]["held_out"] / found["uniform"]["held_out"]

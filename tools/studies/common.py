@@ -1,4 +1,4 @@
-"""What the studies share: bytes by the part that keeps them, gradients compared, steps timed in turn, results written."""
+"""What the studies share: bytes counted, gradients compared, steps timed in turn, results written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import fewbit
-from fewbit import terminal
+from fewbit import resolve, terminal
 from fewbit.design.table import write_atomically
-from fewbit.measuring import Task, quantiles, time_rounds
+from fewbit.measuring import Task, quantiles, saved_storages, time_rounds
+from fewbit.models.arguments import arguments_of
 
 Tensor = torch.Tensor
 Gradients = dict[str, Tensor]  # group -> the gradients of its parameters, one after another; ALL: of every parameter
@@ -45,35 +47,22 @@ def coded(model: nn.Module, **options: Any) -> nn.Module:
     return fewbit.convert(copy.deepcopy(model), **options)
 
 
-def kept_by_part(model: nn.Module, forward: Callable[[], Any], apart: Iterable[Tensor] = ()) -> dict[str, int]:
-    """Bytes of the distinct storages that forward() saves for backward, by the innermost module that saved each first.
+def kept_bytes(model: nn.Module, batch: Any) -> int:
+    """Bytes of the distinct storages that a forward pass keeps for backward: a count of its own, to judge `fewbit.memory` by.
 
-    model  its modules' names are the parts; "" is what its own forward saves. Its parameters and buffers are not counted.
-    apart  tensors whose storages are not counted, such as the model's input
+    Neither parameters and buffers, nor the batch, which is as in `fewbit.memory`, nor code tables are counted.
     """
-    left_out = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *apart)}
-    kept: dict[int, tuple[str, int]] = {}
-    running = [""]
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in left_out:
-            kept.setdefault(storage.data_ptr(), (running[-1], storage.nbytes()))
-        return tensor.detach()  # the tensor itself, if it is an output, would hold its own graph for good
-
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        handles.append(module.register_forward_hook(lambda *_: running.__delitem__(-1)))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = forward()  # until the count is read: no storage is freed and its address used again
-    for handle in handles:
-        handle.remove()
-    parts: dict[str, int] = {}
-    for part, number in kept.values():
-        parts[part] = parts.get(part, 0) + number
-    del held
-    return parts
+    args, kwargs = arguments_of(batch)
+    owned = [*model.parameters(), *model.buffers(), *args, *kwargs.values()]
+    seen: dict[int, int] = {}
+    with saved_storages(seen, leave_out={each.untyped_storage().data_ptr() for each in owned}):
+        output = model(*args, **kwargs)
+    for table in list(resolve.in_use):
+        for tensor in (table.thresholds, table.codes, table.levels):
+            seen.pop(tensor.untyped_storage().data_ptr(), None)
+    total = sum(seen.values())
+    del output  # which held all that was counted, so that no address was used twice
+    return total
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
@@ -150,9 +139,18 @@ def compare_steps(
 
 
 def write(name: str, results: Any, directory: Path = RESULTS) -> None:
-    """Write the results, and what they were measured with, to directory/name.json; say so."""
-    setting = {"torch": torch.__version__, "fewbit": fewbit.__version__, "threads": torch.get_num_threads()}
+    """Write the results, under what they were measured with and when, to directory/name.json; say so."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    write_atomically(path, json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+    write_atomically(path, json.dumps({**stamp(), "results": results}, indent=1) + "\n")
     print(f"wrote {os.path.relpath(path)}")
+
+
+def stamp() -> dict[str, Any]:
+    """What stands above the results in every file of them."""
+    return {
+        "version": fewbit.__version__,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,7 +1,6 @@
 """Is it safe? On the demo's GPT, trained 300 steps: `python -m tools.studies.fidelity [errors] [drift]`, both by default.
 
-errors  what `fewbit.fidelity` says of 1 to 4 bits: of the activations alone, and with what the blocks' other layers read at as
-        many bits, all layers coded or those of the blocks alone
+errors  what `fewbit.fidelity` says of 1 to 4 bits: of the activations alone, of all layers of the blocks, and of all layers
 drift   training goes on with coded blocks, and at one step the weights of one layer are scaled by 10: what `fewbit.watch` says,
         and when. The same where activations alone are coded, whose tables of the derivative endure it.
 
@@ -14,6 +13,7 @@ import argparse
 import itertools
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,15 @@ def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any
     training, _ = demo.read_text(torch.device("cpu"))
     sampler = torch.Generator().manual_seed(1)
     data = [demo.sample_batch(training, sampler) for _ in range(batches)]
-    ways: dict[str, dict[str, Any]] = {
-        "activations": {},
-        "blocks": {"inputs": True, "filter_fn": in_blocks},
-        "all layers": {"inputs": True},
+    ways: dict[str, Callable[[int], dict[str, Any]]] = {
+        "activations": lambda bits: {"bits": {"activation": bits}},
+        "blocks": lambda bits: {"bits": bits, "filter_fn": in_blocks},
+        "all layers": lambda bits: {"bits": bits},
     }
     view = terminal.table(("coded", "bits"), ("error", "error / noise", "systematic", "worst group", "its share", "verdict"))
     results: dict[str, Any] = {}
-    for (label, options), bits in itertools.product(ways.items(), (1, 2, 3, 4)):
-        inputs = {"inputs": bits} if "inputs" in options else {}
-        coded = common.coded(model, bits=bits, **{**options, **inputs})
-        report = fewbit.fidelity(coded, demo.batch_loss, data)
+    for (label, options_of), bits in itertools.product(ways.items(), (1, 2, 3, 4)):
+        report = fewbit.fidelity(common.coded(model, **options_of(bits)), data, demo.batch_loss)
         results[f"{label}, {bits} bits"] = report.to_dict()
         whole, weakest = report.whole, report.weakest
         figures = [f"{each:.4f}" for each in (whole.error, whole.share, whole.systematic)]
@@ -64,8 +62,12 @@ def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any
 def drift(console: Console, model: demo.GPT, steps: int = 30, every: int = 5) -> dict[str, Any]:
     """Training goes on for so many steps, with the weights scaled after half of them."""
     results = {}
-    for label, options in {"blocks, 4 bits": {"inputs": 4, "filter_fn": in_blocks}, "activations, 4 bits": {}}.items():
-        coded = common.coded(model, bits=4, **options)
+    ways: dict[str, dict[str, Any]] = {
+        "blocks, 4 bits": {"bits": 4, "filter_fn": in_blocks},
+        "activations, 4 bits": {"bits": {"activation": 4}},
+    }
+    for label, options in ways.items():
+        coded = common.coded(model, **options)
         with fewbit.watch(coded, every=every) as watching:
             seen = _train(coded, steps)
         report = watching.report()

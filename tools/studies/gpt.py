@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import fewbit
 from fewbit import demo, terminal
 from fewbit.nn.layers import CodedLayer
 from tools.studies import baselines, common
@@ -60,7 +61,7 @@ def memory(console: Console, widths: tuple[int, ...] = (128, 512), batch: int = 
         columns = {}
         for dtype in (torch.float32, torch.bfloat16):
             exact = block(width, dtype)
-            models = {"exact": exact} | {f"{bits} bits": common.coded(exact, bits=bits, inputs=bits) for bits in (4, 5)}
+            models = {"exact": exact} | {f"{bits} bits": common.coded(exact, bits=bits) for bits in (4, 5)}
             for label, model in models.items():
                 columns[f"{str(dtype).removeprefix('torch.')}, {label}"] = _units(model, batch, width, dtype)
         results[str(width)] = columns
@@ -78,10 +79,9 @@ def _units(model: nn.Module, batch: int, width: int, dtype: torch.dtype) -> dict
     """
     x = torch.randn(batch, TOKENS, width, dtype=dtype, requires_grad=True)
     unit = x.untyped_storage().nbytes()
-    kept = {PARTS[part]: number / unit for part, number in common.kept_by_part(model, lambda: model(x), [x]).items()}
-    with_input = sum(common.kept_by_part(model, lambda: model(x)).values()) / unit
-    total = sum(kept.values())
-    return kept | {"total": total, "and the block's input": with_input - total}
+    report = fewbit.memory(model, x)
+    kept = {PARTS[part]: number / unit for part, number in report.by_module().items()}
+    return kept | {"total": report.activation_bytes / unit, "and the block's input": report.totals()["inputs"] / unit}
 
 
 def train(model: nn.Module, steps: int) -> list[float]:
@@ -136,12 +136,12 @@ def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any
     noise = common.gradient_noise(exact)
     makers: dict[str, Callable[[], nn.Module]] = {}
     for bits in (3, 4, 5):
-        makers[f"joint codes, {bits} bits"] = lambda bits=bits: common.coded(model, bits=bits, inputs=bits)
+        makers[f"joint codes, {bits} bits"] = lambda bits=bits: common.coded(model, bits=bits)
         makers[f"blocks alone, {bits} bits"] = lambda bits=bits: common.coded(
-            model, bits=bits, inputs=bits, filter_fn=lambda _, name: name.startswith("blocks.")
+            model, bits=bits, filter_fn=lambda _, name: name.startswith("blocks.")
         )
-    makers["stochastic rounding, 4 bits"] = lambda: _stochastic(common.coded(model, bits=4, inputs=4))
-    makers["uniform codes, 4 bits"] = lambda: common.coded(model, bits=4, inputs=4, coding="uniform")
+    makers["stochastic rounding, 4 bits"] = lambda: _stochastic(common.coded(model, bits=4))
+    makers["uniform codes, 4 bits"] = lambda: common.coded(model, bits=4, coding="uniform")
     makers[f"min-max of groups, {baselines.min_max_bits():g} bits"] = lambda: baselines.min_max_coded(model)
     by_group = {label: common.gradient_errors(exact, of(make())) for label, make in makers.items()}
 
@@ -178,7 +178,7 @@ def times(console: Console, repeats: int = 30, widths: tuple[int, ...] = (128, 5
     results = {}
     for name, (exact, loss_of) in models.items():
         variants = {"exact": exact, "checkpoint": _checkpointed(exact)}
-        variants |= {f"{bits} bits": common.coded(exact, bits=bits, inputs=bits) for bits in (4, 5)}
+        variants |= {f"{bits} bits": common.coded(exact, bits=bits) for bits in (4, 5)}
         results[name] = common.compare_steps(console, name, {k: loss_of(v) for k, v in variants.items()}, repeats)
     return results
 
@@ -201,7 +201,7 @@ def training(console: Console, steps: int = 200) -> dict[str, Any]:
     for bits in (None, 5, 4):
         torch.manual_seed(0)
         model: nn.Module = demo.GPT(None)
-        model = model if bits is None else common.coded(model, bits=bits, inputs=bits)
+        model = model if bits is None else common.coded(model, bits=bits)
         losses = train(model, steps)
         found = {"losses": losses, "last": statistics.fmean(losses[-20:]), "held_out": demo.held_out_loss(model, held_out)}
         label = "exact" if bits is None else f"{bits} bits"

@@ -24,7 +24,6 @@ from torch import nn
 
 import fewbit
 from fewbit import terminal
-from fewbit.measuring import saved_storages
 from tools.studies import common
 
 Tensor = torch.Tensor
@@ -112,17 +111,6 @@ def build(case: Case) -> nn.Module:
     return cls(config).train()
 
 
-def kept_bytes(model: nn.Module, batch: Batch) -> int:
-    """What a forward pass keeps, its parameters, buffers and inputs apart."""
-    seen: dict[int, int] = {}
-    apart = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers(), *batch.values())}
-    with saved_storages(seen, leave_out=apart):
-        output = model(**batch)
-    total = sum(seen.values())
-    del output
-    return total
-
-
 def train(model: nn.Module, case: Case, steps: int) -> list[float]:
     """Losses of so many steps of AdamW; the batches are the same for every model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
@@ -140,12 +128,11 @@ def train(model: nn.Module, case: Case, steps: int) -> list[float]:
 def compare(case: Case, steps: int = STEPS) -> dict[str, Any]:
     """All figures of one model."""
     exact = build(case)
-    coded = common.coded(exact, bits=BITS, inputs=BITS)
+    coded = common.coded(exact, bits=BITS)
     batch = case.sample(torch.Generator().manual_seed(1))
     same_keys = list(exact.state_dict()) == list(coded.state_dict())
-    kept = {label: kept_bytes(model, batch) for label, model in (("exact", exact), ("coded", coded))}
-    keywords: dict[str, Any] = {**batch}
-    kept["predicted"] = fewbit.memory(exact, **keywords).plan(bits=BITS, inputs=BITS).after_bytes
+    kept = {label: common.kept_bytes(model, batch) for label, model in (("exact", exact), ("coded", coded))}
+    kept["predicted"] = fewbit.memory(exact, batch).plan(bits=BITS).after_bytes
     calibrated = copy.deepcopy(coded)
     fewbit.calibrate(calibrated, [case.sample(torch.Generator().manual_seed(2))])
     outputs = [model(**batch) for model in (exact, coded)]
@@ -203,7 +190,7 @@ def conversion_seconds(console: Console) -> dict[str, float]:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     start = time.perf_counter()
-    fewbit.convert(model, bits=BITS, inputs=BITS)
+    fewbit.convert(model, bits=BITS)
     seconds, parameters = time.perf_counter() - start, sum(each.numel() for each in model.parameters())
     console.print(f"conversion of a Llama of {parameters / 1e9:.2f} billion parameters: {seconds:.3f} s\n")
     return {"parameters": parameters, "seconds": seconds}

@@ -1,7 +1,8 @@
 """What `fewbit.memory` and its plan say of small networks: `python -m tools.studies.planner`.
 
-For each network, eager and compiled: what it keeps in units of batch x hidden numbers, measured; what the plan predicts after
-conversion, and what is measured then; and what the plan advises. Tables go to the terminal and, as JSON, to tools/results/.
+For each network, eager and compiled: what it keeps, in units of batch x hidden numbers; what the plan predicts after
+conversion, and after that of what pays alone; what is measured then, counted apart from `fewbit.memory`; and what the plan
+advises. Tables go to the terminal and, as JSON, to tools/results/.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch import nn
 
 import fewbit
 from fewbit import terminal
+from fewbit.models.conversion.setting import Bits
 from tools.studies import common
 
 Tensor = torch.Tensor
 
 BATCH, WIDTH, HIDDEN = 256, 128, 512
-SETTINGS: dict[str, dict[str, Any]] = {"bits=3": {"bits": 3}, "bits=4, inputs=4": {"bits": 4, "inputs": 4}}
+COLUMNS = ("exact", "predicted", "measured", "pays, predicted", "pays, measured")
+SETTINGS: dict[str, Bits] = {"activations at 3 bits": {"activation": 3}, "all at 4 bits": 4}
 
 
 class SwiGLU(nn.Module):
@@ -49,37 +52,35 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def study(make: Callable[[], nn.Module], trainable: bool, compiled: bool, settings: dict[str, Any]) -> dict[str, Any]:
-    """Units kept exact, predicted, measured after conversion, and after the conversions alone that pay; and the advice.
-
-    Compiled code is counted without the code tables, which are not of the batch.
-    """
+def study(make: Callable[[], nn.Module], trainable: bool, compiled: bool, bits: Bits) -> dict[str, Any]:
+    """Units kept exact, with all converted, and with what pays alone, predicted and measured; and the advice."""
     torch.manual_seed(0)
     torch.compiler.reset()
     model = make().requires_grad_(trainable)
     call: Any = torch.compile(model) if compiled else model
     x, unit = torch.randn(BATCH, WIDTH, requires_grad=not trainable), BATCH * HIDDEN * 4
-    exact = fewbit.memory(call, x)
-    plan = exact.plan(**settings)
-    fewbit.convert(call, **settings)
-    measured = fewbit.memory(call, x).activation_bytes
-    bytes_of = {"exact": exact.activation_bytes, "predicted": plan.after_bytes, "measured": measured, "pays": plan.best_bytes}
-    names = {name.removeprefix("_orig_mod."): each for name, each in ((each.module, each) for each in plan.advice)}
-    advice = {name or "(model)": [each.advice, each.reason] for name, each in names.items()}
-    return {"units": {name: number / unit for name, number in bytes_of.items()}, "advice": advice}
+    kept = {"exact": common.kept_bytes(call, x)}
+    plan = fewbit.memory(call, x).plan(bits)
+    plan.convert()
+    kept |= {"pays, predicted": plan.best_bytes, "pays, measured": common.kept_bytes(call, x)}
+    fewbit.convert(call, bits)
+    kept |= {"predicted": plan.after_bytes, "measured": common.kept_bytes(call, x)}
+    names = [each.module.removeprefix("_orig_mod").removeprefix(".") or "(model)" for each in plan.advice]
+    advice = {name: [each.advice, each.reason] for name, each in zip(names, plan.advice, strict=True)}
+    return {"units": {name: kept[name] / unit for name in COLUMNS}, "advice": advice}
 
 
 def run(console: Console, compiled: tuple[bool, ...] = (False, True)) -> dict[str, Any]:
     """All networks, frozen and trainable, eager and compiled."""
     results: dict[str, Any] = {}
-    for label, settings in SETTINGS.items():
-        view = terminal.table((f"units kept, {label}",), ("exact", "predicted", "measured", "what pays"))
+    for label, bits in SETTINGS.items():
+        view = terminal.table((f"units kept, {label}",), COLUMNS)
         view.add_column("to code")
         for name, make in NETWORKS.items():
             for trainable in (True, False):
                 for with_compiler in compiled:
                     row = f"{name}{'' if trainable else ', frozen'}{', compiled' if with_compiler else ''}"
-                    found = study(make, trainable, with_compiler, settings)
+                    found = study(make, trainable, with_compiler, bits)
                     results.setdefault(label, {})[row] = found
                     coded = ", ".join(module for module, (advice, _) in found["advice"].items() if advice == "code")
                     view.add_row(row, *(f"{number:.4f}" for number in found["units"].values()), coded or "–")
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--eager", action="store_true", help="leave out compiled code")
     compiled = (False,) if parser.parse_args().eager else (False, True)
-    common.write("planner", run(terminal.console(at_least=100), compiled))
+    common.write("planner", run(terminal.console(at_least=120), compiled))
 
 
 if __name__ == "__main__":

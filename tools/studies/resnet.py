@@ -23,6 +23,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 from torch import nn
 
+import fewbit
 from fewbit import terminal
 from tools.studies import baselines, common
 
@@ -79,10 +80,10 @@ def _naive(bits: int) -> Callable[..., nn.Module]:
 
 CODED: dict[str, Callable[..., nn.Module]] = {
     "exact": ResNet,
-    "joint codes, 8 bits": _coded(bits=8, inputs=8),
-    "joint codes, 4 bits": _coded(bits=4, inputs=4),
-    "uniform codes, 8 bits": _coded(bits=8, inputs=8, coding="uniform"),
-    "uniform codes, 4 bits": _coded(bits=4, inputs=4, coding="uniform"),
+    "joint codes, 8 bits": _coded(bits=8),
+    "joint codes, 4 bits": _coded(bits=4),
+    "uniform codes, 8 bits": _coded(bits=8, coding="uniform"),
+    "uniform codes, 4 bits": _coded(bits=4, coding="uniform"),
 }
 NAIVE = {"naive, 8 bits": _naive(8), "naive, 4 bits": _naive(4)}  # they hold values, not codes: their bytes say nothing
 
@@ -101,6 +102,17 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of a batch."""
     return nn.functional.cross_entropy(model(images), labels)
+
+
+class WithLoss(nn.Module):
+    """A model and the loss that it is trained with: images and labels to the loss."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return loss_of(self.model, images, labels)
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int) -> None:
@@ -173,8 +185,8 @@ def kept_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, in
     """Bytes that a step keeps, by the kind of module that saved them first, and of all."""
     kinds: dict[str, int] = {"all": 0}
     modules = dict(model.named_modules())
-    for part, number in common.kept_by_part(model, lambda: loss_of(model, images, labels), [images, labels]).items():
-        kind = type(modules[part]).__name__ if part else "loss"
+    for part, number in fewbit.memory(WithLoss(model), (images, labels)).by_module().items():
+        kind = type(modules[part.removeprefix("model.")]).__name__ if part else "loss"
         kinds[kind] = kinds.get(kind, 0) + number
         kinds["all"] += number
     return kinds
@@ -192,7 +204,7 @@ def times(
         checkpointed = copy.deepcopy(exact)
         checkpointed.blocks = nn.Sequential(*(common.Checkpointed(block) for block in checkpointed.blocks))
         models = {"exact": exact, "checkpoint": checkpointed}
-        models |= {f"{bits} bits": common.coded(exact, bits=bits, inputs=bits) for bits in (4, 8)}
+        models |= {f"{bits} bits": common.coded(exact, bits=bits) for bits in (4, 8)}
         losses = {label: partial(loss_of, model, images[:BATCH], labels[:BATCH]) for label, model in models.items()}
         name = f"channels {', '.join(map(str, widths))}"
         results[name] = common.compare_steps(console, name, losses, repeats)

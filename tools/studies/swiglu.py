@@ -53,13 +53,13 @@ def coded(block: SwiGLU, bits: int) -> SwiGLU:
     """A copy that keeps codes: of gate and up, and of the input of its Linear layers."""
     copied = CodedSwiGLU(block.gate.in_features, block.gate.out_features, bits).to(block.gate.weight.dtype)
     copied.load_state_dict(block.state_dict())
-    fewbit.convert(copied, bits=bits, inputs=bits)
+    fewbit.convert(copied, bits=bits)
     return copied
 
 
 def kept_bits(block: SwiGLU, x: Tensor, hidden: int) -> dict[str, float]:
     """Bits kept for each hidden element, by part."""
-    kept = common.kept_by_part(block, lambda: block(x), [x])
+    kept = fewbit.memory(block, x).by_module()
     elements = x.shape[:-1].numel() * hidden
     parts = [kept.get("gate", 0) + kept.get("up", 0), kept.get("", 0), kept.get("down", 0)]
     bits = [8 * part / elements for part in parts]

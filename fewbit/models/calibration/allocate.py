@@ -19,41 +19,43 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fewbit.constants import DEFAULT_BITS, DEFAULT_LAYER_BITS, MAX_BITS
+from fewbit.constants import DEFAULT_LAYER_BITS, MAX_BITS
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
+from fewbit.models.arguments import Filter, LossFunction, check_batches, check_filter, check_model, names_passed, no_batch
 from fewbit.models.calibration.allocation import AllocatedLayer, Allocation, Outcome
-from fewbit.models.calibration.calibrate import LossFunction, layer_of, observe, relative_errors
+from fewbit.models.calibration.calibrate import layer_of, observe, relative_errors
 from fewbit.models.calibration.calibration import CalibratedLayer, Calibration
 from fewbit.models.calibration.histogram import StreamingHistogram
 from fewbit.models.calibration.knapsack import Choices, choose
 from fewbit.models.calibration.sensitivity import Probe, Sensitivity
-from fewbit.models.coded import Filter, coded_modules, without_compiler
-from fewbit.models.conversion.convert import convert
-from fewbit.models.untouched import restored_on_error
+from fewbit.models.conversion.engine import convert_modules
+from fewbit.models.conversion.setting import Setting
+from fewbit.models.modules import coded_modules
+from fewbit.models.preserve import structure_restored_on_error
+from fewbit.terminal import progress
 
 
 def allocate(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: LossFunction | None = None,
-    budget: str | int = "30%",
+    budget: str | int | float = "30%",
     *,
-    bits: Sequence[int] = range(1, MAX_BITS + 1),
-    inputs: bool = False,
+    choices: Sequence[int] = range(1, MAX_BITS + 1),
     filter_fn: Filter | None = None,
 ) -> Allocation:
     """Give each coded layer of a model the bits and the table that make the error of the gradient least within a budget.
 
-    model      as for `fewbit.calibrate`
+    model      as for `fewbit.calibrate`. One that is not converted yet is converted with every kind; convert it before, with
+               bits by kind, to choose among some of them.
     batches    likewise: activations and gates are calibrated on them. The layers' errors are measured on the first.
     loss_fn    of the model and a batch, a scalar. Left out, it is the `loss` of what the model returns, or, where it has none,
                a random projection of the outputs: the sum of all their elements times fixed normal numbers. That tells how an
                error reaches the parameters, but not which outputs the true loss depends on; give the loss if you have one.
-    budget     for the codes of all these layers together, kept for one batch like the first: bytes, or "30%" of what the coded
-               tensors take in their own dtype
-    bits       to choose from
-    inputs     whether a model that is converted now is to code what linear layers, convolutions and norms read, too
+    budget     for the codes of all these layers together, kept for one batch like the first: a share of what the coded tensors
+               take in their own dtype, as 0.3 or "30%", or bytes, as a whole number or as "512 MiB"
+    choices    numbers of bits to choose from, each 1 to 8
     filter_fn  of a module and its dotted name: whether to convert it and choose its bits
     Returns    the bits chosen, with predicted and measured errors; its `calibration` saves and loads
 
@@ -62,26 +64,31 @@ def allocate(
     those of the activation before it, stay as they are. All that takes a forward and backward pass for each layer, and for each
     activation the design of a table for each number of bits: for 1 to 8 some three seconds of one core a layer.
 
-    Raises DesignError (a budget that is too small, or none; bits) or InputError (no such module, no batch, no gradient); the
+    Raises DesignError (a budget that is too small, or none; choices) or InputError (no such module, no batch, no gradient); the
     model is then as it was before.
     """
-    inner, share = without_compiler("allocate", model), _budget(budget)
-    if not isinstance(inputs, bool):
-        raise DesignError(f"inputs must be True or False, since allocate chooses the bits, got {inputs!r}")
-    if not isinstance(bits, Iterable):
-        raise DesignError(f"bits must be the numbers to choose from, such as (2, 3, 4), got {bits!r}")
-    bits = sorted({check_bits(each, DesignError) for each in bits})
+    inner, share = check_model("allocate", model), parse_budget(budget)
+    check_batches("allocate", batches, loss_fn)
+    check_filter(filter_fn)
+    if not isinstance(choices, Iterable):
+        raise DesignError(f"choices must be the numbers of bits to choose from, such as (2, 3, 4), got {choices!r}")
+    bits = sorted({check_bits(each, DesignError) for each in choices})
     if not bits:
-        raise DesignError("bits must name at least one number of bits, got none")
-    with restored_on_error(inner):
+        raise DesignError("choices must name at least one number of bits, got none")
+    with structure_restored_on_error(inner):
         if not coded_modules(inner):
-            convert(inner, DEFAULT_BITS, DEFAULT_LAYER_BITS if inputs else None, filter_fn)
+            filter_fn = names_passed(inner, filter_fn)
+            convert_modules(inner, Setting.of(DEFAULT_LAYER_BITS), filter_fn)
         coded = coded_modules(inner, filter_fn)
         if not coded:
-            raise InputError("allocate found no module in the model that is coded or can be; check its filter_fn")
+            raise InputError(
+                "allocate found no module in the model that is coded or can be with these bits: check the kinds in bits, "
+                "and filter_fn if you gave one. Activations that code calls as functions are coded by fewbit.patch"
+            )
         first, batches = _peeked(batches)
         histograms = observe(inner, model, batches, [each for each in coded if each.calibrates], loss_fn)
-        return _allocated(Probe(inner, model, coded, histograms, loss_fn, first), share, bits)
+        with progress("measuring layers", len(coded)) as advance:
+            return _allocated(Probe(inner, model, coded, histograms, loss_fn, first), share, bits, advance)
 
 
 def _peeked(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
@@ -89,25 +96,44 @@ def _peeked(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     rest = iter(batches)
     for first in rest:
         return first, itertools.chain([first], rest)
-    raise InputError("batches gave no batch to run the model on; a generator can be used once")
+    raise no_batch("allocate")
 
 
-def _budget(budget: Any) -> Callable[[int], int]:
-    """Bytes for codes, of the bytes that the coded tensors would take. DesignError for what is no budget.
+_UNITS = {"": 1, "B": 1, **{f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", 1)}}
+_UNITS |= {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
 
-    >>> _budget("30%")(1000), _budget(2048)(1000)
-    (300, 2048)
+
+def parse_budget(budget: Any) -> Callable[[int], int]:
+    """From the bytes that the coded tensors would take to the bytes for codes. DesignError for what is no budget.
+
+    >>> [parse_budget(each)(1000) for each in (0.3, "30%", 2048, "2 KiB")]
+    [300, 300, 2048, 2048]
     """
-    if isinstance(budget, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*%\s*", budget)):
-        return lambda exact: math.floor(exact * float(match[1]) / 100)
-    if isinstance(budget, int | np.integer) and not isinstance(budget, bool) and budget > 0:
-        return lambda exact: int(budget)
-    raise DesignError(f"budget must be a positive number of bytes or a text such as '30%', got {budget!r}")
+    text = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%|[a-zA-Z]*)\s*", budget) if isinstance(budget, str) else None
+    number = float(text[1]) if text else budget
+    if isinstance(number, bool) or not isinstance(number, int | float | np.integer | np.floating) or not 0 < number < math.inf:
+        raise _no_budget(budget)
+    if text and text[2] == "%":
+        return lambda exact: math.floor(exact * number / 100)
+    if text:
+        unit = _UNITS.get(text[2].upper())
+        if unit is None:
+            raise _no_budget(budget)
+        return lambda exact: math.floor(number * unit)
+    if isinstance(number, float | np.floating):
+        if number > 1:
+            raise _no_budget(budget)
+        return lambda exact: math.floor(exact * float(number))
+    return lambda exact: int(number)
 
 
-def _allocated(probe: Probe, share: Callable[[int], int], bits: Sequence[int]) -> Allocation:
+def _no_budget(budget: Any) -> DesignError:
+    return DesignError(f"budget must be a share such as 0.3 or '30%', or bytes such as 1048576 or '512 MiB'; got {budget!r}")
+
+
+def _allocated(probe: Probe, share: Callable[[int], int], bits: Sequence[int], advance: Callable[[], None]) -> Allocation:
     former = {name: (each.table, each.module.bits, each.module.table) for name, each in probe.coded.items()}
-    found = {name: each for name, each in probe.sensitivities().items() if each.elements}
+    found = {name: each for name, each in probe.sensitivities(advance).items() if each.elements}
     if not found:
         raise InputError("no coded layer of the model keeps codes for backward; does its gradient reach them?")
     exact = sum(each.elements * each.itemsize for each in found.values())

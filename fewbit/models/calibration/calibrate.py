@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -11,45 +11,56 @@ import numpy as np
 import torch
 from torch import nn
 
-from fewbit.constants import DEFAULT_BITS
+from fewbit.constants import DEFAULT_LAYER_BITS
 from fewbit.design import design
 from fewbit.design.evaluate import errors_under
-from fewbit.design.table import CodeTable, check_bits
-from fewbit.errors import DesignError, InputError
+from fewbit.design.table import CodeTable
+from fewbit.errors import InputError
+from fewbit.models.arguments import (
+    Filter,
+    LossFunction,
+    check_batches,
+    check_filter,
+    check_loss,
+    check_model,
+    names_passed,
+    no_batch,
+    run,
+    trainable,
+)
 from fewbit.models.calibration.calibration import CalibratedLayer, Calibration
 from fewbit.models.calibration.histogram import StreamingHistogram, bins_of
-from fewbit.models.coded import Coded, Filter, coded_modules, pre_activation, without_compiler
-from fewbit.models.conversion.convert import convert
-from fewbit.models.planning.forward import run
-from fewbit.models.untouched import eager, restored_on_error, untouched
+from fewbit.models.conversion.engine import convert_modules
+from fewbit.models.conversion.setting import Bits, Setting
+from fewbit.models.modules import CodedModule, coded_modules, pre_activation
+from fewbit.models.preserve import eager, preserved_state, structure_restored_on_error
 from fewbit.record import Activation
+from fewbit.torch_internals import is_backward
 from fewbit.weights import Histogram
 
 Tensor = torch.Tensor
-LossFunction = Callable[[nn.Module, Any], Tensor]
 Histograms = dict[str, StreamingHistogram]
 
 
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    bits: int | None = None,
-    *,
     loss_fn: LossFunction | None = None,
-    inputs: int | None = None,
+    bits: Bits | None = None,
+    *,
     filter_fn: Filter | None = None,
 ) -> Calibration:
     """Give each coded activation and gate of a model the table of least error for its own pre-activations.
 
     model      converted, built of fewbit's modules, or neither: then it is converted first, in place. It runs in the mode that
                it is in, training or not, without its compiled code.
-    batches    what to run it on: tensors, tuples or lists of arguments, or mappings of named ones. Some that the model has not
-               been trained on for long are enough; of each layer a histogram is kept, and no tensor.
-    bits       of the tables, 1 to 8; None for those that each module has, or 3 where the model is converted
+    batches    what to run it on, each as in `fewbit.memory`. Some that the model has not been trained on for long are enough;
+               of each layer a histogram is kept, and no tensor.
     loss_fn    of the model and a batch, a scalar: tables of the derivative are then for the squared gradient at each
                pre-activation, which is what their error is multiplied by. Tables that hold values too stay for the
                pre-activations alone, since the gradient there says nothing of the values. This runs backward, too.
-    inputs     as in `fewbit.convert`, for a model that is converted now
+    bits       of the tables, one number or by kind, as in `fewbit.convert`; None, and for kinds not named: those that each
+               module has. A model that is converted now is converted with them, or with 4 for every kind.
     filter_fn  of a module and its dotted name: whether to convert and calibrate it
     Returns    what was seen, and the errors before and after; `save` writes the tables to a file, `Calibration.load` reads it,
                and `install` puts them on a model again
@@ -59,25 +70,31 @@ def calibrate(
 
     Raises DesignError (bits) or InputError (no such module, no batch, no gradient); the model is then as it was before.
     """
-    inner = without_compiler("calibrate", model)
-    if bits is not None:
-        check_bits(bits, DesignError)
-    with restored_on_error(inner):
+    inner = check_model("calibrate", model)
+    check_batches("calibrate", batches, loss_fn)
+    check_filter(filter_fn)
+    setting = None if bits is None else Setting.of(bits)
+    with structure_restored_on_error(inner):
         if not coded_modules(inner):
-            convert(inner, bits or DEFAULT_BITS, inputs, filter_fn)
-            bits = None
+            filter_fn = names_passed(inner, filter_fn)
+            convert_modules(inner, setting or Setting.of(DEFAULT_LAYER_BITS), filter_fn)
+            setting = None
         coded = [each for each in coded_modules(inner, filter_fn) if each.calibrates]
         if not coded:
-            raise InputError("calibrate found no activation in the model that is coded or can be; check its filter_fn")
+            raise InputError(
+                "calibrate found no activation or gate in the model that is coded or can be with these bits: check "
+                "the kinds in bits, and filter_fn if you gave one. Activations that code calls as functions are coded by "
+                "fewbit.patch"
+            )
         histograms = observe(inner, model, batches, coded, loss_fn)
-        layers = [_calibrated(each, histograms[each.name], bits or each.table.bits, loss_fn is not None) for each in coded]
+        layers = [_calibrated(each, histograms[each.name], _bits_of(each, setting), loss_fn is not None) for each in coded]
         for each, layer in zip(coded, layers, strict=True):
             each.install(layer.table)
     return Calibration(tuple(layers), loss_fn is not None)
 
 
 def observe(
-    inner: nn.Module, model: nn.Module, batches: Iterable[Any], coded: Sequence[Coded], loss_fn: LossFunction | None
+    inner: nn.Module, model: nn.Module, batches: Iterable[Any], coded: Sequence[CodedModule], loss_fn: LossFunction | None
 ) -> Histograms:
     """The histograms of what the coded modules read while the model runs on the batches, by name.
 
@@ -85,29 +102,27 @@ def observe(
     """
     parameters = trainable(inner) if loss_fn is not None else []
     histograms, ran = {each.name: StreamingHistogram() for each in coded}, False
-    with untouched(inner), eager(), _watched(coded, histograms, loss_fn is not None):
+    with preserved_state(inner), eager(), _watched(coded, histograms, loss_fn is not None):
         for ran, batch in enumerate(batches, 1):  # noqa: B007
             if loss_fn is None:
                 with torch.no_grad():
                     run(model, batch)
             else:
                 with torch.enable_grad():
-                    torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
+                    torch.autograd.grad(check_loss(loss_fn(model, batch)), parameters, allow_unused=True)
     if not ran:
-        raise InputError("batches gave no batch to run the model on; a generator can be used once")
+        raise no_batch("calibrate")
     return histograms
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that need a gradient; InputError if there are none."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise InputError("no parameter of the model requires a gradient, so nothing is kept for backward; unfreeze some first")
-    return parameters
+def _bits_of(coded: CodedModule, setting: Setting | None) -> int:
+    """Of the table that a module gets: those asked for its kind, or those that it has."""
+    asked = None if setting is None else setting.bits_of(coded.module.coded_kind)
+    return asked or coded.table.bits
 
 
 @contextmanager
-def _watched(coded: Sequence[Coded], histograms: Histograms, with_gradients: bool) -> Iterator[None]:
+def _watched(coded: Sequence[CodedModule], histograms: Histograms, with_gradients: bool) -> Iterator[None]:
     handles = []
     for each in coded:
         handles += _watch(each, histograms[each.name], with_gradients)
@@ -118,13 +133,13 @@ def _watched(coded: Sequence[Coded], histograms: Histograms, with_gradients: boo
             handle.remove()
 
 
-def _watch(coded: Coded, histogram: StreamingHistogram, with_gradients: bool) -> list[Any]:
+def _watch(coded: CodedModule, histogram: StreamingHistogram, with_gradients: bool) -> list[Any]:
     """Hooks on a module that count what it reads; the gradient there comes later, when x may be overwritten or gone."""
     waiting: list[Tensor] = []
     gradients = with_gradients and coded.channels == ("derivative",)
 
     def before(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        if _is_backward():  # checkpointing runs forward again
+        if is_backward():  # checkpointing runs forward again
             return
         x = pre_activation(module, args, kwargs)
         histogram.add(x)
@@ -132,7 +147,7 @@ def _watch(coded: Coded, histogram: StreamingHistogram, with_gradients: bool) ->
             waiting.append(bins_of(x))
 
     def after(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if gradients and not _is_backward():
+        if gradients and not is_backward():
             bins = waiting.pop()
             if output.requires_grad:
                 output.register_hook(lambda gradient: histogram.add_gradient(bins, gradient))
@@ -143,11 +158,7 @@ def _watch(coded: Coded, histogram: StreamingHistogram, with_gradients: bool) ->
     ]
 
 
-def _is_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
-
-
-def _calibrated(coded: Coded, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CalibratedLayer:
+def _calibrated(coded: CodedModule, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CalibratedLayer:
     """The better of a table designed for the histogram and of the one in use, or of the shipped one of these bits."""
     former = coded.table
     table = former if former.bits == bits else coded.shipped(bits)
@@ -167,7 +178,7 @@ def weighs_gradients(histogram: StreamingHistogram, by_gradient: bool) -> bool:
     return by_gradient and bool(histogram.squares.any())
 
 
-def fitted(coded: Coded, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CodeTable:
+def fitted(coded: CodedModule, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CodeTable:
     """The table of so many bits designed for the histogram."""
     return _designed(coded.record, bits, histogram.smoothed(by_gradient), coded.channels)
 
@@ -178,13 +189,13 @@ def _designed(record: Activation, bits: int, weight: Histogram, channels: tuple[
     return design(record, bits, weight=weight, channels=channels)
 
 
-def relative_errors(seen: Histogram, table: CodeTable, coded: Coded) -> tuple[float, ...]:
+def relative_errors(seen: Histogram, table: CodeTable, coded: CodedModule) -> tuple[float, ...]:
     """The relative rms error of each channel under what was seen; 0 where there is no power and no error."""
     errors, powers = errors_under(seen, table, coded.record)
     return tuple(np.sqrt(np.divide(errors, powers, out=np.zeros_like(errors), where=errors > 0)).tolist())
 
 
-def layer_of(coded: Coded, table: CodeTable, histogram: StreamingHistogram, **facts: Any) -> CalibratedLayer:
+def layer_of(coded: CodedModule, table: CodeTable, histogram: StreamingHistogram, **facts: Any) -> CalibratedLayer:
     """What a calibration says of a module."""
     numbers = {"elements": histogram.elements, "not_finite": histogram.not_finite}
     return CalibratedLayer(coded.name, coded.record.name, dict(coded.record.parameters), table, **numbers, **facts)

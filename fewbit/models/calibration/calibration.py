@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fewbit import terminal
-from fewbit.coders import JOINT
 from fewbit.constants import CHANNELS
 from fewbit.design.table import VERSION, CodeTable, parse_entries, read_text, write_atomically
 from fewbit.errors import InputError, TableError, TableFileError
-from fewbit.models.coded import Coded, coded_modules, without_compiler
-from fewbit.models.conversion.convert import convert
+from fewbit.models.arguments import check_model
+from fewbit.models.conversion.engine import convert_modules
+from fewbit.models.conversion.setting import Setting
 from fewbit.models.grouping import shortened
+from fewbit.models.modules import CodedModule, coded_modules
+from fewbit.models.preserve import structure_restored_on_error
 from fewbit.models.report import Report
-from fewbit.models.untouched import restored_on_error
 from fewbit.record import label, plural
+from fewbit.resolve import JOINT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 FORMAT = "fewbit-calibration"
 _NUMBER = (int, float, type(None))
-_KINDS = {"name": str, "activation": str, "parameters": dict, "elements": int, "not_finite": int}
-_KINDS |= {"mean": _NUMBER, "std": _NUMBER}
+_TYPES = {"name": str, "activation": str, "parameters": dict, "elements": int, "not_finite": int}
+_TYPES |= {"mean": _NUMBER, "std": _NUMBER}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class CalibratedLayer:
             raise TableError(f"a layer has the entries {', '.join(sorted(known))}; got {entries!r:.200}")
         table = CodeTable.from_dict(entries["table"])
         errors = {name: _tupled(entries[name]) for name in ("before", "after")}
-        for name, kinds in _KINDS.items():
+        for name, kinds in _TYPES.items():
             if not isinstance(entries[name], kinds):
                 raise TableError(f"{name} of a layer cannot be {entries[name]!r}")
         if not all(each is None or len(each) == len(table.channels) for each in errors.values()):
@@ -112,8 +114,8 @@ class Calibration(Report):
         Raises InputError if a module is missing or cannot be coded, TableError if it is another activation, has other
         parameters or codes something else; the model is then as before.
         """
-        inner = without_compiler("install", model)
-        with restored_on_error(inner):
+        inner = check_model("install", model)
+        with structure_restored_on_error(inner):
             self._convert(inner)
             modules = dict(inner.named_modules())
             if missing := [layer.name for layer in self.layers if layer.name not in modules]:
@@ -129,9 +131,13 @@ class Calibration(Report):
     def _convert(self, model: nn.Module) -> None:
         """Convert those of the modules that are not coded; they get their tables later."""
         coded = {id(each.module) for each in coded_modules(model)}
-        for inputs, joint in ((None, False), (1, True)):
+        for setting, joint in ((Setting.of({"activation": 1}), False), (Setting.of(1), True)):
             names = {layer.name for layer in self.layers if (layer.table.channels != ("derivative",)) == joint}
-            convert(model, 1, inputs, lambda module, name, names=names: name in names and id(module) not in coded)
+
+            def wanted(module: nn.Module, name: str, names: set[str] = names) -> bool:
+                return name in names and id(module) not in coded
+
+            convert_modules(model, setting, wanted, keep_others=True)
 
     def rows(self) -> list[dict[str, Any]]:
         rows = []
@@ -191,7 +197,7 @@ class Calibration(Report):
         return plot_calibration([layer.name for layer in seen], panels)
 
 
-def _install(layer: CalibratedLayer, coded: Coded | None) -> None:
+def _install(layer: CalibratedLayer, coded: CodedModule | None) -> None:
     if coded is None:
         raise InputError(f"module {layer.name!r} is none that can be coded; the calibration has {layer.activation} there")
     wanted, got = label(layer.activation, layer.parameters), str(coded.record)
@@ -200,7 +206,7 @@ def _install(layer: CalibratedLayer, coded: Coded | None) -> None:
     if layer.table.channels != coded.channels:
         raise TableError(
             f"module {layer.name!r} needs a table with the channels {coded.channels}, the calibration's has "
-            f"{layer.table.channels}; revert the model first, or convert it with inputs= as the calibrated one was"
+            f"{layer.table.channels}; revert the model first, or convert it with the bits by kind that the calibrated one had"
         )
     coded.install(layer.table)
 

@@ -32,8 +32,8 @@ def choose(items: Sequence[Choices], budget: int) -> list[int]:
     step = gcd(*sizes) or 1
     costs = np.array([items[item][choice][1] for item, choice in options])
     # the solver stops within 1e-6 of the optimum: far less than what tells two answers apart, in units of the smallest costs
-    smallest = sum(min(cost for _, cost in choices.values()) for choices in items)
-    scale = max(smallest, 1e-9 * costs.max(initial=0.0)) or 1.0
+    smallest, largest = sum(min(cost for _, cost in choices.values()) for choices in items), costs.max(initial=0.0)
+    scale = max(min(smallest, 1e-4 * largest), 1e-9 * largest) or 1.0
     belongs = np.array([[float(owner == item) for owner, _ in options] for item in range(len(items))])
     fits = LinearConstraint(np.array(sizes, float) / step, -np.inf, budget // step)
     result = milp(

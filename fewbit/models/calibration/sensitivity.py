@@ -8,19 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from fewbit.autograd.switch import exact
+from fewbit.autograd.exact import exact
 from fewbit.constants import MAX_BITS
 from fewbit.design.evaluate import errors_under
 from fewbit.design.table import CodeTable
 from fewbit.errors import InputError
 from fewbit.measuring import saved_storages
-from fewbit.models.calibration.calibrate import LossFunction, fitted, trainable, weighs_gradients
+from fewbit.models.arguments import LossFunction, check_loss, surrogate_loss, trainable
+from fewbit.models.calibration.calibrate import fitted, weighs_gradients
 from fewbit.models.calibration.histogram import StreamingHistogram
-from fewbit.models.coded import Coded
-from fewbit.models.planning.forward import run
-from fewbit.models.untouched import eager, untouched
+from fewbit.models.modules import CodedModule
+from fewbit.models.preserve import eager, preserved_state
 
 Tensor = torch.Tensor
 Gradient = list[Tensor | None]
@@ -53,7 +52,7 @@ class Probe:
         self,
         inner: nn.Module,
         model: nn.Module,
-        coded: Sequence[Coded],
+        coded: Sequence[CodedModule],
         histograms: Mapping[str, StreamingHistogram],
         loss_fn: LossFunction | None,
         batch: Any,
@@ -85,8 +84,11 @@ class Probe:
         for name, number in bits.items():
             self.coded[name].install(self.table(name, number))
 
-    def sensitivities(self) -> dict[str, Sensitivity]:
-        """Of every layer: one pass with fine codes everywhere, and one for each layer with coarse codes there."""
+    def sensitivities(self, advance: Callable[[], None]) -> dict[str, Sensitivity]:
+        """Of every layer: one pass with fine codes everywhere, and one for each layer with coarse codes there.
+
+        advance  called after each layer
+        """
         itemsizes: dict[str, int] = {}
         handles = [_note_itemsize(each, itemsizes) for each in self.coded.values()]
         fine = dict.fromkeys(self.coded, _FINE)
@@ -111,6 +113,7 @@ class Probe:
             table_error = self.table_error(name, _COARSE)
             elements = round((kept - kept_coarse) * 8 / (_FINE - _COARSE))
             found[name] = Sensitivity(error / table_error if table_error else 0.0, max(elements, 0), itemsizes.get(name, 0))
+            advance()
         return found
 
     def measured_error(self, bits: Mapping[str, int]) -> float:
@@ -130,31 +133,15 @@ class Probe:
     def _gradient(self) -> tuple[Gradient, int]:
         """The gradient of the batch's loss, and the bytes that its forward pass keeps for backward."""
         kept: dict[int, int] = {}
-        with untouched(self._inner), eager(), torch.enable_grad():
+        with preserved_state(self._inner), eager(), torch.enable_grad():
             with saved_storages(kept):
-                loss = self._loss_fn(self._model, self._batch)
+                loss = check_loss(self._loss_fn(self._model, self._batch))
             number = sum(kept.values())
             gradient = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         return list(gradient), number
 
 
-def surrogate_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The `loss` of what the model returns; without one, all that it returns times normal numbers, the same at each call."""
-    output = run(model, batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss
-    tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.requires_grad]
-    if not tensors:
-        raise InputError("the model returns no tensor that depends on its trainable parameters; give a loss_fn")
-    generator, total = torch.Generator().manual_seed(0), torch.zeros((), device=tensors[0].device)
-    for each in tensors:
-        direction = torch.randn(each.shape, generator=generator).to(each)
-        total = total + (each * direction).sum()
-    return total
-
-
-def _note_itemsize(coded: Coded, itemsizes: dict[str, int]) -> Any:
+def _note_itemsize(coded: CodedModule, itemsizes: dict[str, int]) -> Any:
     def note(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         itemsizes[coded.name] = next(x.element_size() for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
 

@@ -1,1 +1,1 @@
-"""To let a model, or the functions that any code calls, keep codes."""
+"""Conversion: models, or the functions that code calls, keep codes."""

@@ -16,15 +16,17 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from fewbit import activations
-from fewbit.models.conversion import held, mlp, written
+from fewbit.models.conversion import gated_mlp, other_activations, own_forwards
 from fewbit.nn import activations as activation_modules
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CLASSES, CodedLayer
 
-CODED = (CodedActivation, CodedLayer, mlp.GatedMLP)
+CODED = (CodedActivation, CodedLayer, gated_mlp.GatedMLP)
 # lazy modules are no layers yet; of out_proj MultiheadAttention reads the weight, and never calls it
 _EXCEPT = (LazyModuleMixin, NonDynamicallyQuantizableLinear, *CODED)
 _ATTRIBUTES = {"bits", "table", "shared", "rounding"}  # what coded modules hold
+# which class of fewbit's, if any, codes one that is not torch's
+_FINDERS = (other_activations.coded_class, gated_mlp.coded_class, own_forwards.coded_class)
 _OPEN = {"extra_repr"}  # what both may define
 
 
@@ -68,7 +70,7 @@ def coded_class(own: type[nn.Module], twins: dict[type[nn.Module], type[nn.Modul
     if issubclass(own, _EXCEPT):
         return None
     for base in own.__mro__:
-        ours = twins.get(base) or held.coded_class(base) or mlp.coded_class(base) or written.coded_class(base)
+        ours = twins.get(base) or next(filter(None, (find(base) for find in _FINDERS)), None)
         if ours is None:
             continue
         if base in twins and own is base:
@@ -120,5 +122,5 @@ def _exchanged(cls: type, old: type, new: type) -> type:
 
 
 def fewbits_class(module: nn.Module, own: type[nn.Module]) -> type[nn.Module] | None:
-    """Of a module that was of its own class, or of one on top of it, before: the class that fewbit put in its place."""
+    """The class that fewbit put in the place of `own` for this module; None if it put none."""
     return next((each for each in type(module).__mro__ if issubclass(each, CODED) and each.__bases__[-1] is own), None)

@@ -2,57 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
 
+import torch
 from torch import nn
 
-from fewbit.constants import DEFAULT_BITS
-from fewbit.design.table import CodeTable
-from fewbit.errors import InputError
-from fewbit.models.conversion import classes, codes, held
-from fewbit.models.conversion.mlp import GatedMLP
+from fewbit.autograd.sharing import is_kept_exactly
+from fewbit.constants import DEFAULT_LAYER_BITS
+from fewbit.errors import ConversionWarning
+from fewbit.models.arguments import Filter, check_filter, check_model
+from fewbit.models.conversion.engine import Converted, convert_modules, revert_modules
+from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.nn.activations import CodedActivation
-from fewbit.nn.layers import CodedLayer
+from fewbit.record import plural
 
 Model = TypeVar("Model", bound=nn.Module)
-Filter = Callable[[nn.Module, str], bool]
-_BEFORE = "_before_fewbit"  # the attribute of a converted module that holds what `revert` needs
-_FUNCTION = "_function_before_fewbit"  # that of a module in the place of a function: the function
+_log = logging.getLogger("fewbit")
 
 
 def convert(
     model: Model,
-    bits: int = DEFAULT_BITS,
-    inputs: int | None = None,
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    bits: Bits = DEFAULT_LAYER_BITS,
+    filter_fn: Filter | None = None,
     *,
     coding: str | None = None,
-    sample: Any = None,
 ) -> Model:
     """Let the modules of a model keep codes for backward, in place. The forward pass stays as it is, bit for bit.
 
-    model      its modules are converted by class: activations, torch's and Hugging Face's, and with `inputs` linear layers,
-               convolutions, norms, GLU and gated MLPs too, and so are RMS norms and GPT-2's Conv1D as Hugging Face's models
-               write them. Subclasses are, if they leave as it is what fewbit replaces: `forward`, mostly. A function that a
-               torch.nn.TransformerEncoderLayer or TransformerDecoderLayer has for its activation becomes a module. Each
-               module remains the same object, with its weights, hooks, names and state, and only changes its class, for one
-               that its own is a base of. What was converted before is converted anew; what was built as fewbit's stays.
-    bits       of the codes of activations, 1 to 8
-    inputs     bits of the codes of what weights and norms read, 1 to 8; None leaves these layers exact. Activations then make
-               one code for their own backward and for the layers that read them, of the larger of both numbers of bits. So
-               does the product act(gate) * up in a gated MLP, from codes of gate and up; without `inputs` its activation
-               alone is coded, which saves one tensor of the four that such an MLP keeps of its hidden width.
+    model      its modules are converted by class: activations, torch's and Hugging Face's, linear layers, convolutions, norms,
+               GLU and gated MLPs, and RMS norms and GPT-2's Conv1D as Hugging Face's models write them. Subclasses are, if
+               they leave as it is what fewbit replaces: `forward`, mostly. A function that a torch.nn.TransformerEncoderLayer
+               or TransformerDecoderLayer has for its activation becomes a module. Each module remains the same object, with
+               its weights, hooks, names and state, and only changes its class, for one that its own is a base of.
+    bits       of one code, 1 to 8: one number for every kind of what is kept, or a mapping from kind to number, as
+               {"activation": 3, "linear": 4}; kinds that are not named stay exact. The kinds: "activation"; "linear", inputs of
+               linear layers and convolutions; "norm"; "product", the gated ones; "attention", "recurrent" and "rest", of which
+               no module is coded yet. With "linear", what linear layers read is coded once, by what made it, with the larger
+               of both numbers of bits. Without "product" the activation of a gated MLP alone is coded, one tensor of the four
+               that such an MLP keeps of its hidden width.
     filter_fn  of a module and its dotted name: whether to convert it
     coding     of the tables, as in `fewbit.design`; None for the optimal one
-    sample     a batch, by which conversions that would keep more bytes are found and left out: a tensor, a tuple or list of
-               arguments, or a mapping of them. `fewbit.left_out(model)` tells why, and so does the log "fewbit".
     Returns    the model
 
-    Raises DesignError (bits, coding) or InputError (no module) before anything is changed.
+    A model that was converted before has this setting alone afterwards; what was built of fewbit's modules stays. The logger
+    "fewbit" tells at level INFO what was done, and a ConversionWarning that nothing was. Some kinds alone may keep more than
+    nothing coded does: `fewbit.memory(model, batch).plan(bits).convert()` leaves out what does not pay.
 
-    >>> model = convert(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), bits=4, inputs=4)
+    Raises DesignError (bits, coding) or InputError (something that is no module, a filter that cannot be called) before
+    anything is changed.
+
+    >>> model = convert(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), bits=4)
     >>> model
     Sequential(
       (0): Linear(in_features=8, out_features=16, bias=True, bits=4)
@@ -62,158 +65,64 @@ def convert(
     >>> revert(model)[1]
     GELU(approximate='none')
     """
-    _check_model("convert", model)
-    codes.check(bits, inputs, coding)
-    filter_fn = _with_sample(model, bits, inputs, filter_fn, coding, sample)
-    convert_modules(model, bits, inputs, filter_fn, coding)
+    check_model("convert", model)
+    check_filter(filter_fn)
+    setting = Setting.of(bits, coding)
+    log_conversion(model, setting, convert_modules(model, setting, filter_fn))
     return model
-
-
-def convert_modules(
-    model: nn.Module, bits: int, inputs: int | None, filter_fn: Filter | None = None, coding: str | None = None
-) -> None:
-    """What `convert` does once its arguments are checked."""
-    installed, changes = _plan(model, filter_fn, bits, inputs, coding)
-    for layer, name, activation in installed:
-        del vars(layer)[name]
-        layer.add_module(name, activation)
-    for change in changes:
-        change.make()
 
 
 def revert(model: Model) -> Model:
-    """Make what `convert` changed torch's own again, in place; modules that were built as fewbit's stay. Returns the model."""
-    from fewbit.models.planning.plan import forget_left_out
+    """Make what `convert` changed torch's own again, in place; modules that were built as fewbit's stay. Returns the model.
 
-    _check_model("revert", model)
-    forget_left_out(model)
-    for module in [*model.modules()]:
-        _revert_module(module)
-        for name, child in [*module.named_children()]:
-            if _FUNCTION in vars(child):
-                del module._modules[name]
-                setattr(module, name, vars(child)[_FUNCTION])
+    Raises InputError for what is no module.
+    """
+    check_model("revert", model)
+    reverted = revert_modules(model)
+    _log.info("revert: %s of the %s", plural(len(reverted), "module"), type(model).__name__)
     return model
 
 
-def is_converted(module: nn.Module) -> bool:
-    """Whether `revert` would change it."""
-    return _BEFORE in vars(module)
+def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Converted]) -> None:
+    """Log what a conversion did, in one line, or warn that it did nothing."""
+    if not converted:
+        warnings.warn(
+            f"no module of the {type(model).__name__} was converted with {setting}: none is of these kinds, or the filter let "
+            "none pass. Code that calls functions such as torch.nn.functional.gelu itself is coded by "
+            "`with fewbit.patch(bits):` around it",
+            ConversionWarning,
+            stacklevel=3,
+        )
+        return
+    if _log.isEnabledFor(logging.INFO):
+        kinds = Counter(each.kind for each in converted)
+        numbers = ", ".join(f"{number} {kind} at {plural(setting.bits_of(kind) or 0, 'bit')}" for kind, number in kinds.items())
+        total = plural(sum(1 for _ in model.modules()), "module")
+        _log.info(
+            "convert: %d of %s of the %s: %s%s",
+            len(converted),
+            total,
+            type(model).__name__,
+            numbers,
+            _caveat(converted, setting),
+        )
 
 
-def _with_sample(
-    model: nn.Module, bits: int, inputs: int | None, filter_fn: Filter | None, coding: str | None, sample: Any
-) -> Filter | None:
-    """The filter, less what would keep more bytes for this sample."""
-    from fewbit.models.planning import plan
-
-    if sample is None:
-        plan.forget_left_out(model)
-        return filter_fn
-    left_out = plan.leave_out(model, plan.Setting(bits, inputs, filter_fn, coding), sample)
-    return lambda module, name: name not in left_out and (filter_fn is None or filter_fn(module, name))
-
-
-@dataclass
-class _Change:
-    """A module's own class, the coded class to take its place, and the attributes to set."""
-
-    module: nn.Module
-    own: type[nn.Module]
-    coded: type[nn.Module]
-    attributes: dict[str, Any]
-
-    def make(self) -> None:
-        _revert_module(self.module)
-        state = vars(self.module)
-        attributes = {name: value for name, value in self.attributes.items() if state.get(name, _BEFORE) != value}
-        before = {name: state[name] for name in attributes if name in state}
-        state.update({_BEFORE: (self.own, before, tuple(attributes)), **attributes})
-        classes.exchange(self.module, self.own, self.coded)
+def _caveat(converted: Sequence[Converted], setting: Setting) -> str:
+    """What to say of activations whose codes may come on top of the output that an exact linear layer keeps anyway."""
+    if setting.shares:
+        return ""
+    activations = [each.module for each in converted if isinstance(each.module, CodedActivation)]
+    names = Counter(type(module).record(module).name for module in activations if _keeps_its_output(module))
+    if not names:
+        return ""
+    return (
+        f"; {', '.join(names)} keep their output, which an exact linear layer behind them keeps anyway: there codes add to it, "
+        "and fewbit.memory(model, batch).plan(bits).convert() leaves them out"
+    )
 
 
-def _revert_module(module: nn.Module) -> None:
-    if _BEFORE in vars(module):
-        own, before, names = vars(module).pop(_BEFORE)
-        coded = classes.fewbits_class(module, own)
-        if coded is not None:
-            classes.exchange(module, coded, own)
-        for name in names:
-            vars(module).pop(name, None)
-        vars(module).update(before)
-
-
-def _plan(
-    model: nn.Module,
-    filter_fn: Filter | None,
-    bits: int,
-    inputs: int | None,
-    coding: str | None,
-) -> tuple[list[tuple[nn.Module, str, nn.Module]], list[_Change]]:
-    """Modules to install, as (parent, name, module), in the place of functions; and all changes. Nothing is changed yet."""
-    twins, known = classes.torch_twins(), {}
-    installed, changes = [], {}
-    modules = [*model.named_modules()]
-    for name, module in modules:
-        if function := _activation_function(module):
-            installed.append((module, _ACTIVATION, function))
-            modules.append((f"{name}.{_ACTIVATION}" if name else _ACTIVATION, function))  # looked at below, in this very loop
-        own = vars(module)[_BEFORE][0] if _BEFORE in vars(module) else classes.own_class(module)
-        if own not in known:
-            known[own] = classes.coded_class(own, twins)
-        coded = known[own]
-        if coded is None or "forward" in vars(module) or (filter_fn is not None and not filter_fn(module, name)):
-            continue
-        if issubclass(coded, CodedActivation):
-            attributes = _activation_attributes(module, coded, bits, inputs, coding)
-        elif inputs is not None:
-            attributes = _layer_attributes(coded, inputs, coding) if issubclass(coded, CodedLayer) else {}
-        else:
-            continue
-        changes[id(module)] = _Change(module, own, coded, attributes)
-    installed = [each for each in installed if id(each[2]) in changes]
-    return installed, [each for each in changes.values() if _has_its_gate(each, changes)]
-
-
-def _has_its_gate(change: _Change, changes: dict[int, _Change]) -> bool:
-    """Whether the activation of what may be a gated MLP is, or becomes, a coded one."""
-    if not issubclass(change.coded, GatedMLP):
-        return True
-    activation = change.coded.part_of(change.module, "act")
-    return id(activation) in changes or isinstance(activation, CodedActivation)
-
-
-_ACTIVATION = "activation"  # the attribute of torch's transformer layers
-
-
-def _activation_function(module: nn.Module) -> nn.Module | None:
-    """torch's module for the function that a layer of torch's transformers has for its activation."""
-    if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or _ACTIVATION not in vars(module):
-        return None
-    found = held.module_for(vars(module)[_ACTIVATION])
-    if found is not None:
-        vars(found)[_FUNCTION] = vars(module)[_ACTIVATION]
-        found.train(module.training)
-    return found
-
-
-def _check_model(name: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{name} takes a torch.nn.Module, got {type(model).__name__}")
-
-
-def _activation_attributes(
-    module: nn.Module, coded_class: type[CodedActivation], bits: int, inputs: int | None, coding: str | None
-) -> dict[str, Any]:
-    table = None if coding is None else codes.activation_table(coded_class.record_of(module), bits, inputs, coding)
-    code = _code(codes.activation_bits(bits, inputs), table)
-    return {"inplace": getattr(module, "inplace", False), "shared": inputs is not None, **code}
-
-
-def _layer_attributes(coded_class: type[CodedLayer], inputs: int, coding: str | None) -> dict[str, Any]:
-    table = None if coding is None else codes.layer_table(coded_class.gate, inputs, coding)
-    return {"rounding": "nearest", **_code(inputs, table)}
-
-
-def _code(bits: int, table: CodeTable | None) -> dict[str, Any]:
-    return {"bits": bits if table is None else None, "table": table}
+def _keeps_its_output(module: CodedActivation) -> bool:
+    """Whether the exact operation keeps its output for backward, asked of the operation."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return is_kept_exactly(type(module).record(module).forward(torch.zeros(1, requires_grad=True)))

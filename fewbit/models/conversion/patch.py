@@ -1,32 +1,32 @@
 """Functional calls inside any code, made to keep codes: a context in which torch's functions are fewbit's.
 
 A mode of torch (`torch.overrides.TorchFunctionMode`) sees every call of torch's functions and methods on its thread, wherever
-it is written, before torch does; torch.compile traces through it. What the mode does not code goes to torch untouched.
+it is written, before torch does; torch.compile traces through it. What the mode does not code goes on to torch as it came.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ContextDecorator
+from dataclasses import replace
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fewbit import activations, drop_in, layers
-from fewbit.autograd import traced
-from fewbit.autograd.switch import check_decorated
-from fewbit.constants import DEFAULT_BITS
+from fewbit import activations
+from fewbit.autograd.exact import check_decorated
+from fewbit.constants import DEFAULT_LAYER_BITS
 from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, DesignError, InputError
-from fewbit.models.conversion import codes
-from fewbit.nn.layers import GLU
-from fewbit.record import Activation
+from fewbit.functional import layers
+from fewbit.functional.activations import activation_operation
+from fewbit.functional.operation import Operation, fixed, is_codable, run
+from fewbit.models.conversion.setting import Bits, Setting
+from fewbit.torch_internals import fake_tensor_class, function_modes, in_forward_mode, levels, native_functions
 
 Tensor = torch.Tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -35,21 +35,21 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class patch(ContextDecorator):
     """Let the calls of torch's functions in a block, or in a decorated function, keep codes for backward.
 
-    with fewbit.patch(bits=3):
+    with fewbit.patch(bits=4):
         loss = model(x).sum()  # F.gelu, torch.tanh, x.sigmoid(), torch.relu_ and their like, in any code that runs here
 
-    bits         of the codes of activations, 1 to 8
-    inputs       bits of the codes of what linear layers, convolutions, norms and GLU read, 1 to 8, where they are called as
-                 torch.nn.functional.linear and so on, as torch's modules do; None leaves these exact. Activations then make one
-                 code for their own backward and for the layers that read them, of the larger of both numbers of bits.
+    bits         of one code, 1 to 8, for every kind or by kind, as in `fewbit.convert`: of activations, and of linear layers,
+                 convolutions, norms and GLU that are called as torch.nn.functional.linear and so on, as torch's modules do
     coding       of the tables, as in `fewbit.design`; None for the optimal one
-    activations  names of the activations to code, as `fewbit list` shows them; None for all
+    activations  names of the activations to code, as `fewbit list` shows them; None for all. With names, one number of bits is
+                 for the kind "activation" alone.
 
     The forward pass stays as it is, bit for bit. What cannot be coded is torch's own: inputs that need no gradient, of other
     dtypes, sparse, nested or of a subclass of Tensor; calls with out=, with tensors for parameters, or with parameters for
     which there is no table; layers under `torch.func` transforms; forward-mode differentiation. So are activations that are no
-    function of torch (GELU written out), and all that torch computes in one operation or out of Python's sight (LSTMs,
-    `torch.jit` scripts, attention's projections).
+    function of torch (GELU written out), all that torch computes in one operation or out of Python's sight (LSTMs, `torch.jit`
+    scripts, attention's projections), and, in compiled code, calls of torch.relu_, functional.elu_ and their like (but not
+    x.relu_() and inplace=True), of which the compiler tells no mode.
 
     Backward may come after the block, but what is recomputed for it is coded only inside: with checkpointing (use_reentrant
     =False) run backward in the block too, or decorate what is checkpointed; else torch raises its CheckpointError. The block
@@ -67,15 +67,14 @@ class patch(ContextDecorator):
 
     def __init__(
         self,
-        bits: int = DEFAULT_BITS,
-        inputs: int | None = None,
+        bits: Bits = DEFAULT_LAYER_BITS,
         *,
         coding: str | None = None,
         activations: Collection[str] | None = None,
     ):
-        codes.check(bits, inputs, coding)
-        self.bits, self.inputs, self.coding = bits, inputs, coding
-        self.tables = _tables(self.inputs, coding)
+        alone = activations is not None and not isinstance(bits, Mapping)
+        self.setting = Setting.of({"activation": bits} if alone else bits, coding)
+        self.tables = _layer_tables(self.setting)
         self.activations = None if activations is None else _checked_names(activations)
 
     def __enter__(self) -> patch:
@@ -108,7 +107,7 @@ class patch(ContextDecorator):
 
 
 class _Target(NamedTuple):
-    """What one of torch's functions is to fewbit: an activation in the registry or a layer of `fewbit.layers`, by its name,
+    """What one of torch's functions is to fewbit: an activation in the registry or a layer of `fewbit.functional`, by its name,
     and whether it overwrites its input, as torch.relu_ does."""
 
     name: str
@@ -119,7 +118,7 @@ class _Target(NamedTuple):
 def _targets() -> dict[Callable[..., Any], _Target]:
     """All of torch's functions and methods that compute a built-in activation or a layer, found by their names."""
     found: dict[Any, _Target] = {torch.special.expit: _Target("sigmoid")}  # the one of another name
-    homes: tuple[Any, ...] = torch, functional, torch.Tensor, torch._C._nn, torch.special  # type: ignore[attr-defined]
+    homes: tuple[Any, ...] = torch, functional, torch.Tensor, native_functions(), torch.special
     named = [each.torch_name for each in activations.BUILT_IN.values() if isinstance(each.torch_function, str)]
     for name in (each.rpartition(".")[2] for each in named):
         found.update({getattr(home, name): _Target(name) for home in homes if hasattr(home, name)})
@@ -131,7 +130,7 @@ def _targets() -> dict[Callable[..., Any], _Target]:
 _TARGETS: Mapping[Callable[..., Any], _Target] = _targets()
 _BACKWARDS = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _redispatch: Callable[..., Any] = torch.overrides.redispatch_function  # calls what it is given without asking modes
-_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # other subclasses have a mind of their own
+_PLAIN = (Tensor, torch.nn.Parameter, fake_tensor_class())  # other subclasses have a mind of their own
 
 
 class _Mode(TorchFunctionMode):
@@ -161,11 +160,7 @@ class _Mode(TorchFunctionMode):
 
 def _innermost() -> _Mode | None:
     """The patch in force on this thread."""
-    for position in reversed(range(torch._C._len_torch_function_stack())):
-        mode = torch._C._get_function_stack_at(position)
-        if isinstance(mode, _Mode):
-            return mode
-    return None
+    return next((mode for mode in function_modes() if isinstance(mode, _Mode)), None)
 
 
 def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
@@ -177,76 +172,70 @@ def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[st
 
 def _coded_activation(settings: patch, target: _Target, x: Any, rest: tuple, named: dict[str, Any]) -> Tensor | None:
     """The activation of x, or None where torch's own function is to give it."""
-    compiling = torch.compiler.is_compiling()
-    if not _is_codable(x) or not (compiling or _wants_codes(x)):
+    setting, compiling = settings.setting, torch.compiler.is_compiling()
+    if setting.bits_of("activation") is None or not (type(x) in _PLAIN and is_codable(x)) or not (compiling or _wants_codes(x)):
         return None
     if not all(isinstance(each, (int, float, str)) for each in (*rest, *named.values())):
         return None
-    call = target.name, target.inplace, rest, tuple(named.items())
-    wanted = settings.bits, settings.inputs, settings.coding, settings.activations
-    if not compiling:
-        request = _request(*call, *wanted)
-        return None if request is None else drop_in.apply(request.record, x, **request.code)
-    constants = _while_tracing(_constants, x.dtype, x.device, *drop_in.fixed(call), *wanted)
-    return None if constants is None else drop_in.run_compiled(x, constants)
+    call = target.name, target.inplace, rest, tuple(named.items()), setting.by_kind, setting.coding, settings.activations
+    call = fixed(call) if compiling else call
+    if not (_while_tracing(_can_code, *call) if compiling else _known_to_code(*call)):
+        return None
+    return run(_activation, call, (x,), by_name=False)
 
 
-class _Request(NamedTuple):
-    """An activation at its parameters, and what `drop_in.apply` takes besides."""
-
-    record: Activation
-    code: dict[str, Any]
-
-
-@lru_cache(maxsize=1024)
-def _request(
+def _activation(
     name: str,
     inplace: bool,
     rest: tuple,
     named: tuple[tuple[str, Any], ...],
-    bits: int,
-    inputs: int | None,
+    by_kind: tuple[tuple[str, int], ...],
     coding: str | None,
     chosen: frozenset[str] | None,
-) -> _Request | None:
-    """What a call with these arguments asks for under these settings; None if it cannot be coded, or is not to be."""
-    record = activations.BUILT_IN[name]
+) -> Operation:
+    """What a call with these arguments asks for under these settings.
+
+    Raises TypeError, ActivationError or DesignError if it cannot be coded, or is not to be.
+    """
+    record, setting = activations.BUILT_IN[name], Setting(by_kind, coding)
     keywords = {**dict(named), "inplace": True} if inplace else dict(named)
+    found = activation_operation(record, setting.shares, rest, tuple(keywords.items()))
+    if chosen is not None and found.name not in chosen:
+        raise ActivationError(f"{found.name} is not among the activations to code")
+    return replace(found, table=setting.activation_table(found.record))
+
+
+def _can_code(*call: Any) -> bool:
+    """Whether there is such an operation, with a table."""
     try:
-        given = inspect.signature(drop_in.function(record)).bind(None, *rest, **keywords).arguments
-        record = drop_in.bound_record(record, given)
-        if chosen is not None and record.name not in chosen:
-            return None
-        table = codes.activation_table(record, bits, inputs, coding)
+        _activation(*call)
     except (TypeError, ActivationError, DesignError):
-        return None
-    return _Request(record, {"table": table, "shared": inputs is not None, "inplace": bool(given.get("inplace"))})
+        return False
+    return True
 
 
-def _constants(dtype: torch.dtype, device: torch.device, *call_and_wanted: Any) -> Any:
-    request = _request(*call_and_wanted)
-    return None if request is None else drop_in.constants(request.record, dtype, device, **request.code)
+_known_to_code = lru_cache(maxsize=1024)(_can_code)
 
 
 def _coded_layer(settings: patch, target: _Target, x: Any, rest: tuple, named: dict[str, Any]) -> Tensor | None:
     """The layer, or None where torch's own function is to give it."""
+    function = layers.FUNCTIONS[target.name]
+    bits, table = settings.setting.bits_of(function.kind), settings.tables.get(function.kind)
     operands = [each for each in (x, *rest, *named.values()) if isinstance(each, Tensor)]
-    if settings.inputs is None or not _is_codable(x) or not all(type(each) in _PLAIN for each in operands):
+    if bits is None or not all(type(each) in _PLAIN for each in operands) or not is_codable(x):
         return None
     weight = rest[0] if rest else named.get("weight")
     if target.name == "linear" and isinstance(weight, Tensor) and weight.dim() != 2:  # torch takes a vector, too
         return None
     compiling, call = torch.compiler.is_compiling(), (target.name, len(rest), tuple(named))
-    if not (compiling or traced.wants_codes(operands)):
-        return None
     if not (_while_tracing(_takes, *call) if compiling else _known_to_take(*call)):
         return None
-    table = settings.tables["gated" if target.name == "glu" else "value"]
-    return layers.FUNCTIONS[target.name](x, *rest, **named, bits=settings.inputs, table=table)
+    code = layers.Code(bits if table is None else None, table, by_name=False)
+    return function.with_code(code, x, *rest, **named)
 
 
 def _takes(name: str, positional: int, named: tuple[str, ...]) -> bool:
-    """Whether the layer of `fewbit.layers` has all the arguments that are given to torch's."""
+    """Whether fewbit's layer has all the arguments that are given to torch's."""
     try:
         inspect.signature(layers.FUNCTIONS[name]).bind(None, *(None for _ in range(positional)), **dict.fromkeys(named))
     except TypeError:
@@ -257,28 +246,26 @@ def _takes(name: str, positional: int, named: tuple[str, ...]) -> bool:
 _known_to_take = lru_cache(maxsize=256)(_takes)
 
 
-def _tables(inputs: int | None, coding: str | None) -> dict[str, CodeTable | None]:
-    """The tables of what layers and gated units read: of one's own where a coding is named, else None for the shipped ones."""
-    if inputs is None or coding is None:
-        return {"value": None, "gated": None}
+def _layer_tables(setting: Setting) -> dict[str, CodeTable]:
+    """By kind the tables of layers and gated units, where a coding is named; else they are the shipped ones."""
+    if setting.coding is None:
+        return {}
     if torch.compiler.is_compiling():
-        raise InputError("in compiled code patch takes inputs or coding, not both; make such a patch outside")
-    return {"value": codes.layer_table(None, inputs, coding), "gated": codes.layer_table(GLU.gate, inputs, coding)}
-
-
-def _is_codable(x: Any) -> bool:
-    """Whether x is a tensor of a kind that can be coded."""
-    return type(x) in _PLAIN and drop_in.is_codable(x)
+        raise InputError("in compiled code patch takes no coding; make such a patch outside, and enter it inside")
+    gates = {"linear": None, "norm": None, "product": layers.glu.gate}
+    return {kind: setting.layer_table(kind, gate) for kind, gate in gates.items() if setting.bits_of(kind) is not None}
 
 
 def _wants_codes(x: Tensor) -> bool:
     """Whether an activation of x is to keep codes: x needs a gradient, of the kind that codes can give."""
-    return torch.is_grad_enabled() and (x.requires_grad or traced.wants_gradient(x)) and forward_ad._current_level < 0
+    return torch.is_grad_enabled() and not in_forward_mode() and any(level.requires_grad for level in levels(x))
 
 
 def _checked_names(names: Collection[str]) -> frozenset[str]:
     if isinstance(names, str):
         names = (names,)
+    if not isinstance(names, Iterable):
+        raise ActivationError(f"activations must be names such as ('gelu', 'silu'), or None for all; got {names!r}")
     return frozenset(activations.get(name).name for name in names)
 
 

@@ -1,0 +1,328 @@
+"""`fewbit bench`: activations exact and coded, forward and backward, timed side by side.
+
+All figures are quantiles over rounds, and every ratio is of two times of one round: what slows the machine for a while slows
+both. Outputs and gradients are made anew in each call, as in training; inputs and the copy's target are there already, so that
+small tensors lie in a cache (on CUDA in the second-level one), for the copy as for the activation.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewbit import __version__, kernels, resolve
+from fewbit.constants import DEFAULT_BITS, DTYPES
+from fewbit.design.table import check_bits
+from fewbit.errors import DesignError, FewbitError, InputError
+from fewbit.functional.activations import function
+from fewbit.measuring import Key, Quantiles, Task, find_device, kept_bytes, quantiles, time_rounds, torch_threads
+from fewbit.record import Activation, plural
+
+Tensor = torch.Tensor
+Samples = dict[Key, np.ndarray]
+
+PHASES = ("forward", "backward", "both")
+PARTS = ("encode", "decode")
+LARGEST = 2**31
+_EXACT, _COPY = "exact", ("copy", "copy")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure: every activation at every dtype, number of elements and device, exact and coded with all `bits`.
+
+    parts     also encode and decode alone
+    compiled  also torch.compile of the exact operation
+
+    Raises DesignError for bits other than 1 to 8.
+    """
+
+    records: Sequence[Activation]
+    bits: Sequence[int]
+    dtypes: Sequence[torch.dtype]
+    sizes: Sequence[int]
+    devices: Sequence[torch.device]
+    threads: int
+    repeats: int
+    parts: bool = False
+    compiled: bool = False
+
+    def __post_init__(self):
+        for name in ("records", "bits", "dtypes", "sizes", "devices"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        for bits in self.bits:
+            check_bits(bits, DesignError)
+
+    def cases(self) -> list[Case]:
+        """Every combination: devices and dtypes outermost, sizes innermost."""
+        return [
+            Case(record, dtype, elements, device)
+            for device in self.devices
+            for dtype in self.dtypes
+            for record in self.records
+            for elements in self.sizes
+        ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One activation on a tensor (elements,) of one dtype and device."""
+
+    record: Activation
+    dtype: torch.dtype
+    elements: int
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.record}, {_name(self.dtype)}, {plural(self.elements, 'element')} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to compute an activation; bits None: exactly."""
+
+    label: str
+    function: Callable[[Tensor], Tensor]
+    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What was seen of one run, by phase; ratios and extra seconds are against the exact run.
+
+    moved_bytes  what forward and backward must read and write: x, y, the incoming gradient, its result, and what is kept, which
+                 is read, and written where it is neither x nor y
+    copy_share   moved_bytes a second, as a share of what the copy moves in a second
+    """
+
+    run: str
+    bits: int | None
+    kept_bytes: int
+    moved_bytes: int
+    seconds: dict[str, Quantiles]
+    ratio: dict[str, Quantiles]
+    extra_seconds: dict[str, Quantiles]
+    copy_share: Quantiles
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """`encode` alone, which reads x and writes codes, or `decode` alone, which reads codes and a gradient and writes one."""
+
+    part: str
+    bits: int
+    moved_bytes: int
+    seconds: Quantiles
+    copy_share: Quantiles
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """All runs of one case, the exact one first, and the copy they are held against."""
+
+    activation: str
+    parameters: dict[str, float]
+    dtype: str
+    elements: int
+    device: str
+    copy_bytes: int
+    copy_seconds: Quantiles
+    runs: list[RunResult]
+    parts: list[PartResult]
+
+
+@dataclass
+class Report:
+    """The results, and on what they were measured; `notes` says what was left out."""
+
+    date: str
+    versions: dict[str, str]
+    devices: dict[str, str]
+    threads: int
+    repeats: int
+    cases: list[CaseResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; all times in seconds."""
+        return {"format": "fewbit-bench", "version": 1, **asdict(self)}
+
+
+def settings_of(
+    records: Sequence[Activation],
+    bits: Sequence[int],
+    dtypes: Sequence[str],
+    sizes: Sequence[str],
+    devices: Sequence[str],
+    threads: int | None = None,
+    **others: Any,
+) -> Settings:
+    """Settings from the words of a command line; `threads` None: as many as torch has now. Raises as the functions below do."""
+    places = [find_device(name) for name in devices]
+    elements = [parse_size(text) for text in sizes]
+    kinds = [parse_dtype(text) for text in dtypes]
+    return Settings(records, bits, kinds, elements, places, threads or torch.get_num_threads(), **others)
+
+
+def parse_size(text: str) -> int:
+    """A number of elements; InputError for anything else.
+
+    >>> parse_size("2^14"), parse_size("16384")
+    (16384, 16384)
+    """
+    match = re.fullmatch(r"(?:2\^(\d{1,2})|(\d{1,10}))", text)
+    elements = 0 if match is None else 2 ** int(match[1]) if match[1] else int(match[2])
+    if not 1 <= elements <= LARGEST:
+        raise InputError(f"a size is a number of elements from 1 to 2^31, such as 16384 or 2^14; got {text!r}")
+    return elements
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """The dtype of that name; InputError for one that activations are not coded for."""
+    if text not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {text!r}")
+    return getattr(torch, text)
+
+
+def run(settings: Settings, track: Callable[[Sequence[Case]], Iterable[Case]] = iter) -> Report:
+    """Measure every case; `track` may show how far it is.
+
+    Raises FewbitError, naming the case, where torch cannot compute it: too little memory, an operation without this dtype.
+    """
+    report = Report(
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        dict(_versions()),
+        {str(device): _device_name(device) for device in settings.devices},
+        settings.threads,
+        settings.repeats,
+    )
+    with torch_threads(settings.threads):
+        for case in track(settings.cases()):
+            try:
+                report.cases.append(measure(case, settings, report.notes))
+            except RuntimeError as error:
+                raise FewbitError(f"cannot measure {case}: {_first_line(error)}") from error
+    report.notes = list(dict.fromkeys(report.notes))
+    return report
+
+
+def measure(case: Case, settings: Settings, notes: list[str]) -> CaseResult:
+    """All runs of one case. Appends to `notes` what was left out."""
+    generator = torch.Generator(case.device).manual_seed(0)
+    x, grad = (torch.randn(case.elements, dtype=case.dtype, device=case.device, generator=generator) for _ in range(2))
+    leaf = x.clone().requires_grad_()
+    runs = [Run(_EXACT, case.record.forward)]
+    runs += [Run(plural(bits, "bit"), partial(function(case.record), bits=bits), bits) for bits in settings.bits]
+    if settings.compiled:
+        runs += _compiled(case, leaf, grad, notes)
+    kept = {each.label: kept_bytes(each.function, leaf) for each in runs}
+    coded = [each for each in runs if each.bits is not None and settings.parts]
+    tasks = {_COPY: Task(lambda: x, torch.empty_like(x).copy_)}
+    for each in runs:
+        tasks |= _run_tasks(each, leaf, grad)
+    for each in coded:
+        tasks |= _part_tasks(each, case, x, grad)
+    samples = time_rounds(tasks, settings.repeats, case.device)
+    return CaseResult(
+        activation=case.record.name,
+        parameters=dict(case.record.parameters),
+        dtype=_name(case.dtype),
+        elements=case.elements,
+        device=str(case.device),
+        copy_bytes=2 * x.nbytes,
+        copy_seconds=quantiles(samples[_COPY]),
+        runs=[_run_result(each, *kept[each.label], 2 * x.nbytes, samples) for each in runs],
+        parts=[_part_result(part, each, kept[each.label][0], 2 * x.nbytes, samples) for each in coded for part in PARTS],
+    )
+
+
+def _run_tasks(each: Run, x: Tensor, grad: Tensor) -> dict[Key, Task]:
+    def both(x: Tensor) -> object:
+        return torch.autograd.grad(each.function(x), x, grad)
+
+    return {
+        ("forward", each.label): Task(lambda: x, each.function),
+        ("backward", each.label): Task(lambda: each.function(x), lambda y: torch.autograd.grad(y, x, grad)),
+        ("both", each.label): Task(lambda: x, both),
+    }
+
+
+def _part_tasks(each: Run, case: Case, x: Tensor, grad: Tensor) -> dict[Key, Task]:
+    (device_table,) = resolve.shipped_tables(case.record, ("derivative",), each.bits or DEFAULT_BITS, case.dtype, x.device)
+    packed = kernels.encode(x, device_table)
+    return {
+        ("encode", each.label): Task(lambda: x, lambda x: kernels.encode(x, device_table)),
+        ("decode", each.label): Task(lambda: packed, lambda packed: kernels.decode(packed, grad, device_table)),
+    }
+
+
+def _compiled(case: Case, x: Tensor, grad: Tensor, notes: list[str]) -> list[Run]:
+    """The exact operation compiled by torch, or a note why it cannot be."""
+    torch.compiler.reset()  # else, after some shapes, torch runs the function uncompiled and says nothing
+    function = torch.compile(case.record.forward, dynamic=False)
+    try:
+        torch.autograd.grad(function(x), x, grad)
+    except Exception as error:  # whatever the compilers behind it raise
+        notes.append(f"torch.compile left out for {case.record} on {case.device}: {_first_line(error)}")
+        return []
+    return [Run("compiled", function)]
+
+
+def _run_result(each: Run, kept: int, made: int, copy_bytes: int, samples: Samples) -> RunResult:
+    own = {phase: samples[phase, each.label] for phase in PHASES}
+    exact = {phase: samples[phase, _EXACT] for phase in PHASES}
+    moved = 2 * copy_bytes + kept + made
+    return RunResult(
+        run=each.label,
+        bits=each.bits,
+        kept_bytes=kept,
+        moved_bytes=moved,
+        seconds={phase: quantiles(own[phase]) for phase in PHASES},
+        ratio={phase: quantiles(own[phase] / exact[phase]) for phase in PHASES},
+        extra_seconds={phase: quantiles(own[phase] - exact[phase]) for phase in PHASES},
+        copy_share=quantiles(moved / copy_bytes * samples[_COPY] / own["both"]),
+    )
+
+
+def _part_result(part: str, each: Run, kept: int, copy_bytes: int, samples: Samples) -> PartResult:
+    own, moved = samples[part, each.label], kept + (copy_bytes // 2 if part == "encode" else copy_bytes)
+    share = moved / copy_bytes * samples[_COPY] / own
+    return PartResult(part, each.bits or 0, moved, quantiles(own), quantiles(share))
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "fewbit", __version__
+    yield "python", platform.python_version()
+    for name in ("torch", "numpy", "numba", "triton"):
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    if device.type != "cpu" or not information.exists():
+        return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
+    return model[1] if model else platform.machine()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,125 @@
+"""How the results of `fewbit bench` look: tables for the terminal, and what the picture shows."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fewbit import terminal
+from fewbit.bench.measure import PARTS, PHASES, CaseResult, Report, RunResult
+from fewbit.design.table import write_atomically
+from fewbit.plots import RatioPanels, plot_ratios
+from fewbit.record import plural
+from fewbit.terminal import bytes_label, three_figures
+
+WIDTH = 100
+_KEY = """\
+µs          median time of a call; both: forward and backward in one go
+over exact  both over exact's both of the same round: median, and the middle half of the rounds
+extra       both less exact's both of the same round
+of copy     bytes a second that a call must read and write, over copy_'s with a tensor of that size
+kept        storages that autograd holds for backward"""
+_CUDA_KEY = "No cache is flushed between calls: what fits into the GPU's second-level cache may be read from there."
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a table for each device and dtype, at most WIDTH columns wide, and what its columns mean."""
+    on = f"{plural(report.repeats, 'round')}, {plural(report.threads, 'thread')}"
+    for (device, dtype), group in groupby(report.cases, key=lambda case: (case.device, case.dtype)):
+        cases = list(group)
+        console.print(f"{dtype} on {device} ({report.devices[device]}), {on}\n", _runs(cases), "", sep="\n", markup=False)
+        if cases[0].parts:
+            console.print(f"{dtype} on {device}: encode and decode alone\n", _parts(cases), "", sep="\n", markup=False)
+    console.print(_KEY)
+    if any(device.startswith("cuda") for device in report.devices):
+        console.print(_CUDA_KEY)
+    for note in report.notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def write(report: Report, json_path: Path | None, plot_path: Path | None) -> None:
+    """Write what is asked for, the JSON file atomically, and say so."""
+    if json_path:
+        write_atomically(json_path, json.dumps(report.to_dict(), indent=1) + "\n")
+        print(f"wrote {json_path}")
+    if plot_path:
+        drawn = panels(report)
+        activations = len({case.activation for case in report.cases})
+        where = "\n".join(f"{device} ({name})" for device, name in report.devices.items())
+        how = f"{plural(report.threads, 'thread')}; medians and middle halves of {plural(report.repeats, 'round')}"
+        plot_ratios(drawn, min(activations, 4), f"{where}\n{how}").savefig(plot_path, dpi=150)
+        print(f"wrote {plot_path}")
+
+
+def panels(report: Report) -> RatioPanels:
+    """What `plots.plot_ratios` draws: a panel for each activation, dtype and device, a line for each run but the exact."""
+    found: RatioPanels = {}
+    for case in report.cases:
+        title = f"{case.activation}, {case.dtype}"
+        lines = found.setdefault(title if len(report.devices) == 1 else f"{title}, {case.device}", {})
+        for run in case.runs[1:]:
+            ratio = run.ratio["both"]
+            lines.setdefault(run.run, []).append((case.elements, ratio["median"], ratio["p25"], ratio["p75"]))
+    return found
+
+
+def size_label(elements: int) -> str:
+    """
+    >>> size_label(16384), size_label(1000)
+    ('2^14', '1000')
+    """
+    exponent = elements.bit_length() - 1
+    return f"2^{exponent}" if elements == 2**exponent else str(elements)
+
+
+def _runs(cases: list[CaseResult]) -> Table:
+    times = tuple(f"{phase}\nµs" for phase in PHASES)
+    others = ("over\nexact", "middle\nhalf", "extra\nµs", "of\ncopy", "\nkept")
+    view = terminal.table(("\nactivation", "\nsize", "\nrun"), (*times, *others))
+    for case in cases:
+        for run in case.runs:
+            heading = (case.activation, size_label(case.elements)) if run is case.runs[0] else ("", "")
+            view.add_row(*heading, run.run, *_run_cells(run, against_exact=run is not case.runs[0]))
+    return view
+
+
+def _run_cells(run: RunResult, against_exact: bool) -> list[str]:
+    ratio = run.ratio["both"]
+    against = [
+        three_figures(ratio["median"]),
+        f"{three_figures(ratio['p25'])}–{three_figures(ratio['p75'])}",
+        f"{1e6 * run.extra_seconds['both']['median']:+.{_decimals(run.seconds['both']['median'])}f}",
+    ]
+    return [
+        *(_microseconds(run.seconds[phase]["median"]) for phase in PHASES),
+        *(against if against_exact else ["", "", ""]),
+        f"{run.copy_share['median']:.2f}",
+        bytes_label(run.kept_bytes),
+    ]
+
+
+def _parts(cases: list[CaseResult]) -> Table:
+    columns = [column for part in PARTS for column in (f"{part}\nµs", "of\ncopy", "middle\nhalf")]
+    view = terminal.table(("\nactivation", "\nsize", "\nbits"), ("copy_\nµs", *columns))
+    for case in cases:
+        for i in range(0, len(case.parts), len(PARTS)):
+            cells = [_microseconds(case.copy_seconds["median"])]
+            for part in case.parts[i : i + len(PARTS)]:
+                share = part.copy_share
+                middle = f"{share['p25']:.2f}–{share['p75']:.2f}"
+                cells += [_microseconds(part.seconds["median"]), f"{share['median']:.2f}", middle]
+            heading = ("", "") if i else (case.activation, size_label(case.elements))
+            view.add_row(*heading, str(case.parts[i].bits), *cells)
+    return view
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.{_decimals(seconds)}f}"
+
+
+def _decimals(seconds: float) -> int:
+    return 1 if seconds < 1e-3 else 0

@@ -1,0 +1,30 @@
+"""torch's functions whose backward reads codes: torch's names and signatures, plus `bits`, `table` and their kin.
+
+`fewbit.functional.gelu(x, bits=3)` and its siblings, one for every activation in the registry, made from its record when
+first asked for; and the layers of `fewbit.functional.layers`: linear, convolutions, norms and gated units.
+
+    operation.py    the one way of every call: check, decide, resolve, run
+    activations.py  what an activation is to it
+    layers.py       what a layer is to it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fewbit import activations as _registry
+from fewbit.functional import activations as _activations
+from fewbit.functional import layers as _layers
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    if name in _layers.FUNCTIONS:
+        return _layers.FUNCTIONS[name]
+    if name in _registry.names():
+        return _activations.function(_registry.get(name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*_registry.names(), *_layers.FUNCTIONS]

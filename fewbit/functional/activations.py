@@ -1,0 +1,230 @@
+"""Pointwise activations whose backward reads codes: for each record of the registry a function, with torch's signature."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache, partial
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from fewbit import activations
+from fewbit.autograd.activation import (
+    activation_by_sign,
+    check_overwritable,
+    coded_activation,
+    overwriting_activation,
+    overwritten,
+    watched_activation,
+)
+from fewbit.constants import DEFAULT_BITS, SHIPPED_BITS
+from fewbit.design.table import CodeTable
+from fewbit.errors import ActivationError
+from fewbit.functional.operation import Operation, run
+from fewbit.kernels import DeviceTable, Formula
+from fewbit.record import Activation, finite_number
+from fewbit.resolve import JOINT
+from fewbit.store import load_table
+
+Tensor = torch.Tensor
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+@cache
+def function(record: Activation) -> Callable[..., Tensor]:
+    """The function `fewbit.functional.NAME` for a record."""
+
+    def activation(
+        input: Tensor, *args: Any, bits: int | None = None, table: CodeTable | None = None, shared: bool = False, **kwargs: Any
+    ) -> Tensor:
+        joint = shared or (table is not None and getattr(table, "channels", None) == JOINT)
+        if args or kwargs:
+            args, kwargs = tuple(map(_plain, args)), {name: _plain(value) for name, value in kwargs.items()}
+        return run(activation_operation, (record, joint, args, tuple(kwargs.items())), (input,), bits, table)
+
+    ours = [each for each in inspect.signature(activation).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    activation.__name__ = activation.__qualname__ = record.name
+    activation.__module__ = "fewbit.functional"
+    activation.record = record  # type: ignore[attr-defined]
+    activation.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter("input", _POSITIONAL, annotation="Tensor"), *_torchs_arguments(record), *ours],
+        return_annotation="Tensor",
+    )
+    activation.__doc__ = docstring_of(
+        record, f"{record.torch_name}: exact forward, backward from codes of a few bits an element."
+    )
+    return activation
+
+
+def constructor_arguments(record: Activation) -> list[inspect.Parameter]:
+    """What a module of the activation takes: all that its function takes but the input."""
+    return list(inspect.signature(function(record)).parameters.values())[1:]
+
+
+def _torchs_arguments(record: Activation) -> list[inspect.Parameter]:
+    """torch's in torch's order, then `inplace`."""
+    taken = {**(record.options if _selects_variant(record) else {}), **record.parameters, "inplace": False}
+    return [
+        inspect.Parameter(name, _POSITIONAL, default=default, annotation=type(default).__name__)
+        for name, default in taken.items()
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """A tensor that stands for a number as that number; a list as what may be an option, of which the record complains."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value.item() if isinstance(value, Tensor) and not torch.compiler.is_compiling() else value
+
+
+class RecordMaker(Protocol):
+    """A class whose instances compute an activation that depends on values of their attributes."""
+
+    name: ClassVar[str]  # of the activation
+
+    @classmethod
+    def record_at(cls, values: dict[str, Any]) -> Activation:
+        """The record at these values, by name."""
+        ...
+
+
+def activation_operation(
+    source: Activation | type[RecordMaker], joint: bool, args: tuple, named: tuple[tuple[str, Any], ...]
+) -> Operation:
+    """The operation of an activation called with these arguments besides its input.
+
+    source  its record, or a class that makes records of named values
+    joint   whether one code is to serve the layers that read the result, too
+    """
+    given = dict(named)
+    if isinstance(source, Activation):
+        given = bind(inspect.signature(function(source)), source.name, None, *args, **given)
+    inplace = bool(given.pop("inplace", False))
+    record = bound_record(source, given) if isinstance(source, Activation) else source.record_at(given)
+    coded = partial(coded_activation, forward=record.forward, formula=None if inplace else formula(record))
+    watched = partial(watched_activation, forward=record.forward)
+    if inplace:
+        coded = partial(overwriting_activation, forward=record.forward, forward_inplace=record.forward_inplace)
+    if joint or inplace:
+        coded, watched = (partial(_shared_or_in_place, each, record, inplace) for each in (coded, watched))
+    return Operation(
+        record.name,
+        partial(_exact_in_place, record=record) if inplace else record.forward,
+        coded,
+        watched,
+        record,
+        JOINT if joint else ("derivative",),
+        bits=DEFAULT_BITS,
+        transforms=True,
+    )
+
+
+def _exact_in_place(x: Tensor, record: Activation) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:  # torch's own backward may need the x that is overwritten
+        return x.copy_(record.forward(x.clone()))
+    return record.forward_inplace(x)
+
+
+def _shared_or_in_place(
+    form: Callable[..., Tensor], record: Activation, inplace: bool, x: Tensor, *tables: DeviceTable
+) -> Tensor:
+    """Run `form`, with what shared codes or a call in place add: the check of x, the sign from a norm's codes, the write.
+
+    form  the operation, coded; it overwrites x itself where nothing looks on
+    """
+    if inplace and not torch.compiler.is_compiling():
+        check_overwritable(record.name, x)
+    slopes = _slopes(record) if len(tables) > 1 else None
+    y = None if slopes is None else activation_by_sign(x, record.forward, slopes)
+    y = form(x, *tables) if y is None else y
+    return overwritten(x, y) if inplace and y is not x else y
+
+
+@lru_cache(maxsize=256)
+def _slopes(record: Activation) -> tuple[float, float] | None:
+    """f' below and above 0, for an f of two straight lines that meet there."""
+    if record.derivative_shape.jumps != (0.0,):
+        return None
+    table = load_table(record, 1)
+    return tuple(table.levels[0, table.codes].tolist()) if table.mse == 0 and table.thresholds.tolist() == [0] else None
+
+
+def formula(record: Activation) -> Formula | None:
+    """The closed form of a built-in activation, for backends that compute it together with the codes."""
+    built_in = activations.BUILT_IN.get(record.name)
+    if built_in is None or (built_in.function, built_in.torch_function) != (record.function, record.torch_function):
+        return None
+    return record.name, record.parameters
+
+
+def bind(signature: inspect.Signature, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments given, by name; TypeError, naming the function, as Python's own."""
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TypeError(f"{name}{signature}: {error}") from None
+
+
+def bound_record(record: Activation, given: Mapping[str, Any]) -> Activation:
+    """The record at the numeric parameters and options (such as approximate="tanh") among `given`; the rest is ignored."""
+    if _selects_variant(record) and any(given.get(name, value) != value for name, value in record.options.items()):
+        chosen = {**record.options, **{name: given[name] for name in record.options if name in given}}
+        siblings = [
+            sibling for sibling in map(activations.get, activations.names()) if sibling.torch_function == record.torch_function
+        ]
+        match = [sibling for sibling in siblings if sibling.options == chosen]
+        if not match:
+            known = " or ".join(str(dict(sibling.options)) for sibling in siblings)
+            raise ActivationError(f"{record.name} takes {known}, got {chosen}")
+        record = match[0]
+    chosen = [name for name in record.parameters if name in given]
+    return _with_parameters(record, tuple((name, finite_number(record.name, name, given[name])) for name in chosen))
+
+
+@lru_cache(maxsize=256)
+def _with_parameters(record: Activation, values: tuple[tuple[str, float], ...]) -> Activation:
+    return record.with_parameters(**dict(values)) if values else record
+
+
+def _selects_variant(record: Activation) -> bool:
+    return bool(record.options) and record.torch_name.endswith("." + record.name)
+
+
+def docstring_of(record: Activation, summary: str, module: bool = False) -> str:
+    """The docstring of a function, or of a module."""
+    parameters = "".join(f"\n    {name:8} as in torch" for name in (*record.options, *record.parameters))
+    if module:
+        others = "Inputs of other dtypes or layouts are left to torch.\n\n    Raises InputError (double backward)"
+    else:
+        parameters = f"\n    input    (*), any shape and strides; float16, bfloat16, float32 or float64{parameters}"
+        others = "Raises InputError (dtype, layout, double backward)"
+    return f"""{summary}
+{parameters}
+    inplace  overwrite the input; backward does not need it
+    bits     of one code, 1 to 8; 3 if no table is given
+    table    a CodeTable of your own, from `fewbit.design`
+    shared   one code for f' and f, which layers of fewbit that read the output keep, too, and not the output
+    Returns  (*), the exact activation, bit for bit torch's (within one unit in the last place where a GPU kernel computes it)
+
+    Where the input needs a gradient, ceil(n * bits / 8) bytes plus at most 512 are kept for n elements, and no reference to
+    the input; the gradient is the incoming one times table(x). Otherwise this is torch's own operation.
+
+{_describe_table(record)}
+
+    Codes of the derivative: Novikov et al., "Few-bit backward: quantized gradients of activation functions for memory
+    footprint reduction", ICML 2023. Exact forward, backward from codes: Chakrabarti and Moseley, "Backprop with approximate
+    activations for memory-efficient network training", NeurIPS 2019.
+
+    {others}, DesignError (bits), TableError (a table of something else),
+    ActivationError (a parameter) and TypeError (an argument).
+    """
+
+
+def _describe_table(record: Activation) -> str:
+    text = f"    Table used: fewbit.load_table({record.name!r}, bits), weight student, level coding"
+    if activations.BUILT_IN.get(record.name) != record:
+        return text + "."
+    tables = [load_table(record, bits) for bits in SHIPPED_BITS]
+    rows = (f"      {table.bits:4}  {table.thresholds.size + 1:9}  {table.relative_rms:18.4f}" for table in tables)
+    return text + ":\n      bits  intervals  relative rms error\n" + "\n".join(rows)

@@ -1,0 +1,419 @@
+"""Layers whose backward reads codes: torch's functions and signatures, plus
+
+    bits      of one code, 1 to 8; 4 if no table is given
+    table     a CodeTable of your own, with the channel "value", for a standard normal number (`fewbit.design("identity", …)`)
+    rounding  "nearest", which has the least error, or "stochastic", without bias between the outermost levels, by torch's
+              random numbers
+
+The output is torch's own, bit for bit. Codes are made where a gradient needs them: else, under transforms of `torch.func`, in
+forward-mode differentiation and in exported programs the layers are torch's own operations. Layers that read what another layer
+of fewbit made keep the same codes; `fewbit.autograd.sharing` tells how they find them.
+
+All raise InputError (an input that cannot be coded, padding, double backward), DesignError (bits, rounding), TableError (a
+table of something else) and ActivationError (no such gelu).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from fewbit import activations, resolve
+from fewbit.autograd import gated, norm
+from fewbit.autograd.product import Convolution, Linear, TransposedLinear, coded_product
+from fewbit.design.table import CodeTable
+from fewbit.errors import DesignError, InputError
+from fewbit.functional.activations import RecordMaker, bound_record
+from fewbit.functional.operation import Operation, run
+from fewbit.kernels import DeviceTable
+from fewbit.record import Activation
+from fewbit.resolve import JOINT
+from fewbit.torch_internals import check_batch_size
+
+Tensor = torch.Tensor
+ROUNDINGS = ("nearest", "stochastic")
+FUNCTIONS: dict[str, Any] = {}  # all that this module offers, by name
+
+
+class Code(NamedTuple):
+    """What fewbit adds to torch's arguments of a layer; and whether the user called it by its name, see `operation.run`."""
+
+    bits: int | None = None
+    table: CodeTable | None = None
+    rounding: str = "nearest"
+    by_name: bool = True
+
+    def run(self, make: Callable[..., Operation], options: tuple, operands: tuple) -> Tensor:
+        """make(*options) with this code, on the operands."""
+        return run(make, (self.rounding, *options), operands, self.bits, self.table, self.by_name)
+
+
+# what functions and modules take by keyword, behind torch's arguments
+ADDED = [
+    inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Code.__annotations__[name].__forward_arg__
+    )
+    for name, default in Code._field_defaults.items()
+    if name != "by_name"
+]
+
+
+_ADDED_DOC = """\
+    bits      of one code, 1 to 8; 4 if no table is given
+    table     a CodeTable of your own, instead
+    rounding  "nearest", which has the least error, or "stochastic", without bias
+
+    Raises InputError (an input that cannot be coded, double backward), DesignError (bits, rounding), TableError (a table of
+    something else).
+    """
+
+
+def _layer(kind: str, gate: str | None = None) -> Callable[[Callable[..., Tensor]], Any]:
+    """The function of a Code and of torch's arguments as one of torch's arguments, `bits`, `table` and `rounding`.
+
+    kind  of what it keeps, one of fewbit.constants.KINDS
+    gate  name of the activation that its table is for, if there is one
+
+    The result tells both, as `kind` and `gate`, and as `with_code` the function itself.
+    """
+
+    def decorate(function: Callable[..., Tensor]) -> Any:
+        @wraps(function)
+        def layer(
+            *args: Any, bits: int | None = None, table: CodeTable | None = None, rounding: str = "nearest", **kwargs: Any
+        ):
+            return function(Code(bits, table, rounding), *args, **kwargs)
+
+        _, *torchs = inspect.signature(function).parameters.values()
+        layer.__signature__ = inspect.Signature([*torchs, *ADDED], return_annotation="Tensor")  # type: ignore[attr-defined]
+        layer.with_code, layer.kind, layer.gate = function, kind, gate  # type: ignore[attr-defined]
+        layer.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n{_ADDED_DOC}"
+        layer.__module__ = "fewbit.functional"
+        FUNCTIONS[layer.__name__] = layer
+        return layer
+
+    return decorate
+
+
+@_layer("linear")
+def linear(code: Code, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear; the weight's gradient is made from codes of the input, all else is exact.
+
+    input (*, in), weight (out, in), bias (out,) -> (*, out). A weight that needs no gradient keeps nothing of the input, and
+    an input that the operation which made it keeps anyway is kept as it is. Chakrabarti and Moseley, NeurIPS 2019, section 3.
+    """
+    return code.run(_linear, (), (input, weight, bias))
+
+
+def _convolution(dims: int) -> Any:
+    def convolution(
+        code: Code,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        dilation = _each(dilation, dims)
+        if isinstance(padding, str):
+            if padding == "same" and set(_each(stride, dims)) != {1}:
+                raise InputError(f"padding='same' needs stride=1, got stride={stride}; give the padding in integers")
+            input, padding = _padded(input, weight, padding, dilation)
+        options = _each(stride, dims), _each(padding, dims), dilation, False, (0,) * dims, groups
+        return _run_batched(name, dims, options, input, weight, bias, code)
+
+    name = f"conv{dims}d"
+    return _named(convolution, name)
+
+
+def _transposed_convolution(dims: int) -> Any:
+    def convolution(
+        code: Code,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+    ) -> Tensor:
+        sizes = _each(stride, dims), _each(padding, dims), _each(dilation, dims)
+        options = (*sizes, True, _each(output_padding, dims), groups)
+        return _run_batched(name, dims, options, input, weight, bias, code)
+
+    name = f"conv_transpose{dims}d"
+    return _named(convolution, name)
+
+
+def _named(function: Callable[..., Tensor], name: str) -> Any:
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = (
+        f"torch.nn.functional.{name}; the weight's gradient is made from codes of the input, all else is exact.\n\n"
+        "    input (batch, in, *) or (in, *), weight (out, in / groups, *), or (in, out / groups, *) if transposed,\n"
+        "    bias (out,) -> (batch, out, *) or (out, *). Chakrabarti and Moseley, NeurIPS 2019, section 3.\n"
+    )
+    return _layer("linear")(function)
+
+
+conv1d, conv2d, conv3d = (_convolution(dims) for dims in (1, 2, 3))
+conv_transpose1d, conv_transpose2d, conv_transpose3d = (_transposed_convolution(dims) for dims in (1, 2, 3))
+
+
+@_layer("norm")
+def layer_norm(
+    code: Code,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """torch.nn.functional.layer_norm, with codes of the normalized input for backward and for layers that read the output.
+
+    input (*, *normalized_shape), weight and bias (*normalized_shape) -> (*, *normalized_shape)
+    """
+    return code.run(_layer_norm, (tuple(normalized_shape), eps), (input, weight, bias))
+
+
+@_layer("norm")
+def rms_norm(
+    code: Code, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """torch.nn.functional.rms_norm, with codes of the normalized input for backward and for layers that read the output.
+
+    input (*, *normalized_shape), weight (*normalized_shape) -> (*, *normalized_shape)
+    """
+    return code.run(_rms_norm, (tuple(normalized_shape), eps), (input, weight, None))
+
+
+@_layer("norm")
+def group_norm(
+    code: Code, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """torch.nn.functional.group_norm, with codes of the normalized input for backward and for layers that read the output.
+
+    input (batch, channels, *), weight and bias (channels,) -> (batch, channels, *)
+
+    Where the output goes through a ReLU of shared codes, that one finds its derivative in the same codes, exactly.
+    """
+    return code.run(_group_norm, (num_groups, eps), (input, weight, bias))
+
+
+@_layer("norm")
+def batch_norm(
+    code: Code,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """torch.nn.functional.batch_norm, with codes of the normalized input for backward and for layers that read the output.
+
+    input (batch, channels, *), all vectors (channels,) -> (batch, channels, *)
+
+    Where the output goes through a ReLU of shared codes, that one finds its derivative in the same codes, exactly (Chakrabarti
+    and Moseley, NeurIPS 2019, section 3.2). Running statistics are updated as torch does.
+    """
+    if training:
+        check_batch_size(input.size())
+    return code.run(_batch_norm, (bool(training), eps), (input, weight, bias, running_mean, running_var, momentum))
+
+
+@_layer("product", gate="sigmoid")
+def glu(code: Code, input: Tensor, dim: int = -1) -> Tensor:
+    """torch.nn.functional.glu: the first half of the input along `dim` times the sigmoid of the second, from codes of both.
+
+    (…, 2n, …) -> (…, n, …)
+
+    table  a joint table of your own for sigmoid, with the channels "derivative" and "value"
+    """
+    return code.run(_glu, (dim,), (input,))
+
+
+@_layer("product", gate="silu")
+def swiglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, from codes of both, from which the layers that read the product make it anew.
+
+    gate, up  (*), of one shape or shapes that broadcast
+    table     a joint table of your own for silu, with the channels "derivative" and "value"
+
+    Shazeer, "GLU variants improve transformer", 2020, equation 6.
+    """
+    return code.run(_gated, ("swiglu", swiglu.gate), (gate, up))
+
+
+@_layer("product")
+def geglu(code: Code, gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(gate) * up, as `swiglu`; `approximate` as in torch.nn.functional.gelu."""
+    return code.run(_gated, ("geglu", gelu_named(approximate)), (gate, up))
+
+
+def gelu_named(approximate: str) -> str:
+    """The name of the gelu with that value of torch's argument."""
+    return bound_record(activations.get("gelu"), {"approximate": approximate}).name
+
+
+@_layer("product", gate="relu")
+def reglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
+    """relu(gate) * up, as `swiglu`."""
+    return code.run(_gated, ("reglu", reglu.gate), (gate, up))
+
+
+def gated_unit(code: Code, maker: type[RecordMaker], values: dict[str, Any], gate: Tensor, up: Tensor) -> Tensor:
+    """activation(gate) * up, as `swiglu`, for the activation that a class makes of these values."""
+    return code.run(_gated_unit, (maker, tuple(values.items())), (gate, up))
+
+
+def own_rms_norm(code: Code, way: str, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `rms_norm` over the last dimension, computed in one of the ways of `fewbit.autograd.norm.WAYS`; weight (size,)."""
+    return code.run(_own_rms_norm, (way, tuple(weight.shape), eps), (input, weight, None))
+
+
+def transposed_linear(code: Code, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `linear`, of a weight (in, out), computed by torch.addmm."""
+    return code.run(_transposed_linear, (), (input, weight, bias))
+
+
+# What makes the operations: of a rounding, then of the options
+
+
+def _operation(
+    name: str, rounding: str, exact: Callable[..., Tensor], coded: Callable[..., Tensor], gate: Activation | None = None
+) -> Operation:
+    """An operation of a layer. gate: the activation of which it needs the joint tables, before that of a normal number."""
+    _check_rounding(rounding)
+    coded = partial(coded, stochastic=rounding == "stochastic")
+    if gate is None:
+        return Operation(name, exact, coded, coded, activations.IDENTITY, ("value",))
+    return Operation(name, exact, coded, coded, gate, JOINT, values=True)
+
+
+def check_code(name: str, code: Code, gate: str | None) -> None:
+    """Raise DesignError or TableError for a code that the layer of that name, whose table is for `gate`, cannot take."""
+    _check_rounding(code.rounding)
+    record, channels = activations.get(gate or activations.IDENTITY), JOINT if gate else ("value",)
+    resolve.check(name, record, channels, code.bits, code.table)
+
+
+def _check_rounding(rounding: Any) -> None:
+    if rounding not in ROUNDINGS:
+        raise DesignError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
+
+
+def _linear(rounding: str) -> Operation:
+    return _operation("linear", rounding, Linear(), partial(coded_product, product=Linear()))
+
+
+def _transposed_linear(rounding: str) -> Operation:
+    return _operation("linear", rounding, TransposedLinear(), partial(coded_product, product=TransposedLinear()))
+
+
+def _convolution_at(rounding: str, name: str, *options: Any) -> Operation:
+    convolution = Convolution(*options)
+    return _operation(name, rounding, convolution, partial(coded_product, product=convolution))
+
+
+def _norm(name: str, rounding: str, normalization: Any, exact: Callable[..., Tensor], autocasts: bool = True) -> Operation:
+    coded = partial(norm.coded_normalization, normalization=normalization, exact=exact if autocasts else None)
+    return _operation(name, rounding, exact, coded)
+
+
+def _layer_norm(rounding: str, shape: tuple[int, ...], eps: float) -> Operation:
+    def exact(x: Tensor, weight: Any, bias: Any) -> Tensor:
+        return functional.layer_norm(x, shape, weight, bias, eps)
+
+    return _norm("layer_norm", rounding, norm.LayerNorm(shape, eps), exact)
+
+
+def _rms_norm(rounding: str, shape: tuple[int, ...], eps: float | None) -> Operation:
+    def exact(x: Tensor, weight: Any, _: None) -> Tensor:
+        return functional.rms_norm(x, shape, weight, eps)
+
+    return _norm("rms_norm", rounding, norm.RMSNorm(shape, eps), exact)
+
+
+def _own_rms_norm(rounding: str, way: str, shape: tuple[int, ...], eps: float) -> Operation:
+    own = norm.WAYS[way]
+    normalization = norm.RMSNorm(shape, eps, own)
+    return _norm("rms_norm", rounding, normalization, lambda x, weight, _: own(x, weight, eps), autocasts=False)
+
+
+def _group_norm(rounding: str, groups: int, eps: float) -> Operation:
+    def exact(x: Tensor, weight: Any, bias: Any) -> Tensor:
+        return functional.group_norm(x, groups, weight, bias, eps)
+
+    return _norm("group_norm", rounding, norm.GroupNorm(groups, eps), exact)
+
+
+def _batch_norm(rounding: str, training: bool, eps: float) -> Operation:
+    def exact(x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float) -> Tensor:
+        return functional.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    return _norm("batch_norm", rounding, norm.BatchNorm(training, eps), exact, autocasts=False)
+
+
+def _gated(rounding: str, name: str, gate: str) -> Operation:
+    return _gated_by(name, rounding, activations.get(gate))
+
+
+def _gated_unit(rounding: str, maker: type[RecordMaker], values: tuple[tuple[str, Any], ...]) -> Operation:
+    return _gated_by(maker.name, rounding, maker.record_at(dict(values)))
+
+
+def _gated_by(name: str, rounding: str, gate: Activation) -> Operation:
+    forward = gate.forward
+
+    def exact(gate: Tensor, up: Tensor) -> Tensor:
+        return forward(gate) * up
+
+    return _operation(name, rounding, exact, partial(gated.coded_gate, exact=exact), gate)
+
+
+def _glu(rounding: str, dim: int) -> Operation:
+    def exact(input: Tensor) -> Tensor:
+        return functional.glu(input, dim)
+
+    def coded(input: Tensor, *tables: DeviceTable, stochastic: bool) -> Tensor:
+        up, gate = input.tensor_split(2, dim)  # of a size that cannot be halved, too, of which exact complains
+        return gated.coded_gate(gate, up, *tables, exact=lambda *_: exact(input), channel=dim, stochastic=stochastic)
+
+    return _operation("glu", rounding, exact, coded, activations.get(glu.gate))
+
+
+def _run_batched(name: str, dims: int, options: tuple, input: Tensor, weight: Tensor, bias: Any, code: Code) -> Tensor:
+    """A convolution of (batch, channels, *), or, as torch allows, of (channels, *)."""
+    if isinstance(input, Tensor) and input.dim() == dims + 1:
+        return code.run(_convolution_at, (name, *options), (input.unsqueeze(0), weight, bias)).squeeze(0)
+    return code.run(_convolution_at, (name, *options), (input, weight, bias))
+
+
+def _each(number: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """One number for each dimension.
+
+    >>> _each(1, 2), _each((1, 2), 2), _each([3], 2)
+    ((1, 1), (1, 2), (3, 3))
+    """
+    numbers = (number,) if isinstance(number, int) else tuple(number)
+    return numbers * dims if len(numbers) == 1 else numbers
+
+
+def _padded(input: Tensor, weight: Tensor, padding: str, dilation: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the padding, the same on both sides, for padding="same" or "valid"."""
+    if padding not in ("same", "valid"):
+        raise InputError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
+    missing = [step * (size - 1) * (padding == "same") for step, size in zip(dilation, weight.shape[2:], strict=True)]
+    if any(each % 2 for each in missing):  # as torch does: one more behind
+        input = functional.pad(input, [part for each in reversed(missing) for part in (0, each % 2)])
+    return input, tuple(each // 2 for each in missing)

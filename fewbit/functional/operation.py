@@ -1,0 +1,262 @@
+"""The one way of every call of fewbit's functions and modules, eager and compiled: check, decide, resolve, run.
+
+Each of them makes, or finds, an `Operation`, and hands it to `run` with its operands. In compiled code the same four steps are
+taken, but the first and the third while the code is traced: their results are constants of the graph, which then holds one call
+of `_in_graph`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fewbit import activations, constants, resolve
+from fewbit.autograd import exact as exact_mode
+from fewbit.autograd import watched
+from fewbit.constants import DEFAULT_LAYER_BITS, MAX_BITS
+from fewbit.design.table import CodeTable
+from fewbit.errors import ActivationError, InputError
+from fewbit.kernels import DeviceTable
+from fewbit.record import Activation
+from fewbit.torch_internals import constant_number, in_forward_mode, is_transformed, is_watched, levels
+
+Tensor = torch.Tensor
+DTYPES = tuple(getattr(torch, name) for name in constants.DTYPES)
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One of torch's operations at certain options, and what stands in its place where codes are kept.
+
+    name      as errors call it
+    exact     torch's own operation, on the operands
+    coded     the same with codes for backward: takes the operands, then the device tables
+    watched   the same where something looks on; `coded` itself, if that may be traced
+    record    of the activation that its table is for; the identity for what codes values
+    channels  of its table
+    bits      the default where neither bits nor a table is given
+    table     the default table, used before `bits`
+    values    whether the device table of a standard normal number is passed behind those of `channels`
+    transforms  whether codes are kept under torch.func; if not, the operation is torch's own there
+    """
+
+    name: str
+    exact: Callable[..., Tensor]
+    coded: Callable[..., Tensor]
+    watched: Callable[..., Tensor]
+    record: Activation
+    channels: tuple[str, ...]
+    bits: int = DEFAULT_LAYER_BITS
+    table: CodeTable | None = None
+    values: bool = False
+    transforms: bool = False
+
+
+def run(
+    make: Callable[..., Operation],
+    options: tuple,
+    operands: tuple,
+    bits: int | None = None,
+    table: CodeTable | None = None,
+    by_name: bool = True,
+) -> Tensor:
+    """make(*options), on the operands: exact, with codes for backward where a gradient is asked for.
+
+    make      gives the Operation. It comes with its options, not as an Operation, so that equal calls find one cached
+              Operation, and a compiler can hold the options as constants.
+    operands  tensors, the input first, None for those left out, and numbers that change from call to call
+    bits      of one code, 1 to 8
+    table     a table of your own, instead
+    by_name   whether the user called a function of fewbit's: then what cannot be coded is an error. Modules, and what stands
+              in the place of torch's functions, leave it to torch.
+
+    Raises InputError (an input that cannot be coded), DesignError (bits), TableError (a table of something else), and what
+    `make` raises: ActivationError (a parameter), TypeError (an argument).
+    """
+    if torch.compiler.is_compiling():
+        return _run_in_graph(make, options, operands, bits, table, by_name)
+    operation, x = _operation(make, *options), operands[0]
+    _check(operation, x, bits, table, by_name)
+    chosen = _decide(operation, operands, by_name)
+    if chosen is operation.exact:
+        return chosen(*operands)
+    return chosen(*operands, *_tables(operation, bits, table, x.dtype, x.device))
+
+
+@lru_cache(maxsize=1024)
+def _operation(make: Callable[..., Operation], *options: Any) -> Operation:
+    return make(*options)
+
+
+def _check(operation: Operation, x: Any, bits: int | None, table: CodeTable | None, by_name: bool) -> None:
+    """Raise for an input that cannot be coded, if the user asked for that by name, and for bits or a table that do not fit."""
+    if by_name and (not isinstance(x, Tensor) or x.dtype not in DTYPES):
+        raise InputError(not_codable(operation.name, x))
+    if table is not None or (
+        bits is not None and not (type(bits) is int and 1 <= bits <= MAX_BITS)
+    ):  # the common case, checked inline for speed
+        resolve.check(operation.name, operation.record, operation.channels, bits, table)
+
+
+def not_codable(name: str, x: Any) -> str:
+    """Why no codes can be made of x, of tensors of a dtype, or of things of a type."""
+    if isinstance(x, (Tensor, torch.dtype)):
+        dtype = x.dtype if isinstance(x, Tensor) else x
+        return (
+            f"{name} takes a float16, bfloat16, float32 or float64 tensor, got {dtype}; convert it, for instance with "
+            "x.float(), or call torch's own operation"
+        )
+    if isinstance(x, torch.fx.Proxy):
+        return (
+            f"torch.fx.symbolic_trace cannot look into {name}: it depends on the tensor's dtype; trace with torch.export, "
+            "or call torch's own operation"
+        )
+    kind = x if isinstance(x, type) else type(x)
+    return f"{name} takes a torch.Tensor, got {kind.__name__}; convert it with torch.as_tensor"
+
+
+def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
+    """What is to run: the operation's `exact`, `coded` or `watched`."""
+    x, needed, dense = operands[0], False, True
+    if exact_mode.active or exact_mode.compiled_depth or not torch.is_grad_enabled() or not isinstance(x, Tensor):
+        return operation.exact
+    if is_watched(x):
+        return _decide_watched(operation, operands, by_name)
+    for each in operands:
+        if isinstance(each, Tensor):
+            needed = needed or each.requires_grad
+            dense = dense and each.layout == torch.strided and not each.is_nested
+    if not needed:
+        return operation.exact
+    return operation.coded if dense and x.dtype in DTYPES else _exact_or_refused(operation, operands, by_name)
+
+
+def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
+    """The same where a compiler, a transform or a mode looks on."""
+    given = [each for each in operands if isinstance(each, Tensor)]
+    if operation.transforms and by_name:
+        watched.check_no_tangent(given[0], operation.name)
+    elif in_forward_mode() or (is_transformed() and not operation.transforms):
+        return operation.exact
+    # exported programs hold torch's operation, since an exported graph keeps no autograd Function
+    if torch.compiler.is_exporting() or not any(level.requires_grad for each in given for level in levels(each)):
+        return operation.exact
+    dense = all(each.layout == torch.strided and not each.is_nested for each in given)
+    return operation.watched if dense and given[0].dtype in DTYPES else _exact_or_refused(operation, given, by_name)
+
+
+def _exact_or_refused(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
+    """torch's own operation for operands that cannot be coded, unless the user asked for codes by name."""
+    if not by_name:
+        return operation.exact
+    layouts = ["a nested tensor" if each.is_nested else str(each.layout) for each in operands if isinstance(each, Tensor)]
+    got = next(layout for layout in layouts if layout != str(torch.strided))
+    raise InputError(f"{operation.name} can code dense tensors, got {got}; convert it first, or call torch's own operation")
+
+
+def is_codable(x: Any) -> bool:
+    """Whether codes can be made of x, by its dtype and layout."""
+    return isinstance(x, Tensor) and x.dtype in DTYPES and x.layout == torch.strided and not x.is_nested
+
+
+@lru_cache(maxsize=1024)
+def _tables(
+    operation: Operation, bits: int | None, table: CodeTable | None, dtype: torch.dtype, device: torch.device
+) -> tuple[DeviceTable, ...]:
+    """Resolve: the device tables for these bits, or of this table."""
+    table = table or (operation.table if bits is None else None)
+    bits = table.bits if table is not None else bits or operation.bits
+    if table is not None:
+        found = resolve.device_tables(table, dtype, device)
+    else:
+        found = resolve.shipped_tables(operation.record, operation.channels, bits, dtype, device)
+    if operation.values:
+        found += resolve.shipped_tables(activations.IDENTITY, ("value",), bits, dtype, device)
+    return found
+
+
+# Compiled code
+
+
+def _run_in_graph(
+    make: Callable[..., Operation], options: tuple, operands: tuple, bits: Any, table: CodeTable | None, by_name: bool
+) -> Tensor:
+    """`run` in code that torch.compile or torch.export traces."""
+    from fewbit.autograd import compiled  # here, since it loads dynamo
+
+    x = operands[0]
+    place = (x.dtype, x.device) if isinstance(x, Tensor) else (type(x), None)
+    leaves = _leaves(fixed(options))  # apart, since the compiler takes an object alone for a constant, but none in a tuple
+    ready = compiled.constant(_prepare, *place, fixed(bits), table, by_name, make, _shape(options), *leaves)
+    return compiled.call(ready.key, list(operands), ready.tensors, ready.bits, exact_mode.is_active(), by_name)
+
+
+class _Ready:
+    """An operation that is checked and resolved, in what a graph can hold: the key of `_in_graph`, tensors and a number."""
+
+    def __init__(self, key: str, tables: Sequence[DeviceTable]):
+        self.key, self.bits = key, tables[0].bits
+        self.tensors = [tensor for table in tables for tensor in (table.thresholds, table.codes, table.levels)]
+
+
+def _prepare(
+    dtype: Any,
+    device: Any,
+    bits: int | None,
+    table: CodeTable | None,
+    by_name: bool,
+    make: Any,
+    shape: Any,
+    *leaves: Any,
+) -> _Ready:
+    """Check and resolve, while the code is traced. Operations are remembered by what makes them, whatever their tables.
+
+    dtype  of the input, or the type of an input that is no tensor
+    """
+    from fewbit.autograd import compiled
+
+    options = _nested(shape, iter(leaves))
+    operation = _operation(make, *options)
+    if not isinstance(dtype, torch.dtype) or (by_name and dtype not in DTYPES):
+        raise InputError(not_codable(operation.name, dtype))
+    _check(operation, None, bits, table, by_name=False)
+    key = compiled.remember((make, options), operation.name, lambda *arguments: _in_graph(operation, *arguments))
+    return _Ready(key, _tables(operation, bits, table, dtype, device))
+
+
+def _in_graph(operation: Operation, operands: list, tensors: list[Tensor], bits: int, exact: bool, by_name: bool) -> Tensor:
+    """Decide and run, as Python, when AOTAutograd traces the graph, or when the graph runs."""
+    chosen = operation.exact if exact else _decide(operation, operands, by_name)
+    if chosen is operation.exact:
+        return chosen(*operands)
+    parts = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
+    return chosen(*operands, *(DeviceTable(thresholds, codes, levels, bits) for thresholds, codes, levels in parts))
+
+
+def _leaves(value: Any) -> list[Any]:
+    """All that lies in nested tuples."""
+    return [leaf for each in value for leaf in _leaves(each)] if isinstance(value, tuple) else [value]
+
+
+def _shape(value: Any) -> Any:
+    """The nested tuples, with None for all that lies in them."""
+    return tuple(_shape(each) for each in value) if isinstance(value, tuple) else None
+
+
+def _nested(shape: Any, leaves: Iterator[Any]) -> Any:
+    """The nested tuples of this shape that hold these leaves."""
+    return tuple(_nested(each, leaves) for each in shape) if isinstance(shape, tuple) else next(leaves)
+
+
+def fixed(value: Any) -> Any:
+    """The value itself, of which a compiler would make a symbol where it is a number that changes between calls; a tuple of
+    values likewise."""
+    if isinstance(value, tuple):
+        return tuple(fixed(each) for each in value)
+    if isinstance(value, Tensor):
+        raise ActivationError("in compiled code parameters of activations are numbers, got a tensor; pass value.item()")
+    return constant_number(value) if isinstance(value, (int, float)) else value

@@ -1,0 +1,210 @@
+"""What a conversion does to the modules of a model, and how it is undone. `convert.py` is what users call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fewbit.design.request import Request
+from fewbit.design.table import CodeTable
+from fewbit.errors import ActivationError, DesignError
+from fewbit.models.arguments import Filter
+from fewbit.models.conversion import classes, other_activations
+from fewbit.models.conversion.gated_mlp import GatedMLP
+from fewbit.models.conversion.setting import Setting
+from fewbit.models.preserve import structure_restored_on_error
+from fewbit.nn.activations import CodedActivation
+from fewbit.nn.layers import CodedLayer
+from fewbit.record import Activation
+from fewbit.torch_internals import registered, remove_submodule
+
+_BEFORE = "_before_fewbit"  # the attribute of a converted module that holds what `revert` needs
+_FUNCTION = "_function_before_fewbit"  # that of a module in the place of a function: the function
+_ACTIVATION = "activation"  # the attribute of torch's transformer layers that may be a function
+
+
+class Converted(NamedTuple):
+    """A module that was converted: its dotted name, the module itself, the kind of what it keeps."""
+
+    name: str
+    module: nn.Module
+    kind: str
+
+
+def convert_modules(
+    model: nn.Module, setting: Setting, filter_fn: Filter | None = None, *, keep_others: bool = False
+) -> list[Converted]:
+    """Convert the modules that are of a kind in the setting, and make all others torch's own again; what was converted.
+
+    keep_others  leave alone the modules that were converted before
+
+    The filter sees each module as it is without fewbit. After an error the model is as before.
+    """
+    with structure_restored_on_error(model):
+        if not keep_others:
+            revert_modules(model)
+        installed, changes = _changes(model, setting, filter_fn)
+        for layer, activation in installed:
+            del vars(layer)[_ACTIVATION]
+            layer.add_module(_ACTIVATION, activation)
+        for change in changes:
+            change.apply()
+    return [Converted(each.name, each.module, each.kind) for each in changes]
+
+
+def revert_modules(model: nn.Module) -> list[nn.Module]:
+    """Make converted modules torch's own again; what was changed."""
+    found = [module for module in model.modules() if is_converted(module)]
+    for module in found:
+        _revert_module(module)
+    for module in [*model.modules()]:
+        for name, child in [*module.named_children()]:
+            if _FUNCTION in vars(child):
+                remove_submodule(module, name)
+                setattr(module, name, vars(child)[_FUNCTION])
+    return found
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether `revert` would change it."""
+    return _BEFORE in vars(module)
+
+
+@dataclass
+class _Change:
+    """A module's own class, the class of fewbit's to take its place, and the attributes to set."""
+
+    name: str
+    module: nn.Module
+    kind: str
+    own: type[nn.Module]
+    coded: type[nn.Module]
+    attributes: dict[str, Any]
+
+    def apply(self) -> None:
+        state = vars(self.module)
+        before = {name: state[name] for name in self.attributes if name in state}
+        state.update({_BEFORE: (self.own, before, tuple(self.attributes)), **self.attributes})
+        classes.exchange(self.module, self.own, self.coded)
+
+
+def _revert_module(module: nn.Module) -> None:
+    own, before, names = vars(module).pop(_BEFORE)
+    coded = classes.fewbits_class(module, own)
+    if coded is not None:
+        classes.exchange(module, coded, own)
+    for name in names:
+        vars(module).pop(name, None)
+    vars(module).update(before)
+
+
+def _changes(
+    model: nn.Module, setting: Setting, filter_fn: Filter | None
+) -> tuple[list[tuple[nn.Module, nn.Module]], list[_Change]]:
+    """Modules to install, as (parent, module), in the place of functions; and all changes."""
+    installed = [(module, function) for module in model.modules() if (function := _activation_function(module))]
+    candidates = _candidates(model, dict(installed), filter_fn)
+    # activations of what becomes gated MLPs, which are then no activations of their own
+    mlps = [each for each in candidates if issubclass(each.coded, GatedMLP) and setting.bits_of(each.coded.coded_kind)]
+    gates = {id(each.coded.part_of(each.module, "act")) for each in mlps}  # type: ignore[attr-defined]
+    changes = {}
+    for name, module, own, coded in candidates:
+        kind = "product" if id(module) in gates else coded.coded_kind  # type: ignore[attr-defined]
+        if setting.bits_of(kind) is not None and _has_a_table(module, coded):
+            attributes = _attributes(module, coded, kind, setting)
+            if not _uses_names_of_ours(module, own, coded, attributes):
+                changes[id(module)] = _Change(name, module, kind, own, coded, attributes)
+    installed = [each for each in installed if id(each[1]) in changes]
+    return installed, [each for each in changes.values() if _has_its_gate(each, changes)]
+
+
+class _Candidate(NamedTuple):
+    """A module that can be converted: its dotted name, its own class, and the one to take its place."""
+
+    name: str
+    module: nn.Module
+    own: type[nn.Module]
+    coded: type[nn.Module]
+
+
+def _candidates(model: nn.Module, functions: dict[nn.Module, nn.Module], filter_fn: Filter | None) -> list[_Candidate]:
+    """The modules of the model that can be converted, and those in the place of functions, that the filter lets pass."""
+    twins, found = classes.torch_twins(), []
+    named = [*model.named_modules()]
+    names = {id(module): name for name, module in named}
+    named += [(f"{names[id(layer)]}.{_ACTIVATION}".lstrip("."), function) for layer, function in functions.items()]
+    for name, module in named:
+        own = classes.own_class(module)
+        coded = classes.coded_class(own, twins)
+        if coded is not None and "forward" not in vars(module) and (filter_fn is None or filter_fn(module, name)):
+            found.append(_Candidate(name, module, own, coded))
+    return found
+
+
+def _has_its_gate(change: _Change, changes: dict[int, _Change]) -> bool:
+    """Whether the activation of what may be a gated MLP becomes a coded one, or is one whose code serves others, too."""
+    if not issubclass(change.coded, GatedMLP):
+        return True
+    activation = change.coded.part_of(change.module, "act")
+    return id(activation) in changes or (isinstance(activation, CodedActivation) and len(activation.table_channels) > 1)
+
+
+def _has_a_table(module: nn.Module, coded: type[nn.Module]) -> bool:
+    """Whether there can be a table for the module: not for an activation at parameters where it has no finite derivative."""
+    try:
+        return not issubclass(coded, CodedActivation) or _is_finite(coded.record_of(module))
+    except ActivationError:
+        return False
+
+
+@lru_cache(maxsize=256)
+def _is_finite(record: Activation) -> bool:
+    try:
+        Request.of(record).check_finite()
+    except DesignError:
+        return False
+    return True
+
+
+def _uses_names_of_ours(module: nn.Module, own: type[nn.Module], coded: type[nn.Module], attributes: Collection[str]) -> bool:
+    """Whether the module has a use of its own for the name of an attribute that it would get, or that fewbit's class has."""
+    ours = {name for each in coded.__mro__ if each not in own.__mro__ for name in vars(each) if not name.startswith("__")}
+    ours.update(attributes)
+    plain = vars(module).keys() - {"inplace", "name", "record"}  # which torch's modules have, or which are read of the class
+    return bool(ours & {*plain, *(name for entries in registered(module).values() for name in entries)})
+
+
+def _activation_function(module: nn.Module) -> nn.Module | None:
+    """torch's module for the function that a layer of torch's transformers has for its activation."""
+    if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or _ACTIVATION not in vars(module):
+        return None
+    found = other_activations.module_for(vars(module)[_ACTIVATION])
+    if found is not None:
+        vars(found)[_FUNCTION] = vars(module)[_ACTIVATION]
+        found.train(module.training)
+    return found
+
+
+def _attributes(module: nn.Module, coded: type[nn.Module], kind: str, setting: Setting) -> dict[str, Any]:
+    """What a module of this class gets, of this kind and setting."""
+    bits = setting.bits_of(kind)
+    if issubclass(coded, CodedActivation):
+        shared, table = kind == "product" or setting.shares, None
+        if setting.coding is not None:
+            record = coded.record_of(module)
+            table = setting.layer_table(kind, record) if kind == "product" else setting.activation_table(record)
+        of_torch = {} if hasattr(module, "inplace") else {"inplace": False}
+        of_product = {} if kind == coded.coded_kind else {"coded_kind": kind}
+        return {**of_torch, **of_product, "shared": shared, **_code(bits, table)}
+    if issubclass(coded, CodedLayer):
+        table = None if setting.coding is None else setting.layer_table(kind, coded.gate)
+        return {"rounding": "nearest", **_code(bits, table)}
+    return {}
+
+
+def _code(bits: int | None, table: CodeTable | None) -> dict[str, Any]:
+    return {"bits": bits if table is None else None, "table": table}

@@ -1,0 +1,129 @@
+"""Which codes `bits` and `coding` mean, for all that takes them: `convert`, `patch`, plans, `calibrate` and the command line.
+
+bits    one number for every kind of what is kept, or a mapping from kind to number; kinds that are not named stay exact
+coding  of the tables, None for the optimal one
+
+What linear layers read is coded once: where a model codes the kind "linear", activations, norms and products make codes that
+serve these layers, too, of the larger of both numbers of bits.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fewbit.constants import CODINGS, KINDS, MAX_BITS, REST_BITS
+from fewbit.design.table import CodeTable
+from fewbit.errors import DesignError
+from fewbit.record import Activation
+from fewbit.resolve import JOINT
+from fewbit.store import load_table
+
+Bits: TypeAlias = int | Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Bits by kind, as (kind, number) in the order of KINDS, and the coding of the tables. `of` takes what users write."""
+
+    by_kind: tuple[tuple[str, int], ...]
+    coding: str | None = None
+
+    @classmethod
+    def of(cls, bits: Any, coding: Any = None) -> Setting:
+        """The setting that bits and coding mean. DesignError for anything else.
+
+        >>> Setting.of({"linear": 4, "activation": 3}).by_kind
+        (('activation', 3), ('linear', 4))
+        >>> dict(Setting.of(4).by_kind)["rest"]
+        8
+        """
+        if coding is not None and coding not in CODINGS:
+            raise DesignError(f"coding must be one of {CODINGS}, got {coding!r}")
+        if not isinstance(bits, Mapping):
+            number = _checked(bits, bits)
+            return cls(tuple((kind, max(number, REST_BITS) if kind == "rest" else number) for kind in KINDS), coding)
+        for kind in bits:
+            _check_kind(kind)
+        if not bits:
+            raise DesignError(f"bits must name at least one kind, of {', '.join(KINDS)}; got {dict(bits)}")
+        return cls(tuple((kind, _checked(bits[kind], dict(bits))) for kind in KINDS if kind in bits), coding)
+
+    def bits_of(self, kind: str) -> int | None:
+        """Bits of the codes that this kind makes; None if the kind stays exact.
+
+        >>> Setting.of({"activation": 3, "linear": 4}).bits_of("activation"), Setting.of({"linear": 4}).bits_of("activation")
+        (4, None)
+        """
+        found = dict(self.by_kind)
+        if kind in ("activation", "norm", "product") and kind in found:
+            return max(found[kind], found.get("linear", 0))
+        return found.get(kind)
+
+    @property
+    def shares(self) -> bool:
+        """Whether activations make one code for their own backward and for the linear layers that read them."""
+        return self.bits_of("linear") is not None
+
+    def activation_table(self, record: Activation) -> CodeTable:
+        """The table of an activation."""
+        return self._table(record, "activation", JOINT if self.shares else ("derivative",))
+
+    def layer_table(self, kind: str, gate: str | Activation | None) -> CodeTable:
+        """The table of a layer of a kind: of the activation of its gate, where it has one, or of values."""
+        return self._table(gate or "identity", kind, JOINT if gate else ("value",))
+
+    def _table(self, record: Activation | str, kind: str, channels: tuple[str, ...]) -> CodeTable:
+        bits = self.bits_of(kind)
+        assert bits is not None, "asked for kinds that are coded"
+        return load_table(record, bits, coding=self.coding, channels=channels)
+
+    def __str__(self) -> str:
+        """As in a call.
+
+        >>> print(Setting.of(4), Setting.of({"norm": 5}), Setting.of(2, "uniform"))
+        bits=4 bits={'norm': 5} bits=2, coding='uniform'
+        """
+        found = dict(self.by_kind)
+        one = found.get("activation", 0)
+        bits = f"bits={one if one and Setting.of(one).by_kind == self.by_kind else found}"
+        return bits if self.coding is None else f"{bits}, coding={self.coding!r}"
+
+
+def parse_bits(text: str) -> Bits:
+    """Bits as the command line takes them. DesignError for anything else.
+
+    >>> parse_bits("4"), parse_bits("activation=3,linear=4")
+    (4, {'activation': 3, 'linear': 4})
+    """
+    if "=" not in text:
+        return _number(text, text)
+    parts = [part.partition("=") for part in text.split(",")]
+    return {kind.strip(): _number(number, text) for kind, _, number in parts}
+
+
+def _number(number: str, text: str) -> int:
+    try:
+        return int(number)
+    except ValueError:
+        raise DesignError(f"bits are given as 4 or as activation=3,linear=4; got {text!r}") from None
+
+
+def _check_kind(kind: Any) -> None:
+    if kind not in KINDS:
+        near = difflib.get_close_matches(str(kind).lower(), KINDS, n=1)
+        hint = f"did you mean {near[0]!r}? The kinds are" if near else "the kinds are"
+        raise DesignError(f"bits has an unknown kind {kind!r}; {hint} {', '.join(KINDS)}")
+
+
+def _checked(number: Any, given: Any) -> int:
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or not 1 <= number <= MAX_BITS:
+        raise DesignError(
+            f"bits must be an integer from 1 to {MAX_BITS}, for every kind, or a mapping from kind to such an integer, as in "
+            f"bits={{'activation': 3, 'linear': 4}}; got {given!r}"
+        )
+    return int(number)

@@ -1,0 +1,322 @@
+"""Watch a training run: do the inputs of coded activations still look like what their tables were designed for?"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Group, RenderableType
+from torch import nn
+
+from fewbit import terminal
+from fewbit.autograd import exact as exact_mode
+from fewbit.autograd import sharing
+from fewbit.design.table import CodeTable
+from fewbit.errors import DesignError, DriftWarning, InputError
+from fewbit.models.arguments import check_model
+from fewbit.models.grouping import shortened
+from fewbit.models.modules import describe, pre_activation
+from fewbit.models.report import Report
+from fewbit.nn.activations import CodedActivation
+from fewbit.nn.layers import CodedLayer
+from fewbit.record import Activation
+from fewbit.torch_internals import is_watched
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Tensor = torch.Tensor
+Array = np.ndarray
+# Heuristic. Twice an error of a thousandth is no harm yet: tables with smaller design errors, those of many bits and the exact
+# ones of ReLU's kind, are held to this one instead.
+SMALLEST_DESIGN = 1e-3
+SMALLEST_TRUE = 1e-6  # so that the relative error is finite where all derivatives are 0
+
+
+def watch(model: nn.Module, every: int = 100, *, factor: float = 2.0, samples: int = 1024, history: int = 200) -> Watch:
+    """Check now and then, in training, whether the inputs of coded activations have drifted away from their tables.
+
+    On average at each `every`-th forward pass of a layer that will make codes, it takes a random sample of the layer's input
+    and compares what backward will read, for the derivative and where codes are shared for the value too, with what is exact.
+    Where the relative error is more than `factor` times that of the table's design, beyond what chance may do in the sample,
+    it warns with a `fewbit.DriftWarning` that says what was seen and what to do; again for the same layer only after the
+    error has been below in between.
+
+    model    with coded activations or gated units (GLU, SwiGLU, GEGLU, ReGLU) as modules. What linear layers, convolutions and
+             norms keep is standardized in every pass, so that no drift of scale reaches its codes; it is not watched.
+    every    forward passes between checks, on average: the moment is drawn, so that all calls of a shared module come to it
+    factor   of the design's error that warns: 2 is a heuristic. A table that knows no design error is held to its first check.
+    samples  elements looked at in a check
+    history  checks remembered of each layer
+    Returns  the Watch: `report()` tells what was seen, `remove()` ends it, as does leaving it as a context manager
+
+    Gradients, `state_dict` and the global random numbers stay as they are; copies and pickles of the model are not watched. A
+    check waits for the device, other passes do not. Compiled code is not watched: it passes the checks by, without a break.
+
+    Raises InputError for a model that has nothing to watch, DesignError for numbers out of range.
+
+    >>> import fewbit
+    >>> model = nn.Sequential(nn.Linear(8, 8), fewbit.Tanh(bits=3))
+    >>> with watch(model, every=1) as watching, warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     _ = model(100 * torch.randn(64, 8))
+    >>> str(caught[0].message).partition(":")[0]
+    '1 (Tanh) drifted away from its table'
+    """
+    check_model("watch", model)
+    for name, value in (("every", every), ("samples", samples), ("history", history)):
+        if not isinstance(value, int) or value < 1:
+            raise DesignError(f"{name} must be a positive integer, got {value!r}")
+    if not factor > 1:
+        raise DesignError(f"factor must be more than 1, the design's own error, got {factor!r}")
+    return Watch(model, every, factor, samples, history)
+
+
+class Check(NamedTuple):
+    """What a check saw: in which forward pass, of the inputs, and of the channel ("derivative", "value") that fares worst."""
+
+    call: int
+    mean: float
+    std: float
+    channel: str
+    error: float
+    design: float  # what the error is held against: the design's, or what stands in for it
+    drifted: bool
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.design
+
+
+@dataclass
+class Layer:
+    """One watched module: how often it ran, and its last checks."""
+
+    name: str
+    module: nn.Module
+    checks: deque[Check]
+    calls: int = 0
+    next_check: int = 1
+    drifted: bool = False
+    warnings: int = 0
+    baseline: dict[str, float] = field(default_factory=dict)  # channel -> error of the first check, for tables without one
+
+
+class Watch:
+    """What `watch` started, and goes on until `remove()`, or until it is left as a context manager."""
+
+    def __init__(self, model: nn.Module, every: int, factor: float, samples: int, history: int):
+        self.every, self.factor, self.samples = every, factor, samples
+        self._generator = np.random.default_rng(0)
+        self.layers = [
+            Layer(name, module, deque(maxlen=history)) for name, module in model.named_modules() if _gate(module) is not None
+        ]
+        if not self.layers:
+            raise InputError(
+                "watch looks at coded activations and gated units, and the model has none; fewbit.convert(model) makes them of "
+                "activations that are modules, and those that code calls as functions are not watched"
+            )
+        self._handles = [each.module.register_forward_pre_hook(_Hook(self, each), with_kwargs=True) for each in self.layers]
+
+    def remove(self) -> None:
+        """Watch no longer. What was seen can still be asked for."""
+        for each in self._handles:
+            each.remove()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+    def report(self) -> Drift:
+        """What was seen of each layer until now."""
+        return Drift([copy.copy(each) for each in self.layers], self.factor)
+
+    def see(self, layer: Layer, x: Any) -> None:
+        """Count a forward pass on x; look at it if it is time."""
+        if not isinstance(x, Tensor) or not x.requires_grad or x.numel() == 0 or is_watched(x) or exact_mode.is_active():
+            return
+        layer.calls += 1
+        if layer.calls < layer.next_check:
+            return
+        layer.next_check = layer.calls + int(self._generator.integers(1, 2 * self.every))
+        gate = _gate(layer.module)
+        if gate is None or _has_its_sign_from_before(layer.module, x):
+            return
+        sample = self._sample(x)
+        if sample.size:
+            self._note(layer, _check(layer, sample, *gate, self.factor))
+
+    def _sample(self, x: Tensor) -> Array:
+        """Finite elements of x in float64, drawn at random if it has more than `samples`."""
+        x = x.detach()
+        if x.numel() > self.samples:
+            x = x.take(torch.from_numpy(self._generator.integers(x.numel(), size=self.samples)).to(x.device))
+        found = x.double().cpu().numpy().ravel()
+        return found[np.isfinite(found)]
+
+    def _note(self, layer: Layer, check: Check) -> None:
+        layer.checks.append(check)
+        warns = check.drifted and not layer.drifted
+        layer.drifted = check.drifted or (layer.drifted and check.ratio > self.factor)
+        if warns:
+            layer.warnings += 1
+            warnings.warn(_message(layer, check), DriftWarning, stacklevel=2)
+
+
+class _Hook:
+    """What a watched module calls before each forward pass. Copies and pickles of it do nothing."""
+
+    def __init__(self, watching: Watch, layer: Layer):
+        self._watching, self._layer = watching, layer
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if module.training and torch.is_grad_enabled():
+            self._watching.see(self._layer, pre_activation(module, args, kwargs))
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return _not_watched
+
+    def __reduce__(self) -> Any:
+        return _hook_of_a_copy, ()
+
+
+def _hook_of_a_copy() -> Any:
+    return _not_watched
+
+
+def _not_watched(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """In the place of the hook in a copy of a watched model."""
+
+
+def _gate(module: nn.Module) -> tuple[Activation, CodeTable] | None:
+    """The activation that the module codes, and the table it has now; None for other modules."""
+    if not isinstance(module, CodedActivation | CodedLayer):
+        return None
+    coded = describe("", module)
+    return (coded.record, coded.table) if coded.calibrates else None
+
+
+def _has_its_sign_from_before(module: nn.Module, x: Tensor) -> bool:
+    """Whether an activation of two straight lines reads the codes of the norm before it, and none by its table."""
+    recipe = sharing.find(x)
+    return isinstance(module, CodedActivation) and recipe is not None and recipe.keeps_sign and bool(module.shared)
+
+
+def _check(layer: Layer, x: Array, record: Activation, table: CodeTable, factor: float) -> Check:
+    """Of the sample x (n,) the channel whose error is the largest multiple of its design's."""
+    found = []
+    designs = np.atleast_1d(table.relative_rms)
+    read = np.atleast_2d(table(x))
+    for channel, design, values in zip(table.channels, designs, read, strict=True):
+        true = record.df(x) if channel == "derivative" else record.f(x)
+        error = _relative_rms(values - true, true)
+        if not math.isfinite(design):
+            design = layer.baseline.setdefault(channel, error)
+        design = max(float(design), SMALLEST_DESIGN)
+        drifted = _beyond_chance(values - true, true, factor * design)
+        found.append(Check(layer.calls, float(x.mean()), float(x.std()), channel, error, design, drifted))
+    return max(found, key=lambda check: (check.drifted, check.ratio))
+
+
+def _relative_rms(error: Array, true: Array) -> float:
+    """As CodeTable.relative_rms: root mean square of the error over that of what is true, or over SMALLEST_TRUE."""
+    return float(np.sqrt(np.square(error).mean() / max(np.square(true).mean(), SMALLEST_TRUE**2)))
+
+
+def _beyond_chance(error: Array, true: Array, limit: float) -> bool:
+    """Whether the relative error is more than the limit, by more than chance may do in a sample of this size.
+
+    The mean of error² - limit² true² is then positive by over three of its standard errors (Fieller, 1954, who so compares a
+    ratio of means). For inputs just on the limit that is one alarm in some 700 checks; for those of the design, with errors of
+    half the limit, far fewer: `tests/models/gradients/test_watch.py` counts them.
+    """
+    excess = np.square(error) - limit**2 * np.square(true)
+    return bool(excess.mean() > 3 * excess.std() / math.sqrt(excess.size))
+
+
+def _message(layer: Layer, check: Check) -> str:
+    name = layer.name or "the model itself"
+    return (
+        f"{name} ({type(layer.module).__name__}) drifted away from its table: in forward pass {check.call} its {check.channel} "
+        f"errs by {check.error:.3g}, {check.ratio:.1f} times the design's {check.design:.3g}, for inputs of mean "
+        f"{check.mean:.3g} and standard deviation {check.std:.3g}; design its table for them with fewbit.calibrate, or give "
+        "the layer more bits"
+    )
+
+
+class Drift(Report):
+    """What a Watch saw. Prints a row for each layer, those that fare worst first, exports all checks that are remembered, plots
+    their course."""
+
+    def __init__(self, layers: list[Layer], factor: float):
+        self.layers, self.factor = [copy.copy(each) for each in layers], factor
+        self._checks = {each.name: list(each.checks) for each in layers}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A layer each, with its last check; None where there was none."""
+        return [self._row(layer) for layer in self.layers]
+
+    def _row(self, layer: Layer) -> dict[str, Any]:
+        row = {"layer": layer.name, "type": type(layer.module).__name__, "calls": layer.calls, "warnings": layer.warnings}
+        checks = self._checks[layer.name]
+        names = ("channel", "error", "design", "mean", "std")
+        last = {name: getattr(checks[-1], name) if checks else None for name in names}
+        ratios = {"ratio": checks[-1].ratio, "largest_ratio": max(each.ratio for each in checks)} if checks else {}
+        return {
+            **row,
+            "drifted": layer.drifted,
+            **last,
+            "ratio": ratios.get("ratio"),
+            "largest_ratio": ratios.get("largest_ratio"),
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """How many layers, which of them have drifted, and `factor`."""
+        drifted = [layer.name for layer in self.layers if layer.drifted]
+        return {"layers": len(self.layers), "drifted": drifted, "factor": self.factor, "verdict": self.verdict}
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        drifted = [layer.name for layer in self.layers if layer.drifted]
+        if drifted:
+            more = ", …" if len(drifted) > 5 else ""
+            return f"{len(drifted)} of {len(self.layers)} layers drifted away from their tables: {', '.join(drifted[:5])}{more}"
+        if not any(self._checks.values()):
+            return "nothing checked yet: only training in eager code, with gradients, is watched"
+        return f"none of {len(self.layers)} layers drifted: all errors within {self.factor:g} times those of the designs"
+
+    def view(self) -> RenderableType:
+        """The layers, and what the columns mean."""
+        table = terminal.table(
+            ("layer",), ("calls", "of the", "error", "design's", "ratio", "largest", "inputs'\nmean", "std", "warnings")
+        )
+        for row in sorted(self.rows(), key=lambda row: -(row["ratio"] or 0))[:30]:
+            figures = [_cell(row[name]) for name in ("error", "design", "ratio", "largest_ratio", "mean", "std")]
+            table.add_row(
+                shortened(row["layer"] or "(model)"), str(row["calls"]), row["channel"] or "–", *figures, str(row["warnings"])
+            )
+        more = [f"{len(self.layers) - 30} more layers have smaller ratios"] if len(self.layers) > 30 else []
+        return Group(self.verdict, "", table, *more)
+
+    def figure(self) -> Figure:
+        """Error over the design's against forward passes, a line for each layer."""
+        from fewbit.plots.gradients import plot_drift
+
+        courses = {name or "(model)": [(each.call, each.ratio) for each in checks] for name, checks in self._checks.items()}
+        return plot_drift(courses, self.factor)
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

@@ -1,0 +1,101 @@
+"""A forward pass of a model that leaves it as it was, on its own tensors or on fake ones, which take no memory and no time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fewbit import resolve
+from fewbit.errors import InputError
+from fewbit.models.arguments import arguments_of, run
+from fewbit.models.memory.saved import Storage, record, storages_of, tensors_in
+from fewbit.models.preserve import preserved_state, preserved_structure
+from fewbit.torch_internals import fake_mode, map_tensors, storage_key
+
+Tensor = torch.Tensor
+
+
+class Forward(NamedTuple):
+    """A call of a model: the model, the batch that it is called with, and the classes of its modules then."""
+
+    model: nn.Module
+    batch: Any
+    classes: list[type[nn.Module]]
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Any) -> Forward:
+        return cls(model, batch, [type(module) for module in model.modules()])
+
+    def check_unchanged(self) -> None:
+        """Raise InputError if modules of the model have changed their class since."""
+        if [type(module) for module in self.model.modules()] != self.classes:
+            raise InputError("the model was converted or changed since this report; make a new one with fewbit.memory")
+
+    def saved(self, fake: bool) -> list[Storage]:
+        """What the call keeps for backward, of the model as it is now; its state, gradients and torch's random numbers are
+        as before, after an error too."""
+        _check_initialized(self.model)
+        with preserved_state(self.model), preserved_structure(self.model), torch.inference_mode(False), torch.enable_grad():
+            return self._saved_by_fake() if fake else self._saved_by_real()
+
+    def _saved_by_real(self) -> list[Storage]:
+        def roles() -> dict[int, str]:
+            return _roles(self.model.parameters(), self.model.buffers(), tensors_in(arguments_of(self.batch)), _tables())
+
+        return record(self.model, lambda: run(self.model, self.batch), roles)
+
+    def _saved_by_fake(self) -> list[Storage]:
+        from torch.func import functional_call
+
+        mode = fake_mode()
+        parameters, buffers = (
+            {name: _faked(tensor, mode) for name, tensor in named}
+            for named in (self.model.named_parameters(), self.model.named_buffers())
+        )
+        args, kwargs = map_tensors(lambda tensor: _faked(tensor, mode), arguments_of(self.batch))
+
+        def roles() -> dict[int, str]:
+            tables = (mode.from_tensor(table) for table in _tables())  # but not those of one number, copied each time
+            return _roles(parameters.values(), buffers.values(), tensors_in((args, kwargs)), tables)
+
+        with mode:
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(self.model, {**parameters, **buffers}, args, kwargs)
+
+            return record(self.model, lambda: run(call, kwargs or args), roles)
+
+
+def _check_initialized(model: nn.Module) -> None:
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise InputError("the model has lazy modules whose parameters have no shape yet; run it once on a batch before")
+
+
+def _faked(tensor: Tensor, mode: Any) -> Tensor:
+    """A fake tensor of the same kind. One of the meta device is taken for one on the CPU, where operations are chosen as in
+    training: on the meta device attention, for one, would be composed of its parts."""
+    if tensor.device.type != "meta":
+        return mode.from_tensor(tensor)
+    with mode:
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad
+        )
+
+
+def _tables() -> list[Tensor]:
+    return [tensor for table in list(resolve.in_use) for tensor in (table.thresholds, table.codes, table.levels)]
+
+
+def _roles(parameters: Iterable[Tensor], buffers: Iterable[Tensor], inputs: Iterable[Tensor], tables: Iterable[Tensor]) -> Any:
+    """Identity of a storage -> its role; a storage of several roles is the first of them."""
+    found: dict[int, str] = {}
+    roles = {"parameters": parameters, "buffers": buffers, "inputs": inputs, "tables": tables}
+    for role, tensors in roles.items():
+        for tensor in tensors:
+            for storage in storages_of(tensor):
+                found.setdefault(storage_key(storage), role)
+    return found

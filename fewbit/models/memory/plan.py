@@ -1,0 +1,224 @@
+"""What `fewbit.convert` would save, found out before: the converted forward pass runs, on fake tensors, and is undone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from torch import nn
+
+from fewbit import terminal
+from fewbit.models.arguments import Filter
+from fewbit.models.conversion.convert import log_conversion
+from fewbit.models.conversion.engine import convert_modules, is_converted
+from fewbit.models.conversion.setting import Setting
+from fewbit.models.grouping import label, shortened
+from fewbit.models.memory import advice, trials
+from fewbit.models.memory.forward import Forward
+from fewbit.models.memory.saved import Storage
+from fewbit.models.memory.storages import bars_of, kept_by, total
+from fewbit.models.preserve import preserved_structure
+from fewbit.models.report import Report
+from fewbit.terminal import bytes_label
+from fewbit.torch_internals import is_compiled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+_log = logging.getLogger("fewbit")
+_LEGEND = "saves: what the conversion saves beside the others that pay; modules that let go of a tensor together each count it."
+_AGREEMENT = 0.01  # of fake tensors with what was measured, or else the model itself runs
+
+
+@dataclass(repr=False)
+class Plan(Report):
+    """What converting a model would leave to keep, and what is worth it. See `MemoryReport.plan`.
+
+    forward     the model and its batch
+    before      what is kept by the model as it is
+    after       with all converted that `fewbit.convert` would
+    outcome     with those alone that pay
+    candidates  what `fewbit.convert` would convert
+    advice      for each module that is converted or keeps something
+    how         on what the converted model ran
+    """
+
+    forward: Forward
+    setting: Setting
+    before: list[Storage]
+    after: list[Storage]
+    outcome: trials.Outcome
+    candidates: frozenset[str]
+    advice: list[advice.Advice]
+    how: str
+
+    @property
+    def before_bytes(self) -> int:
+        """Bytes of activations kept as the model is."""
+        return total(self.before)
+
+    @property
+    def after_bytes(self) -> int:
+        """The same after `fewbit.convert`."""
+        return total(self.after)
+
+    @property
+    def best_bytes(self) -> int:
+        """The same after `convert()` of this plan, which converts what pays alone."""
+        return total(self.outcome.storages)
+
+    def convert(self) -> nn.Module:
+        """Convert the modules that pay, as `fewbit.convert` does, and no others. Returns the model.
+
+        The logger "fewbit" tells at level INFO what was done, and of each module that stays exact why.
+
+        Raises InputError if the model was converted or changed since its report.
+        """
+        self.forward.check_unchanged()
+        model = self.forward.model
+        converted = convert_modules(model, self.setting, lambda module, name: name in self.outcome.chosen)
+        if converted or not self.candidates:
+            log_conversion(model, self.setting, converted)
+        for each in self.advice:
+            if each.module in self.candidates - self.outcome.chosen:
+                _log.info("%s stays exact: %s", each.module or type(model).__name__, each.reason)
+        return model
+
+    def by_module(self) -> dict[str, tuple[int, int]]:
+        """Bytes before and after by module, of all that are converted; what is shared counts for the first that saves it."""
+        before, after = kept_by(self.before), kept_by(self.after)
+        return {name: (before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys([*before, *after])}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One module each; `saves` is what its conversion saves beside the others that pay."""
+        return [vars(each).copy() for each in self.advice]
+
+    def totals(self) -> dict[str, Any]:
+        return {
+            "model": type(self.forward.model).__name__,
+            "bits": dict(self.setting.by_kind),
+            "coding": self.setting.coding,
+            "before": self.before_bytes,
+            "after": self.after_bytes,
+            "best": self.best_bytes,
+            "how": self.how,
+        }
+
+    def view(self, most: int = 30) -> RenderableType:
+        """Advice for the `most` modules that keep or save most, repeated layers as one, and the totals."""
+        lines = [
+            f"kept now: {bytes_label(self.before_bytes)} of activations",
+            f"converted with {self.setting}: {_part(self.after_bytes, self.before_bytes)}",
+        ]
+        if self.best_bytes != self.after_bytes:
+            lines.append(f"only what pays, by plan.convert(): {_part(self.best_bytes, self.before_bytes)}")
+        return Group(*lines, "", self._table(most), "", _LEGEND, self.how)
+
+    def _table(self, most: int) -> RenderableType:
+        view = terminal.table(("module",), ("before", "after", "saves"))
+        view.add_column("advice", no_wrap=True)
+        view.add_column("because")
+        groups = advice.grouped(self.advice)
+        for group in groups[:most]:
+            first, count = group[0], len(group)
+            name = shortened(label(each.module for each in group)) + (f" ({count})" if count > 1 else "")
+            sums = [sum(each.before for each in group), sum(each.after for each in group)]
+            view.add_row(name, *map(bytes_label, sums), advice.saves_label(group), first.advice, first.reason)
+        if groups[most:]:
+            view.add_row(f"{len(groups) - most} others")
+        return view
+
+    def figure(self) -> Figure:
+        from fewbit.plots.memory import plot_memory
+
+        name = type(self.forward.model).__name__
+        title = f"{name}: {bytes_label(self.before_bytes)} → {bytes_label(self.after_bytes)}"
+        return plot_memory(bars_of({"now": self.before, "converted": self.after}), title, bytes_label)
+
+
+def plan(forward: Forward, measured: list[Storage] | None, setting: Setting, filter_fn: Filter | None = None) -> Plan:
+    """See `MemoryReport.plan`; `measured` is what the model keeps on real tensors, None if it has run on fake ones alone."""
+    forward.check_unchanged()
+    model = forward.model
+    with preserved_structure(model):
+        candidates = _convert(model, setting, filter_fn)
+    before, fake, how = _baseline(forward, measured)
+    installed = set(candidates) - {name for name, _ in model.named_modules()}
+    before = _attributed(before, installed)
+    with terminal.progress("trying conversions") as advance:
+
+        def run(names: Collection[str]) -> list[Storage]:
+            with preserved_structure(model):
+                _convert(model, setting, lambda module, name: name in names and _passes(filter_fn, module, name))
+                storages = _attributed(forward.saved(fake), installed)
+            advance()
+            return storages
+
+        after = run(candidates)
+        was_converted = any(is_converted(module) for module in model.modules())
+        exact = run(()) if was_converted else before
+        compiled = any(is_compiled(module) for module in model.modules())
+        outcome = (trials.all_or_none if compiled else partial(trials.choose, run))(candidates, exact, after)
+    convertible, classes = _convertible(model)
+    found = advice.of_modules(classes, candidates, convertible - {*candidates}, before, after, outcome)
+    return Plan(forward, setting, before, after, outcome, frozenset(candidates), found, how)
+
+
+def _convert(model: nn.Module, setting: Setting, filter_fn: Filter | None) -> list[str]:
+    return [each.name for each in convert_modules(model, setting, filter_fn)]
+
+
+def _passes(filter_fn: Filter | None, module: nn.Module, name: str) -> bool:
+    return filter_fn is None or filter_fn(module, name)
+
+
+def _attributed(storages: list[Storage], installed: set[str]) -> list[Storage]:
+    """The storages, with what an activation function saves assigned to the module that takes its place.
+
+    installed  names of these modules, each the only one in its parent
+    """
+    parents = {name.rpartition(".")[0]: name for name in installed}
+
+    def moved(storage: Storage) -> Storage:
+        names = {saver.module: parents[saver.module] for saver in storage.savers if saver.module in parents}
+        if storage.savers[0].operation not in advice.called_activations() or not names:
+            return storage
+        savers = tuple(saver._replace(module=names.get(saver.module, saver.module)) for saver in storage.savers)
+        return replace(storage, savers=savers, slots=tuple((names.get(name, name), number) for name, number in storage.slots))
+
+    return [moved(each) for each in storages]
+
+
+def _convertible(model: nn.Module) -> tuple[set[str], dict[str, str]]:
+    """What a conversion of every kind would convert; and the class of each module then, those in the place of functions among
+    them."""
+    with preserved_structure(model):
+        names = {*_convert(model, Setting.of(1), None)}
+        return names, {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+def _baseline(forward: Forward, measured: list[Storage] | None) -> tuple[list[Storage], bool, str]:
+    """What is kept now, whether that was found on fake tensors, and words for it."""
+    reason = "it is compiled" if any(is_compiled(module) for module in forward.model.modules()) else ""
+    if not reason:
+        try:
+            found = forward.saved(fake=True)
+        except Exception as error:  # whatever the model does that fake tensors cannot
+            if measured is None:
+                raise
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        else:
+            if measured is None or abs(total(found) - total(measured)) <= _AGREEMENT * total(measured):
+                return found, True, "The converted model ran on fake tensors, for its sizes alone."
+            reason = f"they keep {bytes_label(total(found))} where {bytes_label(total(measured))} were measured"
+    found = forward.saved(fake=False) if measured is None else measured
+    return found, False, f"The converted model itself ran, since fake tensors do not serve ({reason})."
+
+
+def _part(part: int, whole: int) -> str:
+    return bytes_label(part) + (f" ({part / whole:.1%})" if whole else "")

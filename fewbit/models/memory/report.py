@@ -1,0 +1,170 @@
+"""`fewbit.memory`: what a model keeps for backward, by the module and the operation that keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Group
+from torch import nn
+
+from fewbit import terminal
+from fewbit.constants import DEFAULT_LAYER_BITS
+from fewbit.design.table import write_atomically
+from fewbit.models.arguments import Filter, check_filter, check_model
+from fewbit.models.conversion.setting import Bits, Setting
+from fewbit.models.grouping import cut, shortened
+from fewbit.models.memory.forward import Forward
+from fewbit.models.memory.page import page
+from fewbit.models.memory.plan import Plan, plan
+from fewbit.models.memory.saved import ACTIVATIONS, Storage
+from fewbit.models.memory.storages import NOTE, ROLES, bars_of, kept_by, repeated, saver_label, total
+from fewbit.models.report import Report
+from fewbit.terminal import bytes_label
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+_MODULE_WIDTH, _OPERATION_WIDTH, _TENSOR_WIDTH, _SHARED_WIDTH = 28, 22, 22, 20  # 119 columns with the others
+
+
+def memory(model: nn.Module, batch: Any, *, fake: bool = False) -> MemoryReport:
+    """What one forward pass of a model keeps for backward: every saved tensor, by the module and operation that saved it.
+
+    model    runs once as it is, in training or evaluation mode, with gradients enabled; its buffers, gradients and attributes
+             and torch's random numbers are afterwards as before. A compiled model is one module to this.
+    batch    what to call it with: a tensor, a tuple (or list) of arguments, or a mapping of named ones
+    fake     run on fake tensors, which take neither memory nor time: for models too large for this machine. Tensors of the meta
+             device are taken for tensors of the CPU. Not for models whose control flow looks at numbers, nor for compiled ones.
+    Returns  a report: print it, or take its `rows()`, `totals()`, `to_json()`, `to_csv()`, `plot()`; its `plan()` predicts what
+             `fewbit.convert` would leave. It holds the model and the batch.
+
+    What autograd is not told of is not seen: tensors that a model keeps for itself, or an autograd Function as attributes; and
+    what checkpointed regions hold only while backward runs. The gradients and the optimizer's state are not counted.
+
+    Raises InputError for what is no module, for lazy modules that have not run yet and for a batch that the model does not
+    take; and what the model itself raises, with fake=True also because it cannot run on fake tensors.
+
+    >>> report = memory(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), torch.ones(4, 8))
+    >>> report.activation_bytes  # of the GELU's input and of its output: 4 * 16 * 4 bytes each
+    512
+    """
+    check_model("memory", model)
+    forward = Forward.of(model, batch)
+    with terminal.progress(f"running the {type(model).__name__}"):
+        storages = forward.saved(fake)
+    return MemoryReport(forward, storages, fake)
+
+
+@dataclass(repr=False)
+class MemoryReport(Report):
+    """What a forward pass keeps. See `memory`."""
+
+    forward: Forward
+    storages: list[Storage]
+    fake: bool
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of all that is neither parameter, buffer, input nor table."""
+        return total(self.storages)
+
+    def by_module(self) -> dict[str, int]:
+        """Bytes of activations by dotted name of the module that keeps them; what is shared counts for the first."""
+        return kept_by(self.storages)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One storage each, in the order of the forward pass; `share` is of all activations."""
+        return [_row(storage, self.activation_bytes) for storage in self.storages]
+
+    def totals(self) -> dict[str, Any]:
+        model = self.forward.model
+        return {
+            "model": type(model).__name__,
+            "mode": "training" if model.training else "evaluation",
+            "fake": self.fake,
+            **{role: total(self.storages, role) for role in ROLES},
+            "torch": torch.__version__,
+        }
+
+    def view(self, most: int = 20) -> RenderableType:
+        """The `most` largest rows, repeated layers as one, and the totals."""
+        found = self.totals()
+        how = f"{found['model']} in {found['mode']} mode" + (", on fake tensors" if self.fake else "")
+        title = f"Kept for backward by {how}: {bytes_label(self.activation_bytes)} of activations"
+        others = ", ".join(f"{bytes_label(found[role])} of {role}" for role in ROLES[1:] if found[role])
+        parts = [title, "", _table(self.storages, most)]
+        return Group(*parts, "", *([f"besides: {others}"] if others else []), NOTE)
+
+    def figure(self) -> Figure:
+        from fewbit.plots.memory import plot_memory
+
+        title = f"{type(self.forward.model).__name__}: {bytes_label(self.activation_bytes)} kept for backward"
+        return plot_memory(bars_of({"": self.storages}), title, bytes_label)
+
+    def plan(
+        self,
+        bits: Bits = DEFAULT_LAYER_BITS,
+        filter_fn: Filter | None = None,
+        *,
+        coding: str | None = None,
+    ) -> Plan:
+        """What would be kept after `fewbit.convert(model, bits, filter_fn)`, and what is worth coding.
+
+        The converted model runs on fake tensors, and on real ones where it cannot, and is then made what it was. Each
+        conversion is also tried beside the others; a compiled model is judged as a whole.
+
+        Returns  a report, whose `convert()` converts what pays
+
+        Raises as `fewbit.convert`, before anything is changed, and InputError if the model was converted since.
+        """
+        setting = Setting.of(bits, coding)
+        check_filter(filter_fn)
+        return plan(self.forward, None if self.fake else self.storages, setting, filter_fn)
+
+    def to_html(self, path: str | Path | None = None, plan: Plan | None = None) -> str:
+        """One self-contained page of the report, and of the plan if one is given; also written to the file, if one is named."""
+        text = page(self.totals(), self.storages, plan)
+        if path is not None:
+            write_atomically(Path(path), text)
+        return text
+
+
+def _row(storage: Storage, activations: int) -> dict[str, Any]:
+    is_activation = storage.role == ACTIVATIONS
+    return {
+        "module": storage.savers[0].module,
+        "operation": storage.savers[0].operation,
+        "role": storage.role,
+        "dtype": storage.dtype,
+        "shape": "x".join(map(str, storage.shape)),
+        "bytes": storage.bytes,
+        "share": storage.bytes / activations if is_activation and activations else None,
+        "shared_with": ", ".join(map(saver_label, storage.savers[1:])),
+    }
+
+
+def _table(storages: Iterable[Storage], most: int) -> RenderableType:
+    groups = repeated(storages)
+    everything = sum(each.bytes for each in groups)
+    view = terminal.table(("module", "operation", "tensor"), ("times", "bytes", "share"))
+    view.add_column("shared with", no_wrap=True)
+    for each in groups[:most]:
+        view.add_row(
+            shortened(each.module, _MODULE_WIDTH),
+            cut(each.operation, _OPERATION_WIDTH),
+            cut(each.tensor, _TENSOR_WIDTH),
+            str(each.count),
+            bytes_label(each.bytes),
+            f"{each.bytes / everything:.1%}",
+            cut(each.shared, _SHARED_WIDTH),
+        )
+    rest = groups[most:]
+    if rest:
+        left = sum(each.bytes for each in rest)
+        view.add_row(f"{len(rest)} others", "", "", "", bytes_label(left), f"{left / everything:.1%}", "")
+    return view

@@ -1,0 +1,182 @@
+"""What one forward pass keeps for backward: every storage that autograd holds, and the modules and operations that saved it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from types import FrameType
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import nn
+
+from fewbit.torch_internals import dynamo_is_loaded, parts_of, raw_saved, storage_key
+
+Tensor = torch.Tensor
+ACTIVATIONS = "activations"
+UNKNOWN = "unknown"
+Slot = tuple[str, int]
+
+
+class Saver(NamedTuple):
+    """Who saved a tensor.
+
+    module     dotted name of the innermost module that was running; "" is the model itself
+    operation  name of the autograd node without "Backward", such as "Addmm"; "checkpoint" for what a checkpointed region starts
+               from again; "unknown" where the node cannot be reached from the model's outputs
+    """
+
+    module: str
+    operation: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One piece of memory that is kept.
+
+    role    "activations", "parameters", "buffers", "inputs" or "tables"
+    dtype   and shape: of the first tensor in it that was saved
+    savers  in the order of the forward pass; the first is who keeps it, the others share it
+    slots   the module, and the how-manyth tensor that it saved: the same in another run in which that module has not changed
+    """
+
+    role: str
+    bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    savers: tuple[Saver, ...]
+    slots: tuple[Slot, ...]
+
+
+class _Token:
+    """Stands for a saved tensor in the graph, and dies with the node that saved it."""
+
+    __slots__ = ("__weakref__", "caller", "module", "slot", "tensor")
+
+    def __init__(self, tensor: Tensor, module: str, caller: str, number: int):
+        self.tensor, self.module, self.caller, self.slot = tensor, module, caller, (module, number)
+
+
+def record(model: nn.Module, call: Callable[[], Any], roles: Callable[[], Mapping[int, str]]) -> list[Storage]:
+    """The storages that call(), a forward pass of the model, keeps for backward as long as its output lives, in their order.
+
+    roles  asked after the call: identity of a storage -> its role, for those that are no activations
+
+    Only what goes through `torch.autograd.graph.saved_tensors_hooks` is seen: all that operations and autograd Functions save
+    in the way meant for it, but no tensor that a Function keeps as an attribute.
+    """
+    names = {id(module): re.sub(r"(^|\.)_orig_mod$", "", name) for name, module in model.named_modules()}  # of torch.compile
+    tokens: list[ref[_Token]] = []
+    numbers: Counter[str] = Counter()
+
+    def pack(tensor: Tensor) -> _Token:
+        module, caller = _where(names)
+        # detached, since an output would hold its node and so this token, which it holds: a cycle that nobody collects
+        token = _Token(tensor.detach(), module, caller, numbers[module])
+        numbers[module] += 1
+        tokens.append(ref(token))
+        return token
+
+    # where a compiler may be active it would compile the hook, too; where none is loaded, to load it takes long
+    hook: Any = torch.compiler.disable(pack) if dynamo_is_loaded() else pack
+    with torch.autograd.graph.saved_tensors_hooks(hook, lambda token: token.tensor):
+        output = call()
+    operations = _operations(tensor for root in (output, *map(vars, model.modules())) for tensor in tensors_in(root))
+    living = [token for token in (each() for each in tokens) if token is not None]
+    known = roles()
+    pieces: dict[int, list[tuple[_Token, torch.UntypedStorage]]] = {}
+    for token in living:
+        for storage in storages_of(token.tensor):
+            pieces.setdefault(storage_key(storage), []).append((token, storage))
+    found = [_storage(known.get(key, ACTIVATIONS), saved, operations) for key, saved in pieces.items()]
+    del output  # which held the graph, and so all that was counted, until here
+    return found
+
+
+def _storage(role: str, saved: list[tuple[_Token, torch.UntypedStorage]], operations: Mapping[int, str]) -> Storage:
+    savers = (Saver(token.module, operations.get(id(token), token.caller)) for token, _ in saved)
+    first, storage = saved[0]
+    dtype, shape = str(first.tensor.dtype).removeprefix("torch."), tuple(first.tensor.shape)
+    slots = tuple(token.slot for token, _ in saved)
+    return Storage(role, storage.nbytes(), dtype, shape, tuple(dict.fromkeys(savers)), slots)
+
+
+def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """Where a tensor lies: one storage, or those of the parts that a sparse tensor or a tensor subclass consists of."""
+    yield from (part.untyped_storage() for part in parts_of(tensor))
+
+
+def tensors_in(thing: Any) -> Iterator[Tensor]:
+    """The tensors in a tensor, in containers of them, in dataclasses and in plain objects such as outputs; modules apart."""
+    seen, pending = set(), [thing]
+    while pending:
+        each = pending.pop()
+        if id(each) in seen or isinstance(each, (nn.Module, type, str, bytes, int, float)):
+            continue
+        seen.add(id(each))
+        if isinstance(each, Tensor):
+            yield each
+        else:
+            pending += reversed(_parts(each))
+
+
+def _parts(thing: Any) -> list[Any]:
+    if isinstance(thing, Mapping):
+        return list(thing.values())
+    if isinstance(thing, (list, tuple, set, frozenset)):
+        return list(thing)
+    if is_dataclass(thing):
+        return [getattr(thing, field.name, None) for field in fields(thing)]
+    if type(thing).__module__.split(".")[0] not in ("torch", "builtins", "functools"):
+        return list(getattr(thing, "__dict__", {}).values())
+    return []
+
+
+def _where(names: Mapping[int, str]) -> tuple[str, str]:
+    """The innermost module whose method is running, and what to call the operation if its node cannot be found.
+
+    Read off the stack instead of kept by hooks on modules: that holds for modules that raise, recur or are called by another
+    method than `forward`, and hooks would make compiled modules compile anew.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    caller = UNKNOWN
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            caller = "checkpoint"
+        if "self" in frame.f_code.co_varnames[:1]:
+            name = names.get(id(frame.f_locals.get("self")))
+            if name is not None:
+                return name, caller
+        frame = frame.f_back
+    return "", caller
+
+
+def operation_name(node: Any) -> str:
+    """What reports call the operation of an autograd node, such as "Addmm"."""
+    return re.sub(r"Backward\d*$", "", type(node).__name__).lstrip("_")
+
+
+def _operations(outputs: Iterable[Tensor]) -> dict[int, str]:
+    """id of a token -> the node that holds it, of all nodes that the outputs depend on.
+
+    Nodes are asked for what they hold without unpacking it, since to unpack makes a checkpointed region run again.
+    """
+    found: dict[int, str] = {}
+    pending = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        name = operation_name(node)
+        for saved in raw_saved(node):
+            packed = getattr(saved, "data", None)  # older torch does not tell; then operations are unknown
+            if isinstance(packed, _Token):
+                found[id(packed)] = name
+        for other, _ in node.next_functions:
+            if other is not None and other not in seen:
+                seen.add(other)
+                pending.append(other)
+    return found

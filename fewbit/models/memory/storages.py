@@ -1,0 +1,94 @@
+"""Kept storages in numbers: by role, by module, and with repeated layers as one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fewbit.models.grouping import label, pattern, shortened
+from fewbit.models.memory.saved import ACTIVATIONS, Saver, Storage
+
+ROLES = (ACTIVATIONS, "parameters", "buffers", "inputs", "tables")
+NOTE = (
+    "Each storage counts once, for the first that saved it. Parameters, buffers and inputs are there anyway; gradients of "
+    "parameters and the optimizer's state are not counted."
+)
+
+
+def total(storages: Iterable[Storage], role: str = ACTIVATIONS) -> int:
+    """Bytes of one role."""
+    return sum(storage.bytes for storage in storages if storage.role == role)
+
+
+def kept_by(storages: Iterable[Storage]) -> dict[str, int]:
+    """Module -> bytes of the activations that it was the first to save."""
+    found: Counter[str] = Counter()
+    for storage in storages:
+        if storage.role == ACTIVATIONS:
+            found[storage.savers[0].module] += storage.bytes
+    return dict(found)
+
+
+def bars_of(runs: Mapping[str, Iterable[Storage]]) -> dict[str, dict[str, dict[str, int]]]:
+    """Module, repeated layers as one -> name of the run -> operation -> bytes of activations."""
+    names: dict[str, dict[str, None]] = {}
+    sums: dict[str, dict[str, Counter[str]]] = {}
+    for run, storages in runs.items():
+        for storage in storages:
+            if storage.role == ACTIVATIONS and storage.bytes:
+                first = storage.savers[0]
+                names.setdefault(pattern(first.module), {})[first.module] = None
+                bars = sums.setdefault(pattern(first.module), {each: Counter() for each in runs})
+                bars[run][first.operation] += storage.bytes
+    return {shortened(label(names[key]), 40): {run: dict(stack) for run, stack in bars.items()} for key, bars in sums.items()}
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Storages of activations that differ by the number of the layer alone."""
+
+    module: str
+    operation: str
+    tensor: str
+    count: int
+    bytes: int
+    shared: str
+
+
+def repeated(storages: Iterable[Storage]) -> list[Repeated]:
+    """The activations, largest first, repeated layers as one."""
+    groups: dict[tuple, list[Storage]] = {}
+    for storage in storages:
+        if storage.role == ACTIVATIONS and storage.bytes:
+            savers = tuple((pattern(saver.module), saver.operation) for saver in storage.savers)
+            groups.setdefault((savers, storage.dtype, storage.shape), []).append(storage)
+    found = (_repeated(group) for group in groups.values())
+    return sorted(found, key=lambda each: -each.bytes)
+
+
+def _repeated(group: Sequence[Storage]) -> Repeated:
+    first = group[0]
+    partners = [
+        shortened(label(dict.fromkeys(storage.savers[i].module for storage in group)), 14) + f" {saver.operation}"
+        for i, saver in enumerate(first.savers)
+        if i
+    ]
+    return Repeated(
+        label(dict.fromkeys(storage.savers[0].module for storage in group)),
+        first.savers[0].operation,
+        tensor_label(first),
+        len(group),
+        sum(storage.bytes for storage in group),
+        ", ".join(dict.fromkeys(partners)),
+    )
+
+
+def tensor_label(storage: Storage) -> str:
+    """dtype and shape, such as "float32 4×16"."""
+    return f"{storage.dtype} {'×'.join(map(str, storage.shape)) or 'scalar'}"
+
+
+def saver_label(saver: Saver) -> str:
+    """Module and operation."""
+    return f"{saver.module or '(model)'} {saver.operation}"

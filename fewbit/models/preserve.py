@@ -1,0 +1,145 @@
+"""Run a model, or change it for a while, to look at it, and leave it as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fewbit.torch_internals import buffers_of, dynamo_is_loaded, registered
+
+
+class State:
+    """Buffers and training flags of a model as they are now. What else its modules hold as plain attributes is not kept."""
+
+    def __init__(self, model: nn.Module):
+        self._training = [(module, module.training) for module in model.modules()]
+        self._buffers = [(module, dict(buffers_of(module))) for module in model.modules()]
+        found = {id(buffer): buffer for _, buffers in self._buffers for buffer in buffers.values() if buffer is not None}
+        self._contents = [(each, each.clone()) for each in map(_memory, found.values())]
+
+    def restore(self) -> None:
+        """Put them back: the same tensors with what they held."""
+        for module, training in self._training:
+            module.training = training
+        for module, buffers in self._buffers:
+            _restore(buffers_of(module), buffers)
+        for buffer, content in self._contents:
+            buffer.copy_(content)  # as batch norm writes them: without a new version, which graphs that exist would miss
+
+
+def _memory(buffer: torch.Tensor) -> torch.Tensor:
+    """The buffer's data, each number once: an expanded tensor has the same in many places."""
+    if buffer.layout != torch.strided:
+        return buffer.data
+    once = tuple(slice(1) if stride == 0 else slice(None) for stride in buffer.stride())
+    return buffer.data[once] if once else buffer.data
+
+
+class RandomNumbers:
+    """The states of the generators that random numbers come from by default: Python's, numpy's, torch's on these devices."""
+
+    def __init__(self, devices: set[torch.device]):
+        self._python, self._cpu = random.getstate(), torch.get_rng_state()
+        self._numpy = np.random.get_state()  # noqa: NPY002  the one that others may draw from
+        self._devices: list[tuple[Any, torch.device, Any]] = []
+        for device in devices:
+            if device.type not in ("cpu", "meta"):
+                generators: Any = torch.get_device_module(device)
+                self._devices.append((generators, device, generators.get_rng_state(device)))
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002  likewise
+        torch.set_rng_state(self._cpu)
+        for generators, device, state in self._devices:
+            generators.set_rng_state(state, device)
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Where its parameters and buffers lie."""
+    return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+
+
+@contextmanager
+def preserved_state(model: nn.Module) -> Iterator[State]:
+    """Restore the model's state and the random numbers when this context ends, also after an error.
+
+    Inside, parameters begin without gradients. Gives the model's state, to be restored between runs.
+    """
+    state, numbers = State(model), RandomNumbers(devices_of(model))
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield state
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        try:
+            state.restore()
+        finally:
+            numbers.restore()
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Within this context compiled models run as they are written."""
+    # where dynamo is not loaded, which takes seconds, nothing is compiled
+    return torch.compiler.set_stance("force_eager") if dynamo_is_loaded() else nullcontext()
+
+
+@contextmanager
+def preserved_structure(model: nn.Module) -> Iterator[None]:
+    """After this context every module of the model has the class and the attributes that it had before.
+
+    Not undone: changes inside objects that are no modules, and hooks registered meanwhile.
+    """
+    restore = _structure(model)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextmanager
+def structure_restored_on_error(model: nn.Module) -> Iterator[None]:
+    """The same if an exception leaves this context; else what was changed stays."""
+    restore = _structure(model)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def _structure(model: nn.Module) -> Callable[[], None]:
+    """What puts back the classes and attributes of now."""
+    modules = [(module, type(module), dict(vars(module)), _registrations(module)) for module in model.modules()]
+
+    def restore() -> None:
+        for module, kind, attributes, registrations in modules:
+            if type(module) is not kind:
+                module.__class__ = kind
+            _restore(vars(module), attributes)
+            for name, entries in registrations.items():
+                _restore(vars(module)[name], entries)
+
+    return restore
+
+
+def _registrations(module: nn.Module) -> dict[str, dict[str, Any]]:
+    return {name: dict(entries) for name, entries in registered(module).items()}
+
+
+def _restore(contents: dict[str, Any], before: dict[str, Any]) -> None:
+    """Writes what differs and no more: compiled code looks whether these dictionaries have changed."""
+    for name in contents.keys() - before.keys():
+        del contents[name]
+    for name, value in before.items():
+        if name not in contents or contents[name] is not value:
+            contents[name] = value

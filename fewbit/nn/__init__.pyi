@@ -1,0 +1,604 @@
+"""Written by tools/stubs.py."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewbit.design.table import CodeTable
+
+class GELU(torch.nn.GELU):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self,
+        approximate: str = "none",
+        inplace: bool = False,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        shared: bool = False,
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class QuickGELU(torch.nn.Module):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class SiLU(torch.nn.SiLU):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Mish(torch.nn.Mish):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Sigmoid(torch.nn.Sigmoid):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Tanh(torch.nn.Tanh):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class LogSigmoid(torch.nn.LogSigmoid):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Softplus(torch.nn.Softplus):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self,
+        beta: float = 1.0,
+        threshold: float = 20.0,
+        inplace: bool = False,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        shared: bool = False,
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Softsign(torch.nn.Softsign):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Tanhshrink(torch.nn.Tanhshrink):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class ELU(torch.nn.ELU):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        inplace: bool = False,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        shared: bool = False,
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class CELU(torch.nn.CELU):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        inplace: bool = False,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        shared: bool = False,
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class SELU(torch.nn.SELU):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Hardswish(torch.nn.Hardswish):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Hardsigmoid(torch.nn.Hardsigmoid):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Hardtanh(torch.nn.Hardtanh):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self,
+        min_val: float = -1.0,
+        max_val: float = 1.0,
+        inplace: bool = False,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        shared: bool = False,
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class ReLU(torch.nn.ReLU):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class ReLU6(torch.nn.ReLU6):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self, inplace: bool = False, *, bits: int | None = None, table: CodeTable | None = None, shared: bool = False
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class LeakyReLU(torch.nn.LeakyReLU):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self,
+        negative_slope: float = 0.01,
+        inplace: bool = False,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        shared: bool = False,
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Softshrink(torch.nn.Softshrink):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self,
+        lambd: float = 0.5,
+        inplace: bool = False,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        shared: bool = False,
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Hardshrink(torch.nn.Hardshrink):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self,
+        lambd: float = 0.5,
+        inplace: bool = False,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        shared: bool = False,
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Threshold(torch.nn.Threshold):
+    bits: int | None
+    table: CodeTable | None
+    shared: bool
+    inplace: bool
+    def __init__(
+        self,
+        threshold: float = 0.0,
+        value: float = 0.0,
+        inplace: bool = False,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        shared: bool = False,
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Linear(torch.nn.Linear):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Conv1d(torch.nn.Conv1d):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        stride: int | tuple[int] = 1,
+        padding: str | int | tuple[int] = 0,
+        dilation: int | tuple[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Conv2d(torch.nn.Conv2d):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class Conv3d(torch.nn.Conv3d):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int],
+        stride: int | tuple[int, int, int] = 1,
+        padding: str | int | tuple[int, int, int] = 0,
+        dilation: int | tuple[int, int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class ConvTranspose1d(torch.nn.ConvTranspose1d):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        stride: int | tuple[int] = 1,
+        padding: int | tuple[int] = 0,
+        output_padding: int | tuple[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int] = 1,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor: ...
+
+class ConvTranspose2d(torch.nn.ConvTranspose2d):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor: ...
+
+class ConvTranspose3d(torch.nn.ConvTranspose3d):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int],
+        stride: int | tuple[int, int, int] = 1,
+        padding: int | tuple[int, int, int] = 0,
+        output_padding: int | tuple[int, int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int, int] = 1,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor: ...
+
+class LayerNorm(torch.nn.LayerNorm):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float = 1e-05,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class RMSNorm(torch.nn.RMSNorm):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, x: Tensor) -> Tensor: ...
+
+class GroupNorm(torch.nn.GroupNorm):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-05,
+        affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-05,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-05,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class BatchNorm3d(torch.nn.BatchNorm3d):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-05,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class GLU(torch.nn.GLU):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self, dim: int = -1, *, bits: int | None = None, table: CodeTable | None = None, rounding: str = "nearest"
+    ) -> None: ...
+    def forward(self, input: Tensor) -> Tensor: ...
+
+class SwiGLU(torch.nn.Module):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(self, args: Any, kwargs: Any) -> None: ...
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor: ...
+
+class GEGLU(torch.nn.Module):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self, approximate: str = "none", *, bits: int | None = None, table: CodeTable | None = None, rounding: str = "nearest"
+    ) -> None: ...
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor: ...
+
+class ReGLU(torch.nn.Module):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(self, args: Any, kwargs: Any) -> None: ...
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor: ...
+
+def __getattr__(name: str) -> Any: ...  # those of fewbit.register

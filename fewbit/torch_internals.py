@@ -1,0 +1,296 @@
+"""Every private name of torch that fewbit leans on, in one place: why it is needed, and what fails without it.
+
+All other files use public names of torch alone, or what this file offers. The exception is what torch's convolutions and batch
+norms leave to subclasses, which `fewbit/nn/layers.py` overrides or calls: `_conv_forward`, `_output_padding`,
+`_check_input_dim` and `_reversed_padding_repeated_twice`. `tests/test_torch_internals.py` looks each name
+up, so that a release of torch that drops one is noticed at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+Tensor = torch.Tensor
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+
+
+# What looks on. torch.compiler.is_compiling() is public; nothing public tells of transforms, modes and levels.
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether a compiler, a functorch transform, a dispatch mode (fake tensors, a tracer, a counter) or forward-mode
+    differentiation is active, or x is a batch of the older vmap behind `is_grads_batched` and `jacobian(vectorize=True)`.
+
+    Without it autograd functions in the old style and direct calls of kernels would be traced wrongly, or not at all.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or _functorch.is_legacy_batchedtensor(x)
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a functorch transform is active, under which tensors change their identity."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def is_dispatched() -> bool:
+    """Whether a dispatch mode is active: constants have to be made known to it."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open, of torch.autograd.forward_ad or of torch.func.jvp."""
+    return forward_ad._current_level >= 0
+
+
+def levels(x: Tensor) -> Iterator[Tensor]:
+    """x as each functorch transform wrapped it, from the innermost transform to the plain tensor.
+
+    Without it `grad(vmap(f))` would look as if x needed no gradient, and f would silently keep nothing.
+    """
+    yield x
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+        yield x
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether x takes part in forward-mode differentiation, at any level: such calls get an error, not a lost tangent."""
+    # a tensor below the innermost transform does not show its tangent, but was wrapped by each jvp that it takes part in
+    stack = _functorch.get_interpreter_stack() or []
+    jvp_levels = {each.level() for each in stack if each.key() == _functorch.TransformType.Jvp}
+    *wrappers, plain = levels(x)
+    if any(_functorch.maybe_get_level(wrapper) in jvp_levels for wrapper in wrappers):
+        return True
+    return forward_ad.unpack_dual(plain).tangent is not None
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Within this context nothing looks on: tensors made here outlast every mode and transform.
+
+    Without it a table first asked for under a transform would stay wrapped by it, and break all later calls.
+    """
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with torch.inference_mode(False), _disable_current_modes(), temporarily_clear_interpreter_stack():
+        yield
+
+
+# Tensors: what identifies one, and what may be done to it
+
+
+def state_of(tensor: Tensor) -> tuple:
+    """What differs after a tensor was changed: its version, its strides, and, after `tensor.data = ...`, its storage.
+
+    Without it codes would be found for a tensor that no longer holds what they are of.
+    """
+    return tensor._version, tensor.stride(), tensor.untyped_storage()._cdata
+
+
+def versions_of(*tensors: Tensor) -> tuple[int, ...]:
+    """How often each was changed in place. RuntimeError for tensors made in inference mode, which do not count."""
+    return tuple(each._version for each in tensors)
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of; a reshape is then known to hold the same numbers."""
+    return tensor._base
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether the tensor is a view: a Function with two outputs may not overwrite one."""
+    return tensor._is_view()
+
+
+def is_view_of_several(tensor: Tensor) -> bool:
+    """Whether torch forbids to overwrite this view: one of several of a function such as chunk, or made without gradients.
+
+    torch checks it too, but after it has written.
+    """
+    views: Any = torch._C._autograd  # type: ignore[attr-defined]
+    return tensor._is_view() and views._get_creation_meta(tensor) != views.CreationMeta.DEFAULT
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether the tensor stands for zeros without memory, as forward-mode differentiation makes them: it has no address."""
+    return tensor._is_zerotensor()
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """What identifies a storage; of fake tensors too, whose address is 0."""
+    return storage._cdata
+
+
+def parts_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The dense tensors that a sparse one or a subclass that wraps others consists of; else the tensor itself."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            yield from parts_of(getattr(tensor, name))
+    elif tensor.layout == torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout == torch.strided:
+        yield tensor
+
+
+# Operations that torch's own modules call, for outputs that are theirs bit for bit
+
+
+def batch_norm_with_statistics(*arguments: Any) -> tuple[Tensor, ...]:
+    """What torch.nn.functional.batch_norm calls: it gives mean and 1/σ besides, which would else be computed again."""
+    return torch._batch_norm_impl_index(*arguments)  # type: ignore[attr-defined]
+
+
+def check_batch_size(size: torch.Size) -> None:
+    """torch's own error for a batch norm in training that sees one value a channel."""
+    functional._verify_batch_size(size)  # type: ignore[attr-defined]
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The memory format that torch's group norm gives its output, of which it would else differ in strides."""
+    from torch._prims_common import suggest_memory_format
+
+    return suggest_memory_format(x)
+
+
+# Backward
+
+
+def is_backward() -> bool:
+    """Whether a backward pass runs on this thread: what checkpointing runs again then must not be counted twice."""
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+
+
+def raw_saved(node: Any) -> Iterator[Any]:
+    """What an autograd node holds, without unpacking it: to unpack makes a checkpointed region run again."""
+    for name in _raw_saved_names(type(node)):
+        saved = getattr(node, name)
+        yield from saved if isinstance(saved, (list, tuple)) else (saved,)
+
+
+@lru_cache(maxsize=1024)
+def _raw_saved_names(node: type) -> list[str]:
+    return [name for name in dir(node) if name.startswith("_raw_saved")]
+
+
+def keeps_its_output(node: type) -> bool:
+    """Whether nodes of this class hold their own output for backward. Asked of the class: a node would unpack its tensor."""
+    if node.__name__ == "PowBackward1":  # keeps its output for the exponent's gradient alone
+        return False
+    return hasattr(node, "_saved_result") or hasattr(node, "_saved_output")
+
+
+def has_hook_on_accumulated_gradient(parameter: Tensor) -> bool:
+    """Whether something waits for the parameter's gradient, such as an optimizer that steps within backward."""
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+# Modules: their tables of state, which have no public form that can be written back
+
+
+def registered(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """The module's own dictionaries of parameters, buffers and submodules, by the names of the attributes that hold them."""
+    return {name: vars(module)[name] for name in ("_parameters", "_buffers", "_modules")}
+
+
+def buffers_of(module: torch.nn.Module) -> dict[str, Tensor | None]:
+    """The module's own dictionary of buffers."""
+    return module._buffers
+
+
+def waits_for_output(module: torch.nn.Module) -> bool:
+    """Whether hooks of the module look at its output or at gradients there."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def remove_submodule(module: torch.nn.Module, name: str) -> None:
+    """Take a submodule out, so that another kind of attribute may have its name."""
+    del module._modules[name]
+
+
+# The compiler and the interception of functions
+
+
+def uncompiled(model: Any) -> Any:
+    """The module inside of what torch.compile returned, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether the module was compiled, by torch.compile or its own method."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # loaded by whoever has compiled something
+    wrapper = () if dynamo is None else dynamo.OptimizedModule
+    return isinstance(module, wrapper) or module._compiled_call_impl is not None
+
+
+def dynamo_is_loaded() -> bool:
+    """Whether torch's compiler is loaded, which takes seconds: without it nothing is compiled."""
+    return "torch._dynamo" in sys.modules
+
+
+def function_modes() -> Iterator[Any]:
+    """The modes that intercept torch's functions on this thread, the innermost first."""
+    for position in reversed(range(torch._C._len_torch_function_stack())):
+        yield torch._C._get_function_stack_at(position)
+
+
+def native_functions() -> Any:
+    """The module of torch's functions that `torch.nn.functional` calls in C: F.gelu is torch._C._nn.gelu itself."""
+    return torch._C._nn  # type: ignore[attr-defined]
+
+
+def fake_tensor_class() -> type[Tensor]:
+    """The class of fake tensors, a plain tensor in all but its memory."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return FakeTensor
+
+
+def fake_mode() -> Any:
+    """A mode in which operations compute sizes alone. Loads sympy."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def map_tensors(function: Any, thing: Any) -> Any:
+    """The same containers with function(tensor) for each tensor; torch's own idea of what a container is."""
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(Tensor, function, thing)
+
+
+def leaves(thing: Any) -> list[Any]:
+    """All that lies in nested containers, as torch sees them."""
+    from torch.utils._pytree import tree_leaves
+
+    return tree_leaves(thing)
+
+
+def constant_number(value: Any) -> Any:
+    """The number itself, of which a compiler would make a symbol where it changes between calls."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # loads sympy
+
+    return guard_scalar(value)
+
+
+def weak_tensor_dictionary() -> Any:
+    """A dictionary by the identity of tensors, which it does not keep alive; weakref's own compares tensors by value."""
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()

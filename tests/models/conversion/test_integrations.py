@@ -1,0 +1,278 @@
+"""fewbit inside the libraries that people train with: what is converted or patched there trains, saves and loads."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from support import bytes_kept, flat, gradients
+from torch import nn
+
+import fewbit
+
+ALL = {"activation": 3, "linear": 4, "norm": 4, "product": 4}
+
+
+def encoder(activation, dropout=0.0):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 128, dropout=dropout, activation=activation, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+CALLABLES = {
+    "function": lambda: fewbit.functional.gelu,
+    "partial": lambda: functools.partial(fewbit.functional.gelu, bits=2),
+    "module": lambda: fewbit.GELU(bits=2),
+}
+
+
+class TestTransformerEncoder:
+    @pytest.mark.parametrize("activation", CALLABLES)
+    def test_activation_argument(self, activation):
+        exact, model, x = encoder("gelu"), encoder(CALLABLES[activation]()), torch.randn(8, 16, 32)
+        assert list(model.state_dict()) == list(exact.state_dict())
+        assert torch.equal(model(x), exact(x))
+        true, ours = flat(gradients(exact, x)), flat(gradients(model, x))
+        assert 0 < (ours - true).norm() < 0.2 * true.norm()
+        hidden = 2 * 8 * 16 * 128 * 4  # of both layers, in bytes: what the GELUs kept
+        assert bytes_kept(exact, x) - bytes_kept(model, x) > 0.9 * hidden
+        copy.deepcopy(model)
+        with torch.no_grad():  # eval takes torch's fast path where it can, and gives what the exact model gives
+            torch.testing.assert_close(model.eval()(x), exact.eval()(x), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("bits", [{"activation": 3}, ALL], ids=str)
+    def test_patched(self, bits):
+        model, x = encoder(nn.functional.gelu), torch.randn(8, 16, 32)
+        y, true, exactly = model(x), flat(gradients(model, x)), bytes_kept(model, x)
+        with fewbit.patch(bits=bits):
+            assert torch.equal(model(x), y)
+            coded = flat(gradients(model, x))
+            assert 0 < (coded - true).norm() < 0.2 * true.norm()
+            assert bytes_kept(model, x) < (0.5 if "linear" in bits else 0.8) * exactly
+            with torch.no_grad():
+                torch.testing.assert_close(model.eval()(x), y, atol=1e-5, rtol=1e-5)
+
+
+SMALL = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
+
+
+def language_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, use_cache=False))
+
+
+def classifier():
+    """Its activation calls torch.nn.functional.gelu in a class of transformers' own."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**SMALL, intermediate_size=128, hidden_act="gelu"))
+
+
+def rows(number=64):
+    """Counting upwards, modulo 32, from anywhere: learned in a few steps."""
+    starts = torch.randint(0, 32, (number, 1), generator=torch.Generator().manual_seed(0))
+    tokens = (starts + torch.arange(16)) % 32
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def trainer(model, folder, **options):
+    from transformers import Trainer, TrainingArguments
+
+    plain = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0, "dataloader_pin_memory": False}
+    steps = {"max_steps": 6, "logging_steps": 1, "save_steps": 6, "per_device_train_batch_size": 16}
+    rate = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    arguments = TrainingArguments(output_dir=str(folder), **plain, **steps, **rate, **options)
+    return Trainer(model=model, args=arguments, train_dataset=rows())
+
+
+def losses(run):
+    return [each["loss"] for each in run.state.log_history if "loss" in each]
+
+
+SLOW, WAYS = pytest.mark.slow, ("convert", "patch")
+# transformers 5 has another name for gradient checkpointing; those before it know this one alone
+renamed = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+
+@renamed
+class TestTrainer:
+    @pytest.mark.parametrize("way", [*WAYS, *(pytest.param(f"{way} and checkpoint", marks=SLOW) for way in WAYS)])
+    def test_trains_saves_and_loads(self, way, tmp_path):
+        from transformers import AutoModelForCausalLM
+
+        model = language_model()
+        keys = list(model.state_dict())
+        batch = torch.stack([each["input_ids"] for each in rows(16)])
+        exactly = bytes_kept(model, batch)
+        options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        run = trainer(model, tmp_path, **(options if "checkpoint" in way else {}))
+        if "convert" in way:
+            fewbit.convert(model, bits=ALL)
+            assert bytes_kept(model, batch) < 0.85 * exactly
+            run.train()
+        else:
+            with fewbit.patch(bits=ALL):
+                assert bytes_kept(model, batch) < 0.85 * exactly
+                run.train()
+        first, *_, last = losses(run)
+        assert last < 0.8 * first
+        assert list(model.state_dict()) == keys
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+        assert type(loaded.model.layers[0].mlp.act_fn) is not type(fewbit.SiLU())
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(batch).logits, model.eval()(batch).logits)
+        resumed = trainer(fewbit.convert(language_model(), bits=ALL), tmp_path)
+        resumed.args.max_steps = 7
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+        assert resumed.state.global_step == 7
+
+    def test_calls_inside_models_are_patched(self):
+        model, batch = classifier(), torch.randint(0, 32, (16, 16))
+        labels = torch.arange(16) % 2
+        model.eval()  # dropout off, to compare
+        exact = model(batch, labels=labels).loss
+        exactly = bytes_kept(model, batch)
+        with fewbit.patch(bits={"activation": 3}):
+            loss = model(batch, labels=labels).loss
+            assert torch.equal(loss, exact)
+            assert bytes_kept(model, batch) < exactly - 0.85 * (2 * 16 * 16 * 128 * 4)
+        loss.backward()
+        assert all(each.grad is not None for each in model.parameters())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora(when, tmp_path):
+    """A frozen base: its activations keep codes alone, and the adapters are trained, saved, loaded and merged."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 128), nn.GELU(), nn.Linear(128, 16), nn.SiLU(), nn.Linear(16, 1))
+
+    def adapted(model):
+        return get_peft_model(model, LoraConfig(r=4, target_modules=["0", "4"], init_lora_weights=False))
+
+    exact = adapted(base())
+    model = (
+        adapted(fewbit.convert(base(), bits={"activation": 3}))
+        if when == "before"
+        else fewbit.convert(adapted(base()), bits={"activation": 3})
+    )
+    assert list(model.state_dict()) == list(exact.state_dict())
+    exact.load_state_dict(model.state_dict())
+    x = torch.randn(256, 16)
+    assert torch.equal(model(x), exact(x))
+    assert bytes_kept(model, x) < bytes_kept(exact, x) - 0.8 * (256 * 128 * 4)
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    optimizer, found = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=1e-2), []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), x.sum(1, keepdim=True))
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    assert found[-1] < 0.8 * found[0]
+    for name, each in model.named_parameters():
+        assert torch.equal(each, before[name]) != ("lora_" in name), name
+    model.save_pretrained(tmp_path)
+    expected = model(x)
+    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path)(x), expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), expected, atol=1e-4, rtol=1e-4)
+    assert list(merged.state_dict()) == list(base().state_dict())
+
+
+def regression():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 128), nn.LayerNorm(128), nn.GELU(), nn.Linear(128, 1))
+
+
+def examples():
+    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
+
+
+def test_accelerate(tmp_path):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer has left one, of another precision
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = fewbit.convert(regression(), bits=ALL)
+    keys = list(model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    loader = torch.utils.data.DataLoader(examples(), batch_size=64)
+    exact = accelerator.prepare(regression())
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    x = examples().tensors[0]
+    assert torch.equal(model(x), exact(x))
+    assert bytes_kept(model, x) < 0.55 * bytes_kept(exact, x)
+    found = []
+    for _ in range(4):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(inputs), targets)
+            accelerator.backward(loss)
+            optimizer.step()
+            found.append(loss.item())
+    assert found[-1] < 0.5 * found[0]
+    accelerator.save_state(str(tmp_path))
+    before = model(x)
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    accelerator.load_state(str(tmp_path))
+    assert torch.equal(model(x), before)
+    assert list(accelerator.unwrap_model(model).state_dict()) == keys
+
+
+def lightning_module(where):
+    import lightning
+
+    class Regression(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.found = regression(), []
+            if where == "init":
+                fewbit.convert(self.net, bits=ALL)
+
+        def configure_model(self):
+            if where == "configure_model":
+                fewbit.convert(self.net, bits=ALL)
+
+        def training_step(self, batch, index):
+            loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+            self.found.append(loss.item())
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+    return Regression()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")  # advice on speed
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # lightning's own call of torch's pytree
+@pytest.mark.parametrize("where", [pytest.param("init", marks=SLOW), "configure_model"])
+def test_lightning(where, tmp_path):
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    module = lightning_module(where)
+    keys = list(lightning_module("nowhere").state_dict())
+    run = lightning.Trainer(
+        max_epochs=3, accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[ModelCheckpoint(tmp_path, filename="last")], log_every_n_steps=1,
+    )  # fmt: skip
+    run.fit(module, torch.utils.data.DataLoader(examples(), batch_size=64))
+    assert module.found[-1] < 0.5 * module.found[0]
+    x = examples().tensors[0]
+    saved = torch.load(tmp_path / "last.ckpt")["state_dict"]
+    assert list(saved) == keys
+    exact = lightning_module("nowhere")
+    exact.load_state_dict(saved)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(exact.net(x), module.net(x))
+        assert bytes_kept(module.net, x) < 0.55 * bytes_kept(exact.net, x)

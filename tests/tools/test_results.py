@@ -1,0 +1,206 @@
+"""tools/results: each file says what it was measured with, and README.md prints the figures that stand there."""
+
+import json
+import re
+from datetime import date
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "tools" / "results").iterdir())
+README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+BITS = range(1, 5)
+
+
+@cache
+def read(name):
+    return json.loads((ROOT / "tools" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def at(results, path):
+    """What stands at a path such as "128/float32, exact/total", or what a function makes of the results."""
+    if callable(path):
+        return path(results)
+    for key in path.split("/"):
+        results = results[key]
+    return results
+
+
+def behind(label):
+    """By how many percent the models' last losses are behind those of the exact ones at most, but for ResNet's."""
+    return lambda results: max(lag(each, label) for name, each in results["models"].items() if name != "ResNet")
+
+
+def lag(model, label):
+    return 100 * (last_loss(model, label) / last_loss(model, "exact") - 1)
+
+
+def last_loss(model, label):
+    return fmean(model["losses"][label][-5:])
+
+
+def gains(kind, ways, bits):
+    """Percent by which calibrated tables lower the error of shipped ones."""
+    return lambda results: [
+        100 * (1 - results["tables"][kind][way][b] / results["tables"][kind]["shipped"][b]) for way in ways for b in bits
+    ]
+
+
+def least(numbers):
+    return lambda results: min(numbers(results))
+
+
+def most(numbers):
+    return lambda results: max(numbers(results))
+
+
+def allocated(bits):
+    """Percent by which allocated bits lower the error of the same bits everywhere."""
+
+    def gain(results):
+        found = results["allocation"]["all layers"][bits]
+        return 100 * (1 - found["allocated"]["held_out"] / found["uniform"]["held_out"])
+
+    return gain
+
+
+def percent(path):
+    return lambda results: 100 * at(results, path)
+
+
+def ratio(above, below):
+    return lambda results: at(results, above) / at(results, below)
+
+
+def worst_held_out(results):
+    """Percent between the held-out losses of coded and exact training, at most."""
+    exact = results["exact"]["held_out"]
+    return max(100 * abs(each["held_out"] / exact - 1) for each in results.values())
+
+
+JOINT = gains("GELU and linear", ["calibrated"], "1234")
+ALONE = gains("GELU", ["calibrated", "by gradient"], "234")
+TIMES = "{}/{}/ratios/exact/median"
+FEW, MANY = "channels 16, 32, 64", "channels 64, 128, 256"
+
+# what README.md prints, with a place and its rounding for each figure; the file; and the figures' paths in it
+QUOTED = [
+    *(
+        (
+            f"{name} {{:.2f}} {{:.3f}} {{:.3f}} {{:.3f}} {{:.3f}} {{:.3f}}",
+            "huggingface",
+            ratio(f"models/{name}/kept_bytes/coded", f"models/{name}/kept_bytes/exact"),
+            *(f"models/{name}/gradient_errors/{label}" for label in ("coded", "calibrated")),
+            *(
+                lambda results, name=name, label=label: last_loss(results["models"][name], label)
+                for label in ("exact", "coded", "calibrated")
+            ),
+        )
+        for name in read("huggingface")["results"]["models"]
+    ),
+    (
+        "the coded models are up to {:.0f} % behind and the calibrated ones up to {:.0f} %, but for ResNet, {:.0f} % of a loss",
+        "huggingface",
+        behind("coded"),
+        behind("calibrated"),
+        lambda results: lag(results["models"]["ResNet"], "coded"),
+    ),
+    (
+        "errs by {:.3f}, {:.1f} % of the SGD noise {:.2f}: safe, but look at blocks.*.up ({:.1f} % of its noise)",
+        "fidelity",
+        "errors/blocks, 4 bits/error",
+        percent("errors/blocks, 4 bits/share"),
+        "errors/blocks, 4 bits/noise",
+        lambda results: 100 * max(row["share"] for row in results["errors"]["blocks, 4 bits"]["rows"] if "up" in row["group"]),
+    ),
+    ("(`python -m tools.studies.fidelity`), noise {:.3f}:", "fidelity", "errors/all layers, 4 bits/noise"),
+    *(
+        (f"{row} {{:.3f}} {{:.3f}} {{:.3f}} {{:.3f}}", "fidelity", *(f"errors/{label}, {bits} bits/error" for bits in BITS))
+        for row, label in (("activations alone", "activations"), ("its blocks", "blocks"), ("all layers", "all layers"))
+    ),
+    ("lower the gradient's error by {:.0f} to {:.0f} % at equal bits", "calibration", least(JOINT), most(JOINT)),
+    ("those of the derivative alone by {:.0f} to {:.0f} % from 2 bits up", "calibration", least(ALONE), most(ALONE)),
+    ("all layers coded by {:.0f} % (2 bits) and {:.0f} % (3 bits) at equal", "calibration", allocated("2"), allocated("3")),
+    *(
+        (
+            f"{dtype}, width 128 {{:.2f}} {{:.2f}} {{:.2f}}",
+            "gpt-memory",
+            *(f"128/{dtype}, {label}/total" for label in ("exact", "4 bits", "5 bits")),
+        )
+        for dtype in ("bfloat16", "float32")
+    ),
+    ("q, k, v and its output take {:.0f} units", "gpt-memory", "128/float32, 4 bits/attention"),
+    ("gradient error – {:.3f} {:.3f}", "gpt-errors", *(f"errors/blocks alone, {bits} bits/all" for bits in (4, 5))),
+    ("beside {:.2f} of noise from batch to batch", "gpt-errors", "noise/all"),
+    (
+        "the errors are {:.3f} and {:.3f}; uniform bins over ±3σ give {:.3f} at 4 bits",
+        "gpt-errors",
+        *(f"errors/{label}/all" for label in ("joint codes, 4 bits", "joint codes, 5 bits", "uniform codes, 4 bits")),
+    ),
+    (
+        "smaller error ({:.3f} against {:.3f} with all layers",
+        "gpt-errors",
+        *(f"errors/{label}, 4 bits/all" for label in ("joint codes", "stochastic rounding")),
+    ),
+    ("held-out loss within {:.1f} %", "gpt-training", worst_held_out),
+    (
+        "A SwiGLU keeps {:.1f} bits for each hidden number instead of {:.0f}",
+        "swiglu",
+        *(f"bfloat16, {label}/bits/all but the input" for label in ("4 bits", "exact")),
+    ),
+    (
+        "digits 1/{:.0f} of what it kept",
+        "resnet-accuracy",
+        ratio("exact/kept_bytes/all", "joint codes, 4 bits/kept_bytes/all"),
+    ),
+    (
+        "takes {:.2f} of the exact time at width 512 and {:.1f} at width 128, where checkpointing takes {:.1f} to {:.1f};",
+        "gpt-times",
+        *(TIMES.format(f"block, width {width}", "4 bits") for width in (512, 128)),
+        *(TIMES.format(f"block, width {width}", "checkpoint") for width in (512, 128)),
+    ),
+    (
+        "take {:.1f} (64 to 256 channels) to {:.1f} (16 to 64)",
+        "resnet-times",
+        *(TIMES.format(channels, "4 bits") for channels in (MANY, FEW)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("template", "name", "paths"), [(first, name, paths) for first, name, *paths in QUOTED])
+def test_readme_prints_what_was_measured(template, name, paths):
+    results = read(name)["results"]
+    assert template.format(*(at(results, path) for path in paths)) in README
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_each_file_says_what_it_was_measured_with(path):
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert list(found) == ["version", "torch", "date", "threads", "results"]
+    assert all(re.match(r"\d+\.\d+\.\d+", found[key]) for key in ("version", "torch"))
+    assert date.fromisoformat(found["date"]).isoformat() == found["date"]
+    assert found["threads"] >= 1
+    assert found["results"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_readme_names_the_study_of_each_file(path):
+    study, _, part = path.stem.partition("-")
+    assert f"python -m tools.studies.{study}" in README or f"`… {study}" in README
+    assert not part or re.search(rf"`(python -m tools.studies|…)[ .]{study} {part}`", README)
+
+
+def test_results_hold_what_readme_says_in_words():
+    assert all(each["bits equal"] and each["keys equal"] for each in read("huggingface")["results"]["models"].values())
+    kept = [each["kept_bytes"] for each in read("huggingface")["results"]["models"].values()]
+    assert all(each["predicted"] == each["coded"] for each in kept)
+    accuracies = {label: fmean(each["accuracy_percent"]) for label, each in read("resnet-accuracy")["results"].items()}
+    assert accuracies["joint codes, 4 bits"] >= accuracies["exact"]  # "at the same accuracy"
+    times = read("resnet-times")["results"]
+    assert all(each["4 bits"]["ratios"]["checkpoint"]["median"] > 1 for each in times.values())
+    for units in (each["units"] for by_name in read("planner")["results"].values() for each in by_name.values()):
+        assert units["predicted"] == pytest.approx(units["measured"], rel=0.01)
+        assert units["pays, predicted"] == pytest.approx(units["pays, measured"], rel=0.01)

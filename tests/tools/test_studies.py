@@ -1,0 +1,217 @@
+"""tools/studies: what they share, on cases whose answer is known, and each study at a tiny size."""
+
+import doctest
+import io
+import json
+from datetime import date
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import fewbit
+from fewbit import demo
+from tools.studies import baselines, calibration, common, gpt, huggingface, pictures, planner, resnet, swiglu
+
+
+@pytest.fixture
+def screen():
+    """A console to print to; str() of its file is what was printed."""
+    return Console(file=io.StringIO(), width=120)
+
+
+def printed(console):
+    return console.file.getvalue()
+
+
+class TestKeptBytes:
+    def test_each_storage_once_without_parameters_and_batch(self):
+        model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), torch.randn(4, 8)
+        assert common.kept_bytes(model, x) == 2 * 4 * 4 * 16  # GELU's input and its output, which the last layer keeps
+        assert common.kept_bytes(model, {"input": x}) == 2 * 4 * 4 * 16
+
+    def test_code_tables_do_not_count(self):
+        model, x = fewbit.convert(nn.Sequential(nn.Linear(8, 16), nn.GELU()), bits={"activation": 4}), torch.randn(512, 8)
+        for call in (model, torch.compile(model, backend="aot_eager")):  # whose graph keeps the levels
+            assert common.kept_bytes(call, x) == 512 * 16 // 2
+
+    def test_is_what_fewbit_counts(self):
+        model, x = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), torch.randn(2, 8, 16)
+        for _ in range(2):
+            assert common.kept_bytes(model, x) == fewbit.memory(model, x).activation_bytes
+            fewbit.convert(model, bits=4)
+
+
+def test_gradient_errors_and_noise():
+    exact = [{"all": torch.tensor([3.0, 4.0])}, {"all": torch.tensor([3.0, 6.0])}]
+    other = [{"all": torch.tensor([3.0, 3.0])}, {"all": torch.tensor([3.0, 6.0])}]
+    assert common.gradient_errors(exact, other)["all"] == pytest.approx(0.1)
+    assert common.gradient_noise(exact)["all"] == pytest.approx(2**0.5 / ((5 + 45**0.5) / 2))
+
+
+def test_gradients_are_grouped_in_order():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    x = torch.randn(3, 2)
+    groups = common.gradients(model, lambda: model(x).sum(), lambda name: name.split(".")[0])
+    model(x).sum().backward()
+    for group, module in (("0", model[0]), ("1", model[1]), (common.ALL, model)):
+        torch.testing.assert_close(groups[group].float(), torch.cat([each.grad.flatten() for each in module.parameters()]))
+
+
+def test_peak_counts_what_is_gone_at_the_end():
+    def step():
+        for _ in range(3):
+            torch.empty(1 << 20, dtype=torch.uint8)
+
+    assert 1 << 20 <= common.peak_bytes(step) < 2 << 20
+
+
+class TestMinMax:
+    def test_error_is_at_most_half_a_step(self):
+        x = torch.randn(5, 128)
+        steps = (x.unflatten(-1, (2, 64)).amax(-1) - x.unflatten(-1, (2, 64)).amin(-1)) / 15
+        error = (baselines.min_max(x, bits=4, group=64) - x).abs().unflatten(-1, (2, 64)).amax(-1)
+        assert (error <= steps / 2 * 1.0001).all()
+
+    def test_constant_groups_are_exact(self):
+        assert (baselines.min_max(torch.full((2, 64), 3.0), bits=4, group=64) == 3).all()
+
+    def test_forward_is_exact_and_the_gradient_is_near(self):
+        model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+        coded = baselines.min_max_coded(model)
+        x = torch.randn(8, 64)
+        assert torch.equal(coded(x), model(x))
+        exact, near = (common.gradients(each, lambda each=each: each(x).square().sum(), str) for each in (model, coded))
+        (error,) = {common.gradient_errors([exact], [near])[common.ALL]}
+        assert 0.01 < error < 0.2
+
+
+class TestQuantizedBatchNorm:
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_values_and_signs(self, bits):
+        norm = baselines.QuantizedBatchNorm2d(3, bits)
+        with torch.no_grad():
+            norm.weight.copy_(torch.tensor([0.5, 1.0, -2.0]))
+            norm.bias.copy_(torch.tensor([0.3, 0.0, -0.7]))
+        plain = nn.BatchNorm2d(3)
+        plain.load_state_dict(norm.state_dict())
+        x = torch.randn(16, 3, 8, 8)
+        y, exact = norm(x), plain(x)
+        near = ((exact - norm.bias[:, None, None]) / norm.weight[:, None, None]).abs() < 2.5
+        step = 6 / 2**bits * norm.weight.abs()[:, None, None]
+        assert ((y - exact).abs() / step)[near].max() < 0.51
+        assert torch.equal(y > 0, exact > 0)
+        assert all(y[:, i].unique().numel() <= 2**bits for i in range(3))
+
+    def test_gradient_passes_straight_through(self):
+        norm, plain = baselines.QuantizedBatchNorm2d(3, 4), nn.BatchNorm2d(3)
+        x, g = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+        gradients = [
+            torch.autograd.grad(each(leaf), leaf, g) for each in (norm, plain) for leaf in [x.clone().requires_grad_()]
+        ]
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("module", [baselines, gpt], ids=lambda module: module.__name__)
+def test_examples(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0 == failed
+
+
+def test_groups_of_the_gpt():
+    assert {gpt.group_of(name) for name, _ in demo.GPT(None).named_parameters()} == {*gpt.GROUPS} - {common.ALL}
+
+
+def test_results_are_written_under_a_stamp(tmp_path, capsys):
+    common.write("some", {"a": 1}, tmp_path / "results")
+    found = json.loads((tmp_path / "results" / "some.json").read_text())
+    assert found == {
+        "version": fewbit.__version__,
+        "torch": torch.__version__,
+        "date": found["date"],
+        "threads": torch.get_num_threads(),
+        "results": {"a": 1},
+    }
+    assert abs((date.today() - date.fromisoformat(found["date"])).days) <= 1  # midnight may have come between
+    assert "some.json" in capsys.readouterr().out
+
+
+def test_picture_of_calibration():
+    ways = {way: {1: 0.2 * factor, 2: 0.1 * factor} for way, factor in (("shipped", 1.0), ("calibrated", 0.9))}
+    errors = {"uniform": {"held_out": 0.1}, "allocated": {"held_out": 0.08}}
+    results = {"tables": {"GELU": ways, "GELU and linear": ways}, "allocation": {"GELU": {2: errors, 3: errors}}}
+    figure, drawn = pictures.plot_calibration_study(results), io.BytesIO()
+    figure.savefig(drawn)
+    assert drawn.getvalue().startswith(b"\x89PNG")
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "GELU, calibrated")
+    assert line.get_ydata() == pytest.approx([0.9, 0.9])
+
+
+@pytest.mark.slow
+class TestTinyStudies:
+    def test_calibration(self, screen, monkeypatch):
+        monkeypatch.setattr(calibration, "BITS", (2,))
+        torch.manual_seed(0)
+        model, data = demo.GPT(None), calibration.batches(11, 1)
+        results = calibration.tables(screen, model, calibration.Judge(model, data), data)
+        assert set(results["GELU"]) == {"shipped", "calibrated", "by gradient"}
+        assert results["GELU and linear"]["calibrated"][2] < results["GELU and linear"]["shipped"][2]
+        assert "by gradient" in printed(screen)
+
+    def test_gpt_memory(self, screen):
+        results = gpt.memory(screen, widths=(128,), batch=2)["128"]
+        assert results["bfloat16, exact"]["total"] + 1 == pytest.approx(16, abs=0.15)
+        assert results["bfloat16, 4 bits"]["total"] <= 6
+        assert "attention" in printed(screen)
+
+    def test_gpt_errors(self, screen):
+        torch.manual_seed(0)
+        results = gpt.errors(screen, demo.GPT(None), batches=2)
+        errors = {label: each[common.ALL] for label, each in results["errors"].items()}
+        assert errors["joint codes, 5 bits"] < errors["joint codes, 4 bits"] < errors["joint codes, 3 bits"] < 0.5
+        pictures.plot_errors_beside_noise(results["noise"], results["errors"], gpt.GROUPS).savefig(io.BytesIO())
+
+    def test_gpt_times(self, screen):
+        results = gpt.times(screen, repeats=2, widths=(64,))
+        assert set(results["block, width 64"]) == {"exact", "checkpoint", "4 bits", "5 bits"}
+        whole = results["4 blocks, width 128"]
+        assert whole["4 bits"]["peak_bytes"] < whole["exact"]["peak_bytes"] / 2
+
+    def test_gpt_training(self, screen):
+        results = gpt.training(screen, steps=2)
+        assert results["exact"]["losses"][0] == results["4 bits"]["losses"][0]  # forward is exact
+
+    def test_resnet(self, screen):
+        results = resnet.accuracy(screen, seeds=1, epochs=1, widths=(8, 8), blocks=1)
+        assert set(results) == {*resnet.CODED, *resnet.NAIVE}
+        assert results["joint codes, 4 bits"]["kept_bytes"]["all"] < results["exact"]["kept_bytes"]["all"] / 6
+        resnet.times(screen, repeats=2, sizes=((8, 8),), blocks=1)
+
+    def test_swiglu(self, screen):
+        results = swiglu.memory(screen, width=64, hidden=128)
+        assert results["bfloat16, exact"]["bits"]["all but the input"] == 64
+        assert results["bfloat16, 4 bits"]["bits"]["all but the input"] <= 9
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+    def test_huggingface(self, screen):
+        found = huggingface.compare_all(screen, ["Llama"], steps=2)["Llama"]
+        assert found["bits equal"]
+        assert found["keys equal"]
+        assert found["losses"]["exact"][0] == found["losses"]["coded"][0]
+        assert found["kept_bytes"]["coded"] < found["kept_bytes"]["exact"] / 2
+        assert "Llama" in printed(screen)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_planner_is_studied_beside_what_is_measured():
+    found = planner.study(planner.NETWORKS["GELU MLP"], True, False, {"activation": 3})
+    assert found["units"] == {"exact": 2, **dict.fromkeys(planner.COLUMNS[1:], 1.09375)}
+    assert found["advice"]["1"][0] == "code"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_planner_is_studied_where_codes_do_not_pay():
+    units = planner.study(planner.NETWORKS["ReLU MLP"], True, False, {"activation": 3})["units"]
+    assert units["exact"] == units["pays, predicted"] == units["pays, measured"] == 1
+    assert units["measured"] == 1.09375 == pytest.approx(units["predicted"], rel=1e-4)
