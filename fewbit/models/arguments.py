@@ -1,7 +1,8 @@
 """What the functions on whole models take: a model, batches, and a loss.
 
-A batch is what the model is called with: a tensor alone, a tuple (or list) of arguments, or a mapping of named ones. A loss
-function takes the model and a batch, whatever that is then; without one the loss is the `loss` of what the model returns.
+A batch is what the model is called with: a tensor alone, a tuple (or list) of arguments, or a mapping of named ones. Batches
+are any iterable of them; of a tensor, its rows. A loss function takes the model and a batch, whatever that is then; without one
+the loss is the `loss` of what the model returns.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ def check_model(name: str, model: Any) -> nn.Module:
 
 
 def check_batches(name: str, batches: Any, loss_fn: Any) -> None:
-    """Raise InputError for batches that cannot be gone through and a loss that cannot be called."""
+    """Raise InputError for what is no iterable of batches, and a loss that cannot be called."""
+    if isinstance(batches, Mapping):
+        raise InputError(
+            f"{name}(model, batches, loss_fn) goes through several batches, and a {type(batches).__name__} is one; "
+            "pass a list of batches, or [batch]"
+        )
     if not isinstance(batches, Iterable):
         raise InputError(
             f"{name}(model, batches, loss_fn) goes through an iterable of batches, such as a list or a DataLoader; got "
@@ -37,7 +43,8 @@ def check_batches(name: str, batches: Any, loss_fn: Any) -> None:
         )
     if loss_fn is not None and not callable(loss_fn):
         raise InputError(
-            f"loss_fn must be a function of the model and a batch that gives the loss, got {type(loss_fn).__name__}"
+            f"loss_fn must be a function of the model and a batch that gives the loss, got {type(loss_fn).__name__}; other "
+            "arguments are given by name, as bits=4 or budget=0.3"
         )
 
 
@@ -82,7 +89,7 @@ def run(model: Callable[..., Any], batch: Any) -> Any:
     except TypeError as error:
         raise InputError(
             f"the model does not take this batch ({error}): a batch is a tensor, a tuple or list of forward's arguments, or a "
-            "mapping of named ones; give such batches, or where a loss_fn is taken, one that makes its loss of these"
+            "mapping of named ones; give such batches, or, if yours hold targets besides, a loss_fn that makes the loss of them"
         ) from error
 
 

@@ -48,8 +48,9 @@ class CodedLayer(nn.Module):
             return
         others = [each for each in cls.__mro__ if each is not nn.Module and not issubclass(each, CodedLayer)]
         torchs = [each for each in others if each.__module__.startswith("torch.nn")]
-        if torchs:
-            cls.__signature__ = inspect.Signature([*inspect.signature(torchs[0]).parameters.values(), *ADDED])
+        if torchs or not cls.__name__.startswith("_"):
+            inherited = inspect.signature(torchs[0]).parameters.values() if torchs else ()
+            cls.__signature__ = inspect.Signature([*inherited, *ADDED])
 
     @property
     def code(self) -> Code:

@@ -182,3 +182,8 @@ def test_training_step_in_a_model():
 
 def test_all_are_listed():
     assert {activations.get(name).module for name in activations.names()} <= set(dir(fewbit)) & set(dir(fewbit.nn))
+
+
+def test_modules_that_torch_lacks_show_their_arguments():
+    assert signature(fewbit.SwiGLU) == "(*, bits=None, table=None, rounding='nearest')"
+    assert signature(fewbit.GEGLU) == "(approximate='none', *, bits=None, table=None, rounding='nearest')"

@@ -53,8 +53,8 @@ def allocate(
     loss_fn    of the model and a batch, a scalar. Left out, it is the `loss` of what the model returns, or, where it has none,
                a random projection of the outputs: the sum of all their elements times fixed normal numbers. That tells how an
                error reaches the parameters, but not which outputs the true loss depends on; give the loss if you have one.
-    budget     for the codes of all these layers together, kept for one batch like the first: a share of what the coded tensors
-               take in their own dtype, as 0.3 or "30%", or bytes, as a whole number or as "512 MiB"
+    budget     for the codes of all these layers together, their scales apart, kept for one batch like the first: a share of
+               what the coded tensors take in their own dtype, as 0.3 or "30%", or bytes, as a whole number or as "512 MiB"
     choices    numbers of bits to choose from, each 1 to 8
     filter_fn  of a module and its dotted name: whether to convert it and choose its bits
     Returns    the bits chosen, with predicted and measured errors; its `calibration` saves and loads
@@ -106,8 +106,8 @@ _UNITS |= {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
 def parse_budget(budget: Any) -> Callable[[int], int]:
     """From the bytes that the coded tensors would take to the bytes for codes. DesignError for what is no budget.
 
-    >>> [parse_budget(each)(1000) for each in (0.3, "30%", 2048, "2 KiB")]
-    [300, 300, 2048, 2048]
+    >>> [parse_budget(each)(1000) for each in (0.3, "0.3", "30%", 2048, "2 KiB")]
+    [300, 300, 300, 2048, 2048]
     """
     text = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%|[a-zA-Z]*)\s*", budget) if isinstance(budget, str) else None
     number = float(text[1]) if text else budget
@@ -115,7 +115,7 @@ def parse_budget(budget: Any) -> Callable[[int], int]:
         raise _no_budget(budget)
     if text and text[2] == "%":
         return lambda exact: math.floor(exact * number / 100)
-    if text:
+    if text and (text[2] or "." not in text[1]):
         unit = _UNITS.get(text[2].upper())
         if unit is None:
             raise _no_budget(budget)

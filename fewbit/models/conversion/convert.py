@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fewbit.autograd.sharing import is_kept_exactly
-from fewbit.constants import DEFAULT_LAYER_BITS
+from fewbit.constants import DEFAULT_LAYER_BITS, KINDS, NOT_YET
 from fewbit.errors import ConversionWarning
 from fewbit.models.arguments import Filter, check_filter, check_model
 from fewbit.models.conversion.engine import Converted, convert_modules, revert_modules
@@ -88,8 +88,8 @@ def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Conve
     if not converted:
         warnings.warn(
             f"no module of the {type(model).__name__} was converted with {setting}: none is of these kinds, or the filter let "
-            "none pass. Code that calls functions such as torch.nn.functional.gelu itself is coded by "
-            "`with fewbit.patch(bits):` around it",
+            f"none pass{_not_yet(setting)}. Modules that were built as fewbit's stay. Code that calls functions such as "
+            "torch.nn.functional.gelu itself is coded by `with fewbit.patch(bits):` around it",
             ConversionWarning,
             stacklevel=3,
         )
@@ -104,8 +104,14 @@ def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Conve
             total,
             type(model).__name__,
             numbers,
-            _caveat(converted, setting),
+            _not_yet(setting) + _caveat(converted, setting),
         )
+
+
+def _not_yet(setting: Setting) -> str:
+    """What to say of kinds that the user named, and that are not coded yet."""
+    named = [kind for kind, _ in setting.by_kind if kind in NOT_YET]
+    return f"; not coded yet: {', '.join(named)}" if named and len(setting.by_kind) < len(KINDS) else ""
 
 
 def _caveat(converted: Sequence[Converted], setting: Setting) -> str:

@@ -54,7 +54,7 @@ def fidelity(
 
     model    with coded activations or layers; in training mode if training is what is asked about. Not wrapped for several
              processes: each sees its own part. In compiled code the exact pass compiles once more.
-    batches  of the size that training uses, since the noise is theirs; two or more, eight tell more
+    batches  any iterable of batches, of the size that training uses, since the noise is theirs; two or more, eight tell more
     loss_fn  of the model and a batch: the loss, a tensor of one element. It must do the same when called again. It may use
              autocast, and scale the loss; backward is not its business. Left out, it is the `loss` of what the model returns,
              and batches are as in `fewbit.memory`.
@@ -62,12 +62,12 @@ def fidelity(
              for those of each module; "parameter"; or a function of the parameter's name that gives its group's
     Returns  a report, whose `verdict` is one line
 
-    The figures are those of `Part`.
+    The figures are defined by `fewbit.models.gradients.fidelity.Part`.
 
     Raises InputError for a model without trainable parameters, no batches, and a loss that is none.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-    >>> print(fidelity(model, torch.randn(2, 16, 4), lambda model, x: model(x).square().mean()).verdict)
+    >>> print(fidelity(model, [torch.randn(16, 4), torch.randn(16, 4)], lambda model, x: model(x).square().mean()).verdict)
     nothing in the model is coded: convert it first, with fewbit.convert(model)
     """
     group_of = _grouping(by)

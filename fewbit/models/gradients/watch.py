@@ -26,7 +26,7 @@ from fewbit.models.modules import describe, pre_activation
 from fewbit.models.report import Report
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CodedLayer
-from fewbit.record import Activation
+from fewbit.record import Activation, plural
 from fewbit.torch_internals import is_watched
 
 if TYPE_CHECKING:
@@ -135,6 +135,9 @@ class Watch:
 
     def __exit__(self, *error: Any) -> None:
         self.remove()
+
+    def __repr__(self) -> str:
+        return f"Watch of {plural(len(self.layers), 'layer')}: {self.report().verdict}"
 
     def report(self) -> Drift:
         """What was seen of each layer until now."""

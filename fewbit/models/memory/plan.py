@@ -40,7 +40,7 @@ class Plan(Report):
     """What converting a model would leave to keep, and what is worth it. See `MemoryReport.plan`.
 
     forward     the model and its batch
-    before      what is kept by the model as it is
+    before      what is kept with nothing converted
     after       with all converted that `fewbit.convert` would
     outcome     with those alone that pay
     candidates  what `fewbit.convert` would convert
@@ -59,7 +59,7 @@ class Plan(Report):
 
     @property
     def before_bytes(self) -> int:
-        """Bytes of activations kept as the model is."""
+        """Bytes of activations kept with nothing converted."""
         return total(self.before)
 
     @property
@@ -112,7 +112,7 @@ class Plan(Report):
     def view(self, most: int = 30) -> RenderableType:
         """Advice for the `most` modules that keep or save most, repeated layers as one, and the totals."""
         lines = [
-            f"kept now: {bytes_label(self.before_bytes)} of activations",
+            f"kept exactly: {bytes_label(self.before_bytes)} of activations",
             f"converted with {self.setting}: {_part(self.after_bytes, self.before_bytes)}",
         ]
         if self.best_bytes != self.after_bytes:
@@ -138,7 +138,7 @@ class Plan(Report):
 
         name = type(self.forward.model).__name__
         title = f"{name}: {bytes_label(self.before_bytes)} → {bytes_label(self.after_bytes)}"
-        return plot_memory(bars_of({"now": self.before, "converted": self.after}), title, bytes_label)
+        return plot_memory(bars_of({"exact": self.before, "converted": self.after}), title, bytes_label)
 
 
 def plan(forward: Forward, measured: list[Storage] | None, setting: Setting, filter_fn: Filter | None = None) -> Plan:
@@ -161,9 +161,9 @@ def plan(forward: Forward, measured: list[Storage] | None, setting: Setting, fil
 
         after = run(candidates)
         was_converted = any(is_converted(module) for module in model.modules())
-        exact = run(()) if was_converted else before
+        before = run(()) if was_converted else before
         compiled = any(is_compiled(module) for module in model.modules())
-        outcome = (trials.all_or_none if compiled else partial(trials.choose, run))(candidates, exact, after)
+        outcome = (trials.all_or_none if compiled else partial(trials.choose, run))(candidates, before, after)
     convertible, classes = _convertible(model)
     found = advice.of_modules(classes, candidates, convertible - {*candidates}, before, after, outcome)
     return Plan(forward, setting, before, after, outcome, frozenset(candidates), found, how)

@@ -384,3 +384,9 @@ def test_kinds_without_a_table_to_calibrate():
     model = fewbit.convert(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), bits={"norm": 4})
     with pytest.raises(InputError, match=r"no activation or gate .* check the kinds in bits"):
         fewbit.calibrate(model, [torch.randn(4, 8)])
+
+
+@pytest.mark.parametrize("function", [fewbit.calibrate, fewbit.allocate, fewbit.fidelity])
+def test_one_mapping_is_one_batch(function):
+    with pytest.raises(InputError, match="goes through several batches, and a dict is one; pass a list"):
+        function(nn.Sequential(nn.Linear(8, 8), nn.GELU()), {"input": torch.randn(4, 8)})

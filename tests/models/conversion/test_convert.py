@@ -13,7 +13,7 @@ from torch import nn
 
 import fewbit
 from fewbit.constants import KINDS
-from fewbit.errors import DesignError, InputError
+from fewbit.errors import ConversionWarning, DesignError, InputError
 
 
 def batch():
@@ -424,3 +424,11 @@ def test_scripts_stay():
 def test_activations_without_a_table_stay(module):
     model = nn.Sequential(nn.Linear(3, 3), module)
     assert types(fewbit.convert(model, bits=4))[2] is type(module)
+
+
+def test_kinds_that_are_not_coded_yet_are_told(caplog):
+    caplog.set_level(logging.INFO, logger="fewbit")
+    fewbit.convert(nn.Sequential(nn.GELU()), {"activation": 3, "attention": 2})
+    assert caplog.messages[-1].endswith("1 activation at 3 bits; not coded yet: attention")
+    with pytest.warns(ConversionWarning, match="not coded yet: attention, rest"):
+        fewbit.convert(nn.Sequential(nn.GELU()), {"rest": 8, "attention": 2})

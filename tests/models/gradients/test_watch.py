@@ -370,3 +370,8 @@ class TestRefuses:
         with pytest.raises(DesignError, match=message):
             fewbit.watch(tanh, **options)
         assert not tanh._forward_pre_hooks
+
+
+def test_prints_its_verdict():
+    with fewbit.watch(nn.Sequential(fewbit.Tanh(bits=3))) as watching:
+        assert repr(watching).startswith("Watch of 1 layer: nothing checked yet")

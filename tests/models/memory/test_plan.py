@@ -384,3 +384,15 @@ def test_calls_of_functions_are_for_patch():
     what, reason = advice_of(fewbit.memory(Calls(), batch()).plan(bits={"activation": 3}))[""]
     assert what == "leave"
     assert "Gelu: called as functions, which fewbit.patch codes" in reason
+
+
+@pytest.mark.parametrize("first", [4, {"activation": 2, "linear": 5}, {"activation": 3}], ids=str)
+def test_a_converted_model_is_planned_as_an_exact_one(first):
+    """What it keeps now does not count: a conversion starts anew."""
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 32)), torch.randn(64, 32)
+    fresh = fewbit.memory(model, x).plan(3)
+    again = fewbit.memory(fewbit.convert(model, first), x).plan(3)
+    assert again.rows() == fresh.rows()
+    assert again.totals() == fresh.totals()
+    again.convert()
+    assert {name for name, module in model.named_modules() if hasattr(module, "coded_kind")} == fresh.outcome.chosen
