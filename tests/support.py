@@ -24,6 +24,11 @@ def bytes_kept(function, *inputs, leave_out=()):
     return total
 
 
+def types(model):
+    """The class of each module."""
+    return [type(module) for module in model.modules()]
+
+
 def squares(model, x):
     """A loss: the sum of the squares of what the model returns."""
     return model(x).square().sum()

@@ -15,6 +15,7 @@ from fewbit.autograd import sharing, watched
 from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.quantize import Quantizer, scaled
 from fewbit.autograd.sharing import Recipe
+from fewbit.errors import InputError
 from fewbit.kernels import DeviceTable
 
 Tensor = torch.Tensor
@@ -102,6 +103,26 @@ class Convolution(NamedTuple):
             x = grad.new_empty(1).expand(x)
         channels = grad.shape[1]
         return torch.ops.aten.convolution_backward(grad, x, weight, [channels], *self[:-1], list(needed))
+
+
+def numbers(number: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """One number for each dimension.
+
+    >>> numbers(1, 2), numbers((1, 2), 2), numbers([3], 2)
+    ((1, 1), (1, 2), (3, 3))
+    """
+    found = (number,) if isinstance(number, int) else tuple(number)
+    return found * dims if len(found) == 1 else found
+
+
+def padded(input: Tensor, weight: Tensor, padding: str, dilation: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the padding, the same on both sides, for padding="same" or "valid"."""
+    if padding not in ("same", "valid"):
+        raise InputError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
+    missing = [step * (size - 1) * (padding == "same") for step, size in zip(dilation, weight.shape[2:], strict=True)]
+    if any(each % 2 for each in missing):  # as torch does: one more behind
+        input = torch.nn.functional.pad(input, [part for each in reversed(missing) for part in (0, each % 2)])
+    return input, tuple(each // 2 for each in missing)
 
 
 def coded_product(

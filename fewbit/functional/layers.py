@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from fewbit import activations, resolve
 from fewbit.autograd import gated, norm
-from fewbit.autograd.product import Convolution, Linear, TransposedLinear, coded_product
+from fewbit.autograd.product import Convolution, Linear, TransposedLinear, coded_product, numbers, padded
 from fewbit.design.table import CodeTable
 from fewbit.errors import DesignError, InputError
 from fewbit.functional.activations import RecordMaker, bound_record
@@ -121,12 +121,12 @@ def _convolution(dims: int) -> Any:
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Tensor:
-        dilation = _each(dilation, dims)
+        dilation = numbers(dilation, dims)
         if isinstance(padding, str):
-            if padding == "same" and set(_each(stride, dims)) != {1}:
+            if padding == "same" and set(numbers(stride, dims)) != {1}:
                 raise InputError(f"padding='same' needs stride=1, got stride={stride}; give the padding in integers")
-            input, padding = _padded(input, weight, padding, dilation)
-        options = _each(stride, dims), _each(padding, dims), dilation, False, (0,) * dims, groups
+            input, padding = padded(input, weight, padding, dilation)
+        options = numbers(stride, dims), numbers(padding, dims), dilation, False, (0,) * dims, groups
         return _run_batched(name, dims, options, input, weight, bias, code)
 
     name = f"conv{dims}d"
@@ -145,8 +145,8 @@ def _transposed_convolution(dims: int) -> Any:
         groups: int = 1,
         dilation: int | Sequence[int] = 1,
     ) -> Tensor:
-        sizes = _each(stride, dims), _each(padding, dims), _each(dilation, dims)
-        options = (*sizes, True, _each(output_padding, dims), groups)
+        sizes = numbers(stride, dims), numbers(padding, dims), numbers(dilation, dims)
+        options = (*sizes, True, numbers(output_padding, dims), groups)
         return _run_batched(name, dims, options, input, weight, bias, code)
 
     name = f"conv_transpose{dims}d"
@@ -397,23 +397,3 @@ def _run_batched(name: str, dims: int, options: tuple, input: Tensor, weight: Te
     if isinstance(input, Tensor) and input.dim() == dims + 1:
         return code.run(_convolution_at, (name, *options), (input.unsqueeze(0), weight, bias)).squeeze(0)
     return code.run(_convolution_at, (name, *options), (input, weight, bias))
-
-
-def _each(number: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """One number for each dimension.
-
-    >>> _each(1, 2), _each((1, 2), 2), _each([3], 2)
-    ((1, 1), (1, 2), (3, 3))
-    """
-    numbers = (number,) if isinstance(number, int) else tuple(number)
-    return numbers * dims if len(numbers) == 1 else numbers
-
-
-def _padded(input: Tensor, weight: Tensor, padding: str, dilation: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
-    """The input and the padding, the same on both sides, for padding="same" or "valid"."""
-    if padding not in ("same", "valid"):
-        raise InputError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
-    missing = [step * (size - 1) * (padding == "same") for step, size in zip(dilation, weight.shape[2:], strict=True)]
-    if any(each % 2 for each in missing):  # as torch does: one more behind
-        input = functional.pad(input, [part for each in reversed(missing) for part in (0, each % 2)])
-    return input, tuple(each // 2 for each in missing)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from layer_oracles import relative
-from support import all_gradients, bytes_kept, compiled
+from support import all_gradients, bytes_kept, compiled, types
 from torch import nn
 from torch.nn import functional
 
@@ -53,10 +53,6 @@ class OwnBits(nn.Linear):
     @property
     def bits(self):
         return 32
-
-
-def types(model):
-    return [type(module) for module in model.modules()]
 
 
 class TestSubclasses:
