@@ -32,7 +32,8 @@ class Encoding(NamedTuple):
     """A table as an encoder of one dtype takes it.
 
     kernel  the compiled encoder
-    block   its arguments: the last ones of an EncodeBlock
+    block   its arguments, the last ones of an EncodeBlock: addresses of both arrays, passes of four and of two thresholds,
+            whether |x| is compared, and the pattern of infinity
     arrays  what they point to: thresholds in the order of `_sortable`, four or two a pass, the smallest first and padded by
             repetition, and the codes of their intervals
     """

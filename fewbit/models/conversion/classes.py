@@ -2,6 +2,8 @@
 
 A module of exactly torch's class takes fewbit's. A module of a class made from it takes one made anew from both, which comes
 before the module's own: what fewbit replaces is fewbit's, and all else stays the module's.
+
+Here a module's class is its `own`; fewbit's class for that, or for one of its bases, is `ours`; a twin is the class made of both.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ CODED = (CodedActivation, CodedLayer, gated_mlp.GatedMLP)
 _EXCEPT = (LazyModuleMixin, NonDynamicallyQuantizableLinear, *CODED)
 _ATTRIBUTES = {"bits", "table", "shared", "rounding"}  # what coded modules hold
 # which class of fewbit's, if any, codes one that is not torch's
-_FINDERS = (other_activations.coded_class, gated_mlp.coded_class, own_forwards.coded_class)
+_FINDERS = (other_activations.activation_class, gated_mlp.gated_mlp_class, own_forwards.own_forward_class)
 _OPEN = {"extra_repr"}  # what both may define
 
 

@@ -62,14 +62,14 @@ def _is_joint(act: CodedActivation) -> bool:
     return len(act.table_channels) > 1
 
 
-def coded_class(own: type[nn.Module]) -> type[GatedMLP] | None:
+def gated_mlp_class(own: type[nn.Module]) -> type[GatedMLP] | None:
     """The class, to be put before it, that codes a gated MLP; None for any other class."""
     found = _found(own) if "forward" in vars(own) else None
-    return _coded_class(found[0], tuple(found[1].items())) if found else None
+    return _made(found[0], tuple(found[1].items())) if found else None
 
 
 @cache
-def _coded_class(pattern: Pattern, names: tuple[tuple[str, str], ...]) -> type[GatedMLP]:
+def _made(pattern: Pattern, names: tuple[tuple[str, str], ...]) -> type[GatedMLP]:
     return type("GatedMLP", (GatedMLP,), {"__module__": __name__, "_pattern": pattern, "_names": dict(names)})
 
 

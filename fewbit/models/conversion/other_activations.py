@@ -53,18 +53,18 @@ class OtherActivation(CodedActivation):
     @classmethod
     def _own(cls) -> type[nn.Module]:
         """The class of Hugging Face's, which has the forward."""
-        return next(each for each in cls.__mro__ if not issubclass(each, CodedActivation) and coded_class(each))
+        return next(each for each in cls.__mro__ if not issubclass(each, CodedActivation) and activation_class(each))
 
 
-def coded_class(cls: type) -> type[OtherActivation] | None:
+def activation_class(cls: type) -> type[OtherActivation] | None:
     """The class, to be put before it, that codes one of Hugging Face's activations; None for any other class."""
     if cls.__module__ != _HOME or cls.__name__ not in _CLASSES or issubclass(cls, CodedActivation):
         return None
-    return _coded_class(*_CLASSES[cls.__name__])
+    return _made(*_CLASSES[cls.__name__])
 
 
 @cache
-def _coded_class(name: str, attributes: tuple[str, ...]) -> type[OtherActivation]:
+def _made(name: str, attributes: tuple[str, ...]) -> type[OtherActivation]:
     return type("OtherActivation", (OtherActivation,), {"__module__": __name__, "name": name, "_taken": attributes})
 
 

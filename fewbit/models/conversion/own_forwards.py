@@ -73,19 +73,19 @@ class Conv1D(_OwnForward):
         return layers.transposed_linear(self.code, x, self.weight, self.bias)
 
 
-def coded_class(own: type[nn.Module]) -> type[CodedLayer] | None:
+def own_forward_class(own: type[nn.Module]) -> type[CodedLayer] | None:
     """The class, to be put before it, that codes such a layer; None for any other class."""
     if "forward" not in vars(own):
         return None
     for template in TEMPLATES:
         names = _names_in(own, template.methods)
         if names is not None:
-            return _coded_class(template.coded, tuple(names.items()))
+            return _made(template.coded, tuple(names.items()))
     return None
 
 
 @cache
-def _coded_class(base: type[_OwnForward], names: tuple[tuple[str, str], ...]) -> type[_OwnForward]:
+def _made(base: type[_OwnForward], names: tuple[tuple[str, str], ...]) -> type[_OwnForward]:
     return type(base.__name__, (base,), {"__module__": __name__, "_names": dict(names)})
 
 

@@ -81,7 +81,7 @@ class TestGatedMLPs:
         for path, act in found.items():
             home, _, name = path.rpartition(".")
             cls = getattr(pytest.importorskip(f"transformers.models.{home}"), name)
-            coded = gated_mlp.coded_class(cls)
+            coded = gated_mlp.gated_mlp_class(cls)
             assert coded is not None, path
             assert coded._names["act"] == act
 
@@ -117,7 +117,7 @@ class TestOwnForwards:
             return self.w2(self.f(self.w1(x)) * self.w3(x))
 
     def test_which(self):
-        kinds = {each.__name__: gated_mlp.coded_class(each) for each in self.Base.__subclasses__()}
+        kinds = {each.__name__: gated_mlp.gated_mlp_class(each) for each in self.Base.__subclasses__()}
         assert [name for name, found in kinds.items() if found] == ["Gated"]
         model = self.Gated()
         exact = copy.deepcopy(model)
