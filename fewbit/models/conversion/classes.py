@@ -3,7 +3,7 @@
 A module of exactly torch's class takes fewbit's. A module of a class made from it takes one made anew from both, which comes
 before the module's own: what fewbit replaces is fewbit's, and all else stays the module's.
 
-Here a module's class is its `own`; fewbit's class for that, or for one of its bases, is `ours`; a twin is the class made of both.
+Here a module's class is its `own`; fewbit's class for that, or for one of its bases, is `ours`; a twin is made of both.
 """
 
 from __future__ import annotations
