@@ -130,7 +130,7 @@ def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Cal
         if isinstance(each, Tensor):
             needed = needed or each.requires_grad
             dense = dense and each.layout == torch.strided and not each.is_nested
-    if not needed:
+    if not needed or (dense and x.numel() == 0 and not operation.transforms):  # statistics of nothing would divide by zero
         return operation.exact
     return operation.coded if dense and x.dtype in DTYPES else _exact_or_refused(operation, operands, by_name)
 

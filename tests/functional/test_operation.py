@@ -224,3 +224,42 @@ def test_a_plain_call_takes_few_steps():
     kernel = next(i for i, each in enumerate(entered) if each.startswith("kernels"))
     assert entered[0].endswith(": activation")
     assert kernel <= 8, entered[:kernel]
+
+
+EMPTY = {
+    "batch norm": (lambda: nn.BatchNorm2d(4), [(0, 4, 5, 5), (2, 4, 0, 5)]),
+    "batch norm of rows": (lambda: nn.BatchNorm1d(4), [(0, 4), (0, 4, 5)]),
+    "group norm": (lambda: nn.GroupNorm(2, 4), [(0, 4, 5, 5), (2, 4, 0, 5)]),
+    "layer norm": (lambda: nn.LayerNorm(4), [(0, 4), (3, 0, 4)]),
+    "RMS norm": (lambda: nn.RMSNorm(4), [(0, 4), (3, 0, 4)]),
+    "linear": (lambda: nn.Linear(4, 3), [(0, 4), (3, 0, 4)]),
+    "convolution": (lambda: nn.Conv2d(4, 3, 3, padding=1), [(0, 4, 5, 5)]),
+    "GLU": (lambda: nn.GLU(1), [(0, 4), (2, 4, 0)]),
+    "GELU": (nn.GELU, [(0,), (3, 0)]),
+}
+EMPTY_CASES = [(name, shape) for name, (_, shapes) in EMPTY.items() for shape in shapes]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "shape"), EMPTY_CASES)
+def test_an_empty_input_is_torchs(name, shape, dtype, training):
+    """Whatever torch makes of it, errors too; its kernels for statistics that fewbit calls would end the process."""
+
+    def results(module):
+        x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        try:
+            y = module(x)
+            y.sum().backward()
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+        return [y.detach(), x.grad, *(each.grad for each in module.parameters())]
+
+    exact = EMPTY[name][0]().to(dtype).train(training)
+    coded = fewbit.convert(copy.deepcopy(exact), bits=4)
+    found, true = results(coded), results(exact)
+    if isinstance(true, str):
+        assert found == true
+    else:
+        for one, other in zip(found, true, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
