@@ -304,3 +304,10 @@ def yields():
 def test_what_goes_on_after_its_call_is_not_decorated(function):
     with pytest.raises(InputError, match=r"exact decorates functions that return when they are done.*with fewbit.exact\(\)"):
         fewbit.exact()(function)
+
+
+@pytest.mark.parametrize("thing", [3, None])
+def test_what_cannot_be_decorated(thing):
+    for context in (fewbit.patch(4), fewbit.exact()):
+        with pytest.raises(InputError, match="decorates functions"):
+            context(thing)

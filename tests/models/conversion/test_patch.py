@@ -395,10 +395,3 @@ def test_named_activations_are_all_that_is_coded(activations):
 def test_what_are_no_names():
     with pytest.raises(ActivationError, match=r"activations must be names such as .* got 3"):
         fewbit.patch(4, activations=3)
-
-
-@pytest.mark.parametrize("thing", [3, None])
-def test_what_cannot_be_decorated(thing):
-    for context in (fewbit.patch(4), fewbit.exact()):
-        with pytest.raises(InputError, match="decorates functions"):
-            context(thing)
