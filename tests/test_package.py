@@ -26,9 +26,10 @@ RANKS = [
     {"resolve", "autograd"},
     {"store"},
     {"kernels", "design"},
-    {"packing", "activations", "weights", "torch_internals"},
-    {"record"},
+    {"packing", "activations", "weights", "torch_internals", "compiling"},
+    {"record", "files"},
     {"errors", "constants"},
+    {"text", "interrupt"},
 ]
 # and likewise inside of models
 MODELS = [

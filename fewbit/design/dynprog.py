@@ -14,7 +14,8 @@ and a divide-and-conquer search suffices. Both are exact.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from fewbit.compiling import compiled
 
 Array = np.ndarray
 
@@ -59,7 +60,7 @@ def _cuts(argmin: Array) -> Array:
     return np.unique(cuts)
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _error(mass, first, second, i, j):
     """Squared error of the points i to j-1 around their mean; rounding below zero is cut off."""
     inside = mass[j] - mass[i]
@@ -72,7 +73,7 @@ def _error(mass, first, second, i, j):
     return max(error, 0.0)
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _no_better(mass, first, second, i, j, room):
     """Whether error(i, j) >= room, without dividing: this test is nearly all that `_run_program` does."""
     inside = mass[j] - mass[i]
@@ -85,7 +86,7 @@ def _no_better(mass, first, second, i, j, room):
     return (second[j] - second[i] - room) * inside >= squares
 
 
-@njit(cache=True)
+@compiled()
 def _run_program(mass, first, second, count):
     """Argmins of D by branch and bound, in about n**1.5 steps for each k where n**2 / 2 would be tried otherwise.
 
@@ -107,7 +108,7 @@ def _run_program(mass, first, second, count):
     return argmin
 
 
-@njit(cache=True)
+@compiled()
 def _best_last_run(mass, first, second, before, j, guess):
     """The least before[i] + error(i, j) over 0 <= i <= j, and its i.
 
@@ -144,7 +145,7 @@ def _best_last_run(mass, first, second, before, j, guess):
     return best, at
 
 
-@njit(cache=True)
+@compiled()
 def _cluster_program(mass, first, second, count):
     """Argmins of D by divide and conquer: on ascending values the error is Monge, so the least argmin never falls with j.
 

@@ -17,7 +17,9 @@ from typing import Any
 import numba.extending
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, from_dtype, njit, types
+from numba import from_dtype, njit, types
+
+from fewbit.compiling import callback
 
 _ONES = {"uint16": 0x3F80, "int16": 0x3C00}  # the pattern of 1 in bfloat16 and float16
 CHUNK = 4096  # words: one lane of their inputs and its codes stay in the first-level cache or close to it
@@ -130,10 +132,7 @@ def _compile(kernel: Any, block: type[ctypes.Structure], variant: str) -> Any:
     # both may take the same number, and a third would be handed the kernel of another dtype. A name each keeps them apart.
     kernel.__qualname__ += f".{variant}"
     signature = types.void(types.CPointer(from_dtype(np.dtype(block))))
-    try:
-        return cfunc(signature, error_model="numpy", cache=True)(kernel)
-    except (RuntimeError, OSError):  # there is no place to keep compiled kernels that can be written to
-        return cfunc(signature, error_model="numpy")(kernel)
+    return callback(signature, error_model="numpy")(kernel)
 
 
 @_inlined

@@ -223,7 +223,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 def test_each_kernel_has_a_cache_of_its_own(monkeypatch):
     """Else two processes that compile at once, each for another dtype, may leave one's kernel under the other's number."""
-    monkeypatch.setattr(loops, "cfunc", lambda *_, **__: lambda kernel: kernel)
+    monkeypatch.setattr(loops, "callback", lambda *_, **__: lambda kernel: kernel)
     kernels = [loops.encoder(element, wide) for element in ("int16", "float32", "float64") for wide in (False, True)]
     kernels += [loops.decoder(element) for element in ("uint16", "int16", "float32", "float64")]
     assert len({kernel.__qualname__ for kernel in kernels}) == len(kernels)

@@ -1,0 +1,130 @@
+"""How functions are compiled by numba: once on a machine, in its cache, and where that is not to be had, once in a process.
+
+numba itself raises where its cache cannot be written, or where a file of it is damaged, in every later process. It also writes
+an index before the data that it names: killed in between, or beside another process, it may find another function's code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numba
+from numba.core import sigutils
+from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
+from numba.core.ccallback import CFunc
+
+from fewbit import files
+from fewbit.text import plain
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit` with these options, cached."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        made: Any = numba.njit(**options)(function)
+        if hasattr(made, "_cache"):  # not with NUMBA_DISABLE_JIT
+            made._cache = _cache_of(function)
+        return made
+
+    return decorate
+
+
+def callback(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], CFunc]:
+    """`numba.cfunc` with this signature and these options, cached."""
+
+    def decorate(function: Callable[..., Any]) -> CFunc:
+        made = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+        made._cache = _cache_of(function)  # type: ignore[assignment]
+        made.compile()
+        return made
+
+    return decorate
+
+
+def _cache_of(function: Callable[..., Any]) -> FunctionCache | NullCache:
+    try:
+        return _Cache(function)
+    except Exception as error:  # there is no folder to keep it in
+        _not_kept(str(error))
+        return NullCache()
+
+
+class _Cache(FunctionCache):
+    """numba's, which gives up where it cannot load or save, and removes what is damaged."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__(function)
+        self._cache_file = _CacheFile(self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # damaged files raise whatever pickle raises
+            removed = self._cache_file.remove()
+            how = "removed it, and compile the function anew" if removed else "compile the function anew; delete that file"
+            what = f"{self._cache_file.index}, an index of compiled functions, or what it names is damaged"
+            warnings.warn(plain(f"{what} ({type(error).__name__}: {error}): {how}"), stacklevel=2)
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            _not_kept(f"cannot write to {self._cache_path} ({error})")
+
+
+class _CacheFile(IndexDataCacheFile):
+    """numba's, whose data say whose they are and are checked, and whose files are written whole or not at all."""
+
+    @property
+    def index(self) -> str:
+        return self._index_path
+
+    def remove(self) -> bool:
+        """Forget all; whether that was possible."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._index_path)
+            return True
+        return False
+
+    def save(self, key: Any, data: Any) -> None:
+        content = self._dump((self._source_stamp, key, data))
+        super().save(key, (hashlib.sha256(content).digest(), content))
+
+    def load(self, key: Any) -> Any:
+        found = super().load(key)
+        if found is None:
+            return None
+        digest, content = found
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("its bytes have changed")
+        stamp, own, data = pickle.loads(content)
+        return data if (stamp, own) == (self._source_stamp, key) else None
+
+    @contextlib.contextmanager
+    def _open_for_write(self, filepath: str) -> Iterator[io.BytesIO]:  # type: ignore[override]
+        content = io.BytesIO()
+        yield content
+        files.write(filepath, content.getvalue())
+
+
+_told: list[str] = []  # the first reason for which nothing is kept: others would be like it
+
+
+def _not_kept(reason: str) -> None:
+    if not _told:
+        _told.append(reason)
+        warnings.warn(
+            plain(
+                f"compiled functions are not kept, and each process compiles them anew: {reason}; "
+                "set NUMBA_CACHE_DIR to a folder that can be written to and has room"
+            ),
+            stacklevel=4,
+        )

@@ -1,0 +1,121 @@
+"""How files are written, whole or not at all, and how those of others are read: in bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import stat
+import sys
+import time
+from pathlib import Path
+
+_TEMPORARY = re.compile(r"\.fewbit-[0-9a-f]{16}\.tmp")
+_ABANDONED = 3600.0  # seconds: no write takes as long, so that the process of an older temporary file is gone
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    """Write a file, which has its new content or, after an error, an interrupt or a kill, its old one. OSError, naming `path`.
+
+    A link stays, and what it points to is written; an existing file keeps its mode and, where the system lets it, its owner,
+    though not its other hard links; a file that may not be written is not replaced. What is no regular file (a device, a
+    pipe, /dev/stdout) is written through.
+    """
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    try:
+        _write(os.path.abspath(path), data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def is_special(path: str | Path) -> bool:
+    """Whether a path is that of a device, a pipe or an open file: such a one is written through, and chooses no suffix."""
+    return _open_file(os.path.abspath(path)) is not None or (os.path.exists(path) and not os.path.isfile(path))
+
+
+def read(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of at most so many bytes. OSError, naming `path`, for any other."""
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(number, "rb") as file:
+            if not stat.S_ISREG(os.fstat(number).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
+            data = file.read(most + 1)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it is larger than the {most >> 20} MiB that are read of such a file", str(path))
+    return data
+
+
+def _write(path: str, data: bytes) -> None:
+    number = _open_file(path)
+    if number is not None:
+        sys.stdout.flush()
+        with open(os.dup(number), "wb") as file:
+            file.write(data)
+        return
+    target = os.path.realpath(path)
+    try:
+        old = os.stat(path)
+    except FileNotFoundError:
+        old = None
+    if old is None or stat.S_ISREG(old.st_mode):
+        _replace(target, data, old)
+    else:
+        with open(path, "wb") as file:
+            file.write(data)
+
+
+def _open_file(path: str) -> int | None:
+    """The number of the open file that a path stands for, such as 1 for /dev/stdout; None for all other paths."""
+    for _ in range(40):  # as many links as systems follow
+        folder, name = os.path.split(path)
+        folder = os.path.realpath(folder)
+        if folder in (f"/proc/{os.getpid()}/fd", "/dev/fd") and name.isdecimal():
+            return int(name)
+        path = os.path.join(folder, name)
+        if not os.path.islink(path):
+            return None
+        path = os.path.join(folder, os.readlink(path))
+    return None
+
+
+def _replace(target: str, data: bytes, old: os.stat_result | None) -> None:
+    if old is not None and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), target)
+    folder = os.path.dirname(target)
+    temporary = os.path.join(folder, f".fewbit-{secrets.token_hex(8)}.tmp")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        with open(os.open(temporary, flags, 0o666 if old is None else 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            if old is not None:
+                _take_over(file.fileno(), old)
+            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    _collect(folder)
+
+
+def _take_over(number: int, old: os.stat_result) -> None:
+    if hasattr(os, "fchown"):
+        with contextlib.suppress(OSError):  # the owner first: a change of owner clears bits of the mode
+            os.fchown(number, old.st_uid, old.st_gid)
+    if hasattr(os, "fchmod"):
+        os.fchmod(number, stat.S_IMODE(old.st_mode))
+
+
+def _collect(folder: str) -> None:
+    """Remove temporary files that killed processes left in the folder."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name):
+                with contextlib.suppress(OSError):
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED:
+                        os.unlink(entry.path)

@@ -1,0 +1,111 @@
+"""Compiled functions are kept on disk where that is possible, and work where it is not."""
+
+import warnings
+
+import numba
+import pytest
+from numba.core import caching
+
+from fewbit import compiling, files
+
+INT = numba.types.int64
+
+
+def square(x):
+    return x * x
+
+
+def cube(x):
+    return x * x * x
+
+
+WAYS = {
+    "a function": lambda function: compiling.compiled()(function),
+    "a callback": lambda function: compiling.callback(INT(INT))(function).ctypes,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """numba's cache is in this test's folder, and nothing was said of it yet."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiling, "_told", [])
+    return tmp_path
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return WAYS[request.param]
+
+
+def paths(folder, suffix):
+    return sorted(folder.rglob(f"*.{suffix}"))
+
+
+def quietly(way, function=square):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert way(function)(3) == function(3)
+
+
+def test_kept_and_found_again(way, own_folder, monkeypatch):
+    quietly(way)
+    assert len(paths(own_folder, "nbi")) == len(paths(own_folder, "nbc")) == 1
+    monkeypatch.setattr(files, "write", lambda *_: pytest.fail("compiled again"))
+    quietly(way)
+
+
+DAMAGE = {
+    "empty": lambda whole: b"",
+    "cut short": lambda whole: whole[: len(whole) // 2],
+    "zeros, as after a power cut": lambda whole: bytes(len(whole)),
+    "one byte": lambda whole: whole[:-60] + bytes([whole[-60] ^ 1]) + whole[-59:],
+    "no pickle": lambda whole: b"not a pickle at all",
+}
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_mended(way, damage, suffix, own_folder):
+    quietly(way)
+    (path,) = paths(own_folder, suffix)
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGE[damage](whole))
+    if (damage, suffix) == ("one byte", "nbi"):  # of a key: the index then lacks the function
+        quietly(way)
+    else:
+        (index,) = paths(own_folder, "nbi")
+        with pytest.warns(UserWarning, match=f"{index.name}, an index of compiled functions, .* is damaged .*: removed it"):
+            assert way(square)(3) == 9
+    quietly(way)
+
+
+def test_data_of_another_function_are_not_taken(way, own_folder):
+    """A process killed between the index and its data leaves an index that names an older file."""
+    for function in (square, cube):
+        quietly(way, function)
+    first, second = paths(own_folder, "nbc")
+    second.write_bytes(first.read_bytes())
+    for function in (square, cube):
+        quietly(way, function)
+
+
+def refuse(number, text):
+    def write(path, content):
+        raise OSError(number, text, str(path))
+
+    return write
+
+
+@pytest.mark.parametrize(("number", "text"), [(28, "No space left on device"), (30, "Read-only file system")])
+def test_a_cache_that_cannot_be_written(way, number, text, monkeypatch):
+    monkeypatch.setattr(files, "write", refuse(number, text))
+    with pytest.warns(UserWarning, match=f"{text}.*; set NUMBA_CACHE_DIR to a folder that can be written to") as seen:
+        assert (way(square)(3), way(cube)(3)) == (9, 27)
+    assert len(seen) == 1  # once for all functions
+
+
+def test_no_folder_at_all(way, monkeypatch):
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    with pytest.warns(UserWarning, match="compiled functions are not kept, .*: cannot cache function 'square'"):
+        assert way(square)(3) == 9
