@@ -53,6 +53,12 @@ def _look_up(name: str) -> Activation:
     raise ActivationError(f"unknown activation {name!r}; {hint} (`fewbit list` shows all)")
 
 
+def built_in(name: str) -> Activation | None:
+    """The built-in record of a name; None for other names, and where users registered another function under it."""
+    record = SHIPPED.get(name)
+    return record if record is not None and _look_up(name) == record else None
+
+
 def register(
     name: str,
     function: Callable[..., torch.Tensor],

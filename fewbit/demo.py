@@ -96,7 +96,7 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
         each.held_out = held_out_loss(each.model, held_out)
     console.print(_outcome(runs))
     _draw(runs, output)
-    console.print(f"wrote {output}", markup=False, soft_wrap=True)
+    console.print(f"wrote {output}", soft_wrap=True)
     return runs
 
 
@@ -200,6 +200,6 @@ def _outcome(runs: list[Run]) -> Table:
 
 
 def _draw(runs: list[Run], output: Path) -> None:
-    from fewbit.plots import plot_losses
+    from fewbit.plots import plot_losses, save
 
-    plot_losses({each.label: each.losses for each in runs}).savefig(output, dpi=150)
+    save(plot_losses({each.label: each.losses for each in runs}), output)

@@ -1,8 +1,13 @@
 """The exceptions that fewbit raises on purpose: each message states the rule, what was got, and the remedy."""
 
+from fewbit.text import cut, plain
+
 
 class FewbitError(Exception):
-    """Base of every error that fewbit raises on purpose."""
+    """Base of every error that fewbit raises on purpose. No name or value in its message commands a terminal, or fills it."""
+
+    def __str__(self) -> str:
+        return cut(plain(super().__str__()), 2000)
 
 
 class ActivationError(FewbitError, LookupError):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewbit.errors import ActivationError
+from fewbit.text import plain, shown
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +144,7 @@ def label(name: str, parameters: Mapping[str, float]) -> str:
     >>> label("hardtanh", {"min_val": -1.0, "max_val": 1.0})
     'hardtanh min_val=-1 max_val=1'
     """
-    return " ".join([name, *(f"{key}={value:g}" for key, value in parameters.items())])
+    return " ".join([plain(name), *(f"{key}={value:g}" for key, value in parameters.items())])
 
 
 def plural(number: int, noun: str) -> str:
@@ -225,12 +226,17 @@ def _check_pointwise(record: Activation) -> None:
         ) from error
 
 
+def as_float(value: Any) -> float:
+    """The value as a float; NaN where it is no number, or one too large for a float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")
+
+
 def finite_number(activation: str, name: str, value: Any) -> float:
     """The value of a parameter as a float; ActivationError, naming both, if it is none or not finite."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = np.nan
+    number = as_float(value)
     if not np.isfinite(number):
-        raise ActivationError(f"{activation}: parameter {name} must be a finite number, got {value!r}")
+        raise ActivationError(f"{plain(activation)}: parameter {name} must be a finite number, got {shown(value)}")
     return number

@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from fewbit import activations
+from fewbit import activations, files
 from fewbit.constants import CHANNELS, DEFAULT_BITS, MAX_BITS, SHIPPED_BITS, SHIPPED_CODINGS, WEIGHTS
+from fewbit.design.evaluate import check_errors
 from fewbit.design.request import Request
-from fewbit.design.table import VERSION, CodeTable, dump_tables, read_tables, write_atomically
-from fewbit.errors import TableFileError
+from fewbit.design.table import VERSION, CodeTable, dump_tables, read_tables
+from fewbit.errors import TableError, TableFileError
 from fewbit.record import Activation
+from fewbit.text import file_name, plain
 
 
 def load_table(
@@ -77,7 +79,7 @@ def tables_directory() -> Path:
 def cache_directory() -> Path:
     """The folder of tables designed on this machine; it need not exist."""
     if chosen := os.environ.get("FEWBIT_CACHE_DIR"):
-        return Path(chosen)
+        return Path(os.path.expanduser(chosen))
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("fewbit", appauthor=False))
@@ -89,22 +91,25 @@ def cache_path(request: Request) -> Path:
     they are not finite."""
     request.check_finite()
     x, shape = np.linspace(*request.domain, 129), dataclasses.astuple(request.activation.derivative_shape)
-    samples = [f"{value:.9g}" for value in (*request.activation.df(x), *request.activation.f(x))]
+    with np.errstate(all="ignore"):
+        samples = [f"{value:.9g}" for value in (*request.activation.df(x), *request.activation.f(x))]
     key = json.dumps([VERSION, request.describe(), shape, samples], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return cache_directory() / f"{request.activation.name}-{request.bits}bit-{digest}.json"
+    return cache_directory() / f"{file_name(request.activation.name)}-{request.bits}bit-{digest}.json"
 
 
 def _from_cache(request: Request) -> CodeTable:
     path = cache_path(request)
     if os.path.exists(path):  # unlike path.exists(), False for a folder that may not be searched
         try:
-            table = CodeTable.load(path)
-            if request.answered_by(table):
-                return table
-            raise TableFileError(f"{path} holds another table than its name says")
-        except TableFileError as error:
-            warnings.warn(f"designing the table anew: {error}", stacklevel=4)
+            table, *others = read_tables(path) or [None]
+            if table is None or others or not request.answered_by(table):
+                raise TableFileError(f"{path} holds another table than its name says")
+            check_errors(table, request.activation, request.weight)
+            return table
+        except TableError as error:
+            named = error if isinstance(error, TableFileError) else f"{path} is damaged: {error}"
+            warnings.warn(plain(f"designing the table anew: {named}"), stacklevel=4)
     table = _search(request)
     _write_to_cache(path, table)
     return table
@@ -129,7 +134,7 @@ def _write_to_cache(path: Path, table: CodeTable) -> None:
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=6)
+    warnings.warn(plain(message), stacklevel=6)
 
 
 def shipped_requests(name: str) -> Iterator[Request]:
@@ -164,5 +169,5 @@ def build_tables(directory: Path, *, check: bool = False) -> Iterator[tuple[str,
         path, text = directory / f"{name}.json", shipped_text(name)
         differs = not path.exists() or path.read_text(encoding="utf-8") != text
         if differs and not check:
-            write_atomically(path, text)
+            files.write(path, text)
         yield name, differs

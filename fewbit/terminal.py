@@ -5,16 +5,30 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+from fewbit.text import plain
+
+
+class _Console(Console):
+    """A console on which texts mean what they say: none colours, moves or clears anything, whatever names are in them."""
+
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(plain(text), **options)
 
 
 def console(stderr: bool = False, at_least: int = 0) -> Console:
     """A console that colours nothing by itself; `at_least` so many columns wide, in a narrower window too."""
-    found = Console(stderr=stderr, highlight=False)
+    found = _Console(stderr=stderr)
     if found.width < at_least:
         found.width = at_least
     return found
@@ -49,7 +63,7 @@ def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 def text(view: RenderableType, width: int) -> str:
     """What a console so many columns wide would show, as plain text without trailing spaces."""
     shown = io.StringIO()
-    Console(file=shown, width=width, highlight=False, markup=False, color_system=None).print(view)
+    _Console(file=shown, width=width, color_system=None).print(view)
     return "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
 
 

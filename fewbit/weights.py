@@ -17,6 +17,8 @@ import numpy as np
 
 from fewbit.constants import DEFAULT_DOMAIN, WEIGHTS
 from fewbit.errors import DesignError
+from fewbit.record import as_float
+from fewbit.text import shown
 
 Array = np.ndarray
 
@@ -76,7 +78,7 @@ class Normal(_Parametric):
     std: float = 1.0
 
     def __post_init__(self):
-        _require_positive(self, std=self.std)
+        _check_numbers(self, positive=("std",))
 
     @property
     def feature(self) -> tuple[float, float]:
@@ -95,7 +97,7 @@ class Student(_Parametric):
     scale: float = 1.0
 
     def __post_init__(self):
-        _require_positive(self, df=self.df, scale=self.scale)
+        _check_numbers(self, positive=("df", "scale"))
 
     @property
     def feature(self) -> tuple[float, float]:
@@ -132,7 +134,10 @@ class Histogram(Weight):
 
         Bins are equally wide in arcsinh(x), so that they stay narrow around zero however far the outliers lie.
         """
-        x = np.asarray(samples)
+        try:
+            x = np.asarray(samples)
+        except ValueError:  # lists of several lengths
+            x = np.empty(0, object)
         if x.dtype.kind not in "fiu" or x.size == 0:
             raise DesignError(f"samples must be a non-empty real array, got dtype {x.dtype} with {x.size} elements")
         x = np.arcsinh(x.astype(np.float64).ravel())
@@ -224,6 +229,14 @@ def as_weight(weight: Any) -> Weight:
     )
 
 
+def weight_named(text: str) -> Weight | None:
+    """The weight of a text; None for texts that do not name one completely, as those of histograms and functions do not."""
+    try:
+        return _parse(text)
+    except DesignError:
+        return None
+
+
 def _parse(text: str) -> Weight:
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", text)
     name, arguments = match.groups() if match else (None, None)
@@ -244,7 +257,11 @@ def _parse(text: str) -> Weight:
     return kind(**values)
 
 
-def _require_positive(weight: Weight, **values: float) -> None:
-    for name, value in values.items():
-        if not (value > 0 and np.isfinite(value)):
-            raise DesignError(f"weight {_name(type(weight))!r}: {name} must be a positive number, got {value!r}")
+def _check_numbers(weight: Weight, positive: tuple[str, ...]) -> None:
+    for each in fields(weight):  # type: ignore[arg-type]
+        value = getattr(weight, each.name)
+        number = as_float(value)
+        if not np.isfinite(number) or (each.name in positive and number <= 0):
+            kind = "a positive number" if each.name in positive else "a finite number"
+            raise DesignError(f"weight {_name(type(weight))!r}: {each.name} must be {kind}, got {shown(value)}")
+        object.__setattr__(weight, each.name, number)

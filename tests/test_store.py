@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fewbit
-from fewbit import activations, store
+from fewbit import activations, files, store
 from fewbit.constants import SHIPPED_BITS, SHIPPED_CODINGS, WEIGHTS
 from fewbit.design.request import Request
 from fewbit.errors import ActivationError, DesignError, TableFileError
@@ -185,11 +185,29 @@ class TestOwnActivations:
     def test_the_shipped_table_is_not_taken_for_a_replacement(self, empty_cache):
         shipped = fewbit.load_table("gelu", 2)
         activations.register("gelu", torch.tanh, overwrite=True)
-        assert fewbit.load_table("gelu", 2).levels.tolist() != shipped.levels.tolist()
+        table = fewbit.load_table("gelu", 2)
+        assert table.levels.tolist() != shipped.levels.tolist()
         assert empty_cache.exists()
+        store._load.cache_clear()
+        assert fewbit.load_table("gelu", 2) == table == fewbit.CodeTable.load(cached_file(empty_cache))
+
+    @pytest.mark.parametrize("name", ["../../outside", "/etc/outside", "a/b", "..", "", "x" * 300, "a\x00b", "<lambda>"])
+    def test_no_name_leaves_the_cache(self, name, empty_cache, monkeypatch):
+        def function(x):
+            return x * x
+
+        function.__name__ = name
+        for _ in range(2):  # designed, then found
+            assert fewbit.load_table(function, 2).activation == name
+            store._load.cache_clear()
+            monkeypatch.setattr(store, "_search", lambda request: pytest.fail("designed again"))
+        assert cached_file(empty_cache).parent == empty_cache
+        assert os.listdir(empty_cache.parent) == ["cache"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "newer", "empty", "other table", "binary"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "foreign", "newer", "empty", "other table", "binary", "wrong levels", "no errors", "no tables"]
+)
 def test_a_damaged_cache_file_is_designed_anew(damage, empty_cache):
     table = fewbit.load_table(**REQUEST)
     path = cached_file(empty_cache)
@@ -200,6 +218,9 @@ def test_a_damaged_cache_file_is_designed_anew(damage, empty_cache):
         "foreign": json.dumps({"model": "resnet"}),
         "newer": text.replace('"version": 1', '"version": 2'),
         "empty": "",
+        "wrong levels": text.replace(json.dumps(table.levels.tolist()), json.dumps((table.levels + 0.1).tolist())),
+        "no errors": text.replace(json.dumps(list(table.errors)), "null"),
+        "no tables": json.dumps({**json.loads(text), "tables": []}),
     }
     if damage == "other table":
         other.save(path)
@@ -259,7 +280,7 @@ def test_a_full_disk(empty_cache, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(sys.modules["fewbit.design.table"], "write_atomically", full)
+    monkeypatch.setattr(files, "write", full)
     with pytest.warns(UserWarning, match="No space left on device"):
         fewbit.load_table(**REQUEST)
     assert list(empty_cache.iterdir()) == []
@@ -282,6 +303,12 @@ def test_two_processes_at_once(empty_cache):
 def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("FEWBIT_CACHE_DIR", str(tmp_path))
     assert store.cache_directory() == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FEWBIT_CACHE_DIR", "~/tables")
+    if os.name == "posix":
+        assert store.cache_directory() == tmp_path / "tables"
+    monkeypatch.setenv("FEWBIT_CACHE_DIR", "~nobody-of-that-name/tables")
+    assert store.cache_directory().name == "tables"
     monkeypatch.delenv("FEWBIT_CACHE_DIR")
     assert store.cache_directory().name == "fewbit"
 

@@ -2,7 +2,8 @@
 
 import io
 
-from rich.console import Console
+import pytest
+from rich.console import Console, Group
 
 from fewbit import terminal
 
@@ -25,3 +26,22 @@ def test_on_a_terminal(monkeypatch):
 
 def test_nowhere_else(monkeypatch):
     assert not shown(monkeypatch, False).strip()
+
+
+HOSTILE = "\x1b[2J\x9b31m\u202e[bold]x[/bold][/y]:warning:"
+HARMLESS = "\\x1b[2J\\x9b31m\\u202e[bold]x[/bold][/y]:warning:"
+
+
+def views():
+    table = terminal.table(("name",), ("bits",))
+    table.add_row(HOSTILE, "3")
+    return HOSTILE, table, Group(HOSTILE, table)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_no_name_commands_the_terminal(number, capsys):
+    view = views()[number]
+    terminal.console(at_least=100).print(view)
+    for shown in (capsys.readouterr().out, terminal.text(view, 100)):
+        assert HARMLESS in shown
+        assert shown.replace("\n", "").isprintable()

@@ -9,10 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fewbit import terminal
+from fewbit import files, terminal
 from fewbit.bench.measure import PARTS, PHASES, CaseResult, Report, RunResult
-from fewbit.design.table import write_atomically
-from fewbit.plots import RatioPanels, plot_ratios
+from fewbit.plots import RatioPanels, plot_ratios, save
 from fewbit.record import plural
 from fewbit.terminal import bytes_label, three_figures
 
@@ -31,28 +30,28 @@ def show(report: Report, console: Console) -> None:
     on = f"{plural(report.repeats, 'round')}, {plural(report.threads, 'thread')}"
     for (device, dtype), group in groupby(report.cases, key=lambda case: (case.device, case.dtype)):
         cases = list(group)
-        console.print(f"{dtype} on {device} ({report.devices[device]}), {on}\n", _runs(cases), "", sep="\n", markup=False)
+        console.print(f"{dtype} on {device} ({report.devices[device]}), {on}\n", _runs(cases), "", sep="\n")
         if cases[0].parts:
-            console.print(f"{dtype} on {device}: encode and decode alone\n", _parts(cases), "", sep="\n", markup=False)
+            console.print(f"{dtype} on {device}: encode and decode alone\n", _parts(cases), "", sep="\n")
     console.print(_KEY)
     if any(device.startswith("cuda") for device in report.devices):
         console.print(_CUDA_KEY)
     for note in report.notes:
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
 
 
 def write(report: Report, json_path: Path | None, plot_path: Path | None) -> None:
     """Write what is asked for, the JSON file atomically, and say so."""
     if json_path:
-        write_atomically(json_path, json.dumps(report.to_dict(), indent=1) + "\n")
-        print(f"wrote {json_path}")
+        files.write(json_path, json.dumps(report.to_dict(), indent=1) + "\n")
+        terminal.console().print(f"wrote {json_path}", soft_wrap=True)
     if plot_path:
         drawn = panels(report)
         activations = len({case.activation for case in report.cases})
         where = "\n".join(f"{device} ({name})" for device, name in report.devices.items())
         how = f"{plural(report.threads, 'thread')}; medians and middle halves of {plural(report.repeats, 'round')}"
-        plot_ratios(drawn, min(activations, 4), f"{where}\n{how}").savefig(plot_path, dpi=150)
-        print(f"wrote {plot_path}")
+        save(plot_ratios(drawn, min(activations, 4), f"{where}\n{how}"), plot_path)
+        terminal.console().print(f"wrote {plot_path}", soft_wrap=True)
 
 
 def panels(report: Report) -> RatioPanels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -11,6 +13,8 @@ import typer
 from fewbit.cli import memory, pictures, tables, training
 from fewbit.constants import CHANNELS
 from fewbit.errors import ActivationError, DesignError, FewbitError
+from fewbit.interrupt import came
+from fewbit.text import cut, plain
 
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -31,6 +35,8 @@ app.command()(memory.memory)
 # the base of all usage errors, which typer exports under no name of its own in some versions
 _CommandError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
+_INTERRUPTED = 130  # the exit status, as shells have it
+
 # options with several values, unknown to typer: the commands that take them, and what is such a value
 _SPREAD = {
     "--bits": (("plot", "demo", "bench"), lambda text: text.lstrip("-").isdigit()),
@@ -41,8 +47,14 @@ _SPREAD = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status: 0, 1 for a failure, 2 for wrong usage. Errors take one line on stderr."""
     arguments = _spread(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return app(args=arguments or ["--help"], prog_name="fewbit", standalone_mode=False) or 0
+        status = app(args=arguments or ["--help"], prog_name="fewbit", standalone_mode=False) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where an error can be told
+        return status if status != _INTERRUPTED else _complain("interrupted", status)  # typer says nothing of its own
     except _CommandError as error:
         return _complain(error.format_message(), error.exit_code)
     except (ActivationError, DesignError) as error:  # a wrong name or a value out of range on the command line
@@ -50,17 +62,34 @@ def main(argv: list[str] | None = None) -> int:
     except FewbitError as error:
         return _complain(str(error), 1)
     except BrokenPipeError:  # the reader of our output has gone: `fewbit list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:
-        return _complain(f"{error.filename or 'file'}: {error.strerror or error}", 1)
+        if error.filename is None:
+            _drop_output()
+        return _complain(f"{error.filename or 'cannot write the output'}: {error.strerror or error}", 1)
+    except MemoryError:
+        return _complain("there is not enough memory", 1)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted", 130)
+        return _complain("interrupted", _INTERRUPTED)
+    except Exception:
+        if came():  # an interrupt of which an import made something else
+            return _complain("interrupted", _INTERRUPTED)
+        raise
+
+
+def _drop_output() -> None:
+    """What could not be written shall not be tried again when the process ends."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str, status: int) -> int:
+    if came():
+        message, status = "interrupted", _INTERRUPTED
     if message:  # there is none where typer has printed the help of a group without a command
-        print("fewbit: " + " ".join(message.split()), file=sys.stderr)
+        print("fewbit: " + plain(cut(" ".join(message.split()), 2000)), file=sys.stderr)
     return status
 
 

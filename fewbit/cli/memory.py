@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewbit.cli.options import check_folder, check_picture
+from fewbit.cli.options import check_folder, check_picture, file_option, named, working_folder_on_path
 from fewbit.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,10 +26,10 @@ def memory(
     ] = None,
     gradient: Annotated[bool, typer.Option("--gradient", help="Inputs of floating point need a gradient.")] = False,
     fake: Annotated[bool, typer.Option("--fake", help="On fake tensors, for models too large for this machine.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    csv_path: Annotated[Path | None, typer.Option("--csv", help="Write a row for each saved tensor to this file.")] = None,
-    plot_path: Annotated[Path | None, typer.Option("--plot", help="Picture of the bytes by module.")] = None,
-    html_path: Annotated[Path | None, typer.Option("--html", help="Write all of it as one page to this file.")] = None,
+    json_path: Annotated[Path | None, file_option("--json", help="Write the figures to this file.")] = None,
+    csv_path: Annotated[Path | None, file_option("--csv", help="Write a row for each saved tensor to this file.")] = None,
+    plot_path: Annotated[Path | None, file_option("--plot", help="Picture of the bytes by module.")] = None,
+    html_path: Annotated[Path | None, file_option("--html", help="Write all of it as one page to this file.")] = None,
 ) -> None:
     """Show what a model keeps for backward, by module and operation, and what fewbit.convert would save.
 
@@ -53,13 +50,13 @@ def memory(
     found, batch = _find_model(model), tuple(_input(text, gradient, fake) for text in inputs)
     try:
         report = measure(found, batch, fake=fake)
-    except Exception as error:  # whatever the model does with such inputs
+        plan = None if wanted is None else report.plan(wanted)
+    except (Exception, SystemExit) as error:  # whatever the model does with such inputs
         raise InputError(f"the model raised {type(error).__name__} for these inputs: {error}") from error
-    plan = None if wanted is None else report.plan(wanted)
     console = terminal.console(at_least=report.width)
     for each in (report, plan):
         if each is not None:
-            console.print(each.view(), "", markup=False)
+            console.print(each.view(), "")
     _write(report, plan, json_path, csv_path, plot_path, html_path)
 
 
@@ -68,11 +65,11 @@ def _write(
 ) -> None:
     import json
 
-    from fewbit.design.table import write_atomically
+    from fewbit import files, terminal
 
     if json_path:
         figures = report.to_dict() if plan is None else {**report.to_dict(), "plan": plan.to_dict()}
-        write_atomically(json_path, json.dumps(figures, indent=1) + "\n")
+        files.write(json_path, json.dumps(figures, indent=1) + "\n")
     if csv_path:
         report.to_csv(csv_path)
     if plot_path:
@@ -80,29 +77,27 @@ def _write(
     if html_path:
         report.to_html(html_path, plan)
     for path in filter(None, (json_path, csv_path, plot_path, html_path)):
-        print(f"wrote {path}")
+        terminal.console().print(f"wrote {path}", soft_wrap=True)
 
 
 def _find_model(name: str) -> nn.Module:
     """What `package.module:attribute` makes or is, imported with the working folder on the path."""
+    import torch
     from torch import nn
 
-    home, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise typer.BadParameter(f"the model is given as package.module:factory, got {name!r}")
-    sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(home)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-        if not isinstance(found, nn.Module):
-            found = found()
-    except Exception as error:  # whatever the module does on import, and the factory on a call
+        with working_folder_on_path():  # from which a factory may import, too
+            found = named(name)
+            if not isinstance(found, nn.Module):
+                found = found()
+    except (Exception, SystemExit) as error:  # whatever the module does on import, and the factory on a call
         raise InputError(f"cannot make a model of {name}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
     if not isinstance(found, nn.Module):
         raise InputError(f"{name} made a {type(found).__name__}, not a torch.nn.Module")
+    if isinstance(found, torch.jit.ScriptModule):
+        raise InputError(f"{name} made a scripted module, whose parts run out of sight; give the module that it was made of")
     return found
 
 
@@ -122,8 +117,11 @@ def _input(text: str, gradient: bool, fake: bool) -> torch.Tensor:
         shape = [-1]
     if not isinstance(dtype, torch.dtype) or any(size < 0 for size in shape):
         raise typer.BadParameter(f"--input takes a shape such as 8,3,224,224 or 8,128:int64, got {text!r}")
-    if fake:
-        found = torch.empty(shape, dtype=dtype, device="meta")
-    else:
-        found = torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    try:
+        if fake:
+            found = torch.empty(shape, dtype=dtype, device="meta")
+        else:
+            found = torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # too large, or no dtype for such numbers
+        raise typer.BadParameter(f"--input {text}: there is no such tensor here ({error}); --fake needs no memory") from error
     return found.requires_grad_(gradient and dtype.is_floating_point)

@@ -7,20 +7,47 @@ import importlib
 import os
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fewbit.errors import ActivationError
+from fewbit.files import is_special
+from fewbit.text import shown
 
 if TYPE_CHECKING:
     import numpy as np
 
     from fewbit.design.table import CodeTable
     from fewbit.record import Activation
+
+
+def _folder(path: Path | None) -> Path | None:
+    """The path of an option, whose ~ the shell leaves as it is after `--option=`."""
+    if path is not None and "\0" in str(path):
+        raise typer.BadParameter(f"no path has a null character, got {shown(str(path))}")
+    return path and Path(os.path.expanduser(path))
+
+
+def _file(path: Path | None) -> Path | None:
+    if path is not None and path.name in ("", ".."):
+        raise typer.BadParameter(f"it takes the name of a file, got {shown(str(path))}")
+    return _folder(path)
+
+
+def file_option(*names: str, **settings: Any) -> Any:
+    """An option that takes the path of a file."""
+    return typer.Option(*names, callback=_file, **settings)
+
+
+def folder_option(*names: str, **settings: Any) -> Any:
+    """An option that takes the path of a folder."""
+    return typer.Option(*names, callback=_folder, **settings)
+
 
 Bits = Annotated[int, typer.Option(help="Bits of one code, 1 to 8.")]
 Weight = Annotated[
@@ -39,7 +66,7 @@ Coding = Annotated[
 ]
 Domain = Annotated[tuple[float, float] | None, typer.Option(help="Low and high end of x.", metavar="LOW HIGH")]
 Parameters = Annotated[list[str] | None, typer.Option("--param", help="A parameter, such as alpha=0.5; may be repeated.")]
-Samples = Annotated[Path | None, typer.Option(help="A .npy file of pre-activations to use as weight.")]
+Samples = Annotated[Path | None, file_option(help="A .npy file of pre-activations to use as weight.")]
 Channels = Annotated[
     list[str] | None,
     typer.Option(help="What backward reads: derivative, the default, or value, or both: --channels derivative value."),
@@ -82,17 +109,34 @@ def find_activation(name: str) -> Activation:
 
     if ":" not in name:
         return activations.get(name)
-    home, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(home), attribute)
-    except Exception as error:  # whatever the module does on import
+        function = named(name)
+    except (Exception, SystemExit) as error:  # whatever the module does on import
         raise ActivationError(f"cannot import {name}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
     if not callable(function):
         raise ActivationError(f"{name} is no function on tensors, but a {type(function).__name__}")
     return from_callable(function)  # type: ignore[arg-type]
+
+
+def named(name: str) -> Any:
+    """What `package.module:attribute` is, imported with the working folder on the path."""
+    home, _, attributes = name.partition(":")
+    with working_folder_on_path():
+        found = importlib.import_module(home)
+        for part in attributes.split("."):
+            found = getattr(found, part)
+    return found
+
+
+@contextmanager
+def working_folder_on_path() -> Iterator[None]:
+    """Import from the working folder, too, in this context; what else changes the path meanwhile keeps its changes."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path[:] = [each for each in sys.path if each is not folder]
 
 
 def check_picture(path: Path, option: str = "--output") -> None:
@@ -100,15 +144,17 @@ def check_picture(path: Path, option: str = "--output") -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
+    if not is_special(path) and path.suffix[1:].lower() not in known:
         raise typer.BadParameter(f"{option} {path} must end in one of {', '.join(sorted(known))}")
     check_folder(path)
 
 
 def check_folder(path: Path) -> None:
-    """Raise before any work is done if `path` has no folder to be written in."""
+    """Raise before any work is done if `path` has no folder to be written in, or is one."""
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def _read_samples(path: Path) -> np.ndarray:

@@ -17,9 +17,11 @@ from fewbit.cli.options import (
     TableOptions,
     Weight,
     check_picture,
+    file_option,
     find_activation,
 )
 from fewbit.constants import DEFAULT_BITS, SHIPPED_BITS
+from fewbit.text import file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +41,7 @@ def plot(
     errors: Annotated[
         bool, typer.Option("--errors", help="Error against bits, all activations, both optimal codings.")
     ] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Picture to write: .png, .svg, .pdf.")] = None,
+    output: Annotated[Path | None, file_option("--output", "-o", help="Picture to write: .png, .svg, .pdf.")] = None,
 ) -> None:
     """Draw f' (or f, or both) with the steps of its tables and the error, or an overview of all activations."""
     if (name is not None) + gallery + errors != 1:
@@ -58,7 +60,7 @@ def plot(
         found = [options.find(record, b) for b in bits or SHIPPED_BITS]
         bound = record.with_parameters(**found[0].parameters)
         figure, stem = plots.plot_tables(bound, found), record.name
-    _show_or_save(figure, output, f"fewbit-{stem}.png")
+    _show_or_save(figure, output, f"fewbit-{file_name(stem)}.png")
 
 
 def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:
@@ -73,10 +75,13 @@ def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:
             figure.set_canvas(manager.canvas)
             plt.show()
             return
+    from fewbit import terminal
+    from fewbit.plots import save
+
     path = output or Path(default)
     check_picture(path)
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    save(figure, path)
+    terminal.console().print(f"wrote {path}", soft_wrap=True)
 
 
 def _has_display() -> bool:

@@ -19,7 +19,9 @@ from fewbit.cli.options import (
     Samples,
     TableOptions,
     Weight,
+    file_option,
     find_activation,
+    folder_option,
 )
 from fewbit.constants import DEFAULT_BITS, SHIPPED_BITS
 
@@ -52,10 +54,12 @@ def table(
     domain: Domain = None,
     param: Parameters = None,
     samples: Samples = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table to this JSON file.")] = None,
+    output: Annotated[Path | None, file_option("--output", "-o", help="Write the table to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
     """Show the optimal code table of an activation, and write it where --output says."""
+    from fewbit import terminal
+
     options = TableOptions(weight, coding, channels or (), balance, domain, param or (), samples)
     found = options.find(find_activation(name), bits)
     if output:
@@ -65,12 +69,12 @@ def table(
         return
     _print_table(found)
     if output:
-        print(f"wrote {output}")
+        terminal.console().print(f"wrote {output}", soft_wrap=True)
 
 
 def build(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file would change.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; the shipped tables' own if left out.")] = None,
+    output: Annotated[Path | None, folder_option("--output", "-o", help="Folder; the shipped tables' own if left out.")] = None,
 ) -> None:
     """Design all shipped tables anew."""
     from rich.progress import track

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fewbit.cli.options import check_folder, check_picture, find_activation
+from fewbit.cli.options import check_folder, check_picture, file_option, find_activation
 from fewbit.constants import DEFAULT_BITS
 from fewbit.errors import InputError
 
@@ -17,7 +17,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 150,
     bits: Annotated[list[int] | None, typer.Option(help="Runs besides the exact one: --bits 3 1.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, …")] = "cpu",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Picture of the loss curves.")] = Path("fewbit-demo.png"),
+    output: Annotated[Path, file_option("--output", "-o", help="Picture of the loss curves.")] = Path("fewbit-demo.png"),
 ) -> None:
     """Train a small GPT on the Python standard library with exact and with coded GELU, side by side."""
     from fewbit import terminal
@@ -40,8 +40,8 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, in each of which every run is timed once.")] = 30,
     parts: Annotated[bool, typer.Option("--parts", help="Also encode and decode alone.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Also the exact activation under torch.compile.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
-    plot_path: Annotated[Path | None, typer.Option("--plot", help="Picture of the ratios against size.")] = None,
+    json_path: Annotated[Path | None, file_option("--json", help="Write all figures to this file.")] = None,
+    plot_path: Annotated[Path | None, file_option("--plot", help="Picture of the ratios against size.")] = None,
 ) -> None:
     """Time exact and coded activations, forward and backward, side by side, and count the bytes they keep."""
     if plot_path:

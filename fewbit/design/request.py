@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from fewbit import activations
-from fewbit.constants import CHANNELS, CODINGS, DEFAULT_BITS, DEFAULT_WEIGHT, MAX_BITS, VALUE_WEIGHT
-from fewbit.design.table import CodeTable, check_bits
+from fewbit.constants import CODINGS, DEFAULT_BITS, DEFAULT_WEIGHT, MAX_BITS, VALUE_WEIGHT
+from fewbit.design.table import CodeTable, check_bits, check_channels
 from fewbit.errors import DesignError
-from fewbit.record import Activation
+from fewbit.record import Activation, as_float
+from fewbit.text import shown
 from fewbit.weights import Weight, as_weight
 
 
@@ -84,7 +85,8 @@ class Request:
 
     def answered_by(self, table: CodeTable) -> bool:
         """Whether the table is, by what it says of itself, what this request asks for."""
-        return all(getattr(table, name) == value for name, value in self.describe().items())
+        stated = table.errors is not None and table.powers is not None
+        return stated and all(getattr(table, name) == value for name, value in self.describe().items())
 
 
 def _bits_and_levels(bits: int | None, levels: int | None) -> tuple[int, int]:
@@ -92,7 +94,7 @@ def _bits_and_levels(bits: int | None, levels: int | None) -> tuple[int, int]:
         bits = check_bits(DEFAULT_BITS if bits is None else bits, DesignError)
         return bits, 2**bits
     if isinstance(levels, bool) or not isinstance(levels, int | np.integer) or not 2 <= levels <= 2**MAX_BITS:
-        raise DesignError(f"levels must be an integer from 2 to {2**MAX_BITS}, got {levels!r}")
+        raise DesignError(f"levels must be an integer from 2 to {2**MAX_BITS}, got {shown(levels)}")
     needed = int(levels - 1).bit_length()
     bits = needed if bits is None else check_bits(bits, DesignError)
     if needed > bits:
@@ -101,12 +103,10 @@ def _bits_and_levels(bits: int | None, levels: int | None) -> tuple[int, int]:
 
 
 def _channels_and_coding(channels: Any, coding: str | None) -> tuple[tuple[str, ...], str]:
-    channels = (channels,) if isinstance(channels, str) else tuple(channels)
-    if not channels or len(set(channels)) != len(channels) or not set(channels) <= set(CHANNELS):
-        raise DesignError(f"channels must be some of {CHANNELS}, each once; got {channels}")
-    coding = coding or ("level" if len(channels) == 1 else "interval")
-    if coding not in CODINGS:
-        raise DesignError(f"coding must be one of {CODINGS}, got {coding!r}")
+    channels = check_channels((channels,) if isinstance(channels, str) else channels, DesignError)
+    coding = ("level" if len(channels) == 1 else "interval") if coding is None else coding
+    if not isinstance(coding, str) or coding not in CODINGS:
+        raise DesignError(f"coding must be one of {CODINGS}, got {shown(coding)}")
     if coding == "level" and len(channels) > 1:
         raise DesignError("coding 'level' orders x by one function and so takes one channel; use coding='interval' for several")
     return channels, coding
@@ -118,22 +118,23 @@ def _default_weight(channels: tuple[str, ...]) -> str:
 
 
 def _balance(balance: Any) -> float:
-    if not isinstance(balance, int | float) or not (balance > 0 and np.isfinite(balance)):
-        raise DesignError(f"balance must be a positive number, got {balance!r}")
-    return float(balance)
+    number = as_float(balance) if isinstance(balance, int | float) else np.nan
+    if not (number > 0 and np.isfinite(number)):
+        raise DesignError(f"balance must be a positive number, got {shown(balance)}")
+    return number
 
 
 def _domain(domain: Any) -> tuple[float, float]:
     try:
-        low, high = (float(end) for end in domain)
+        low, high = (as_float(end) for end in domain)
     except (TypeError, ValueError):
         low = high = np.nan
     if not (np.isfinite([low, high]).all() and low < high):
-        raise DesignError(f"domain must be two finite numbers (low, high) with low < high, got {domain!r}")
+        raise DesignError(f"domain must be two finite numbers (low, high) with low < high, got {shown(domain)}")
     return low, high
 
 
 def _cells(cells: Any) -> int:
     if isinstance(cells, bool) or not isinstance(cells, int | np.integer) or not 2 <= cells <= 1 << 20:
-        raise DesignError(f"cells must be an integer from 2 to {1 << 20}, got {cells!r}")
+        raise DesignError(f"cells must be an integer from 2 to {1 << 20}, got {shown(cells)}")
     return int(cells)

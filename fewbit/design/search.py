@@ -5,23 +5,38 @@ from __future__ import annotations
 import numpy as np
 
 from fewbit.design.dynprog import optimal_clusters, optimal_runs
+from fewbit.design.evaluate import CELLS
 from fewbit.design.grid import Grid
 from fewbit.design.polish import polish
 from fewbit.design.request import Request
 from fewbit.design.table import CodeTable
 from fewbit.design.tidy import rounded, run_ends, tidy_levels, tidy_thresholds, without_repetitions
 from fewbit.design.uniform import uniform_bins
+from fewbit.errors import DesignError, TableError
 
 Array = np.ndarray
 
 
 def search(request: Request) -> CodeTable:
-    """The table that the request asks for; DesignError if its function is not finite."""
+    """The table that the request asks for; DesignError where its function is not finite, or a number is beyond float64."""
     request.check_finite()
+    try:
+        with np.errstate(all="ignore"):
+            return _search(request)
+    except (TableError, ArithmeticError) as error:
+        raise DesignError(
+            f"no table of {request.activation} was found under the weight {request.weight} on {request.domain}: {error}; "
+            "choose other parameters, another domain or more cells"
+        ) from error
+
+
+def _search(request: Request) -> CodeTable:
     scale = np.sqrt([1.0 if channel == "derivative" else request.balance for channel in request.channels])
-    grid = Grid(request.activation, request.channels, scale, request.weight, request.domain, request.cells)
+    arguments = request.activation, request.channels, scale, request.weight, request.domain
+    grid = Grid(*arguments, request.cells)
     thresholds, codes, levels = (_uniform if request.coding == "uniform" else _optimal)(grid, request)
-    errors, powers = rounded(grid.error(thresholds, codes, levels)), rounded(grid.power())
+    judge = grid if request.cells >= CELLS else Grid(*arguments, CELLS)
+    errors, powers = rounded(judge.error(thresholds, codes, levels)), rounded(judge.power())
     return CodeTable(thresholds, codes, levels, errors=tuple(errors), powers=tuple(powers), **request.describe())
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from fewbit import files
+from fewbit.activations import built_in
 from fewbit.constants import CHANNELS, MAX_BITS
-from fewbit.errors import TableError, TableFileError
+from fewbit.design.evaluate import check_errors
+from fewbit.errors import ActivationError, TableError, TableFileError
 from fewbit.record import label, plural
+from fewbit.text import cut, plain, shown
+from fewbit.weights import weight_named
 
 Array = np.ndarray
 FORMAT = "fewbit-table"
 VERSION = 1
+MOST_BYTES = 1 << 24  # of a file of tables: a thousand of the largest that a design gives
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,21 +68,22 @@ class CodeTable:
         object.__setattr__(self, "bits", check_bits(self.bits, TableError))
         thresholds, levels = _floats("thresholds", self.thresholds, 1), _floats("levels", self.levels, 2)
         codes = _codes(self.codes)
-        _check_shapes(thresholds, codes, levels, self.bits, tuple(self.channels))
+        channels = check_channels(self.channels, TableError)
+        _check_shapes(thresholds, codes, levels, self.bits, channels)
         for name, array in (("thresholds", thresholds), ("codes", codes), ("levels", levels)):
             array.flags.writeable = False
             object.__setattr__(self, name, array)
-        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "channels", channels)
         object.__setattr__(self, "parameters", _parameters(self.parameters))
         object.__setattr__(self, "balance", _positive("balance", self.balance))
         for name in ("activation", "weight", "coding"):
             if not isinstance(getattr(self, name), str | None):
-                raise TableError(f"{name} must be a text or None, got {getattr(self, name)!r}")
+                raise TableError(f"{name} must be a text or None, got {shown(getattr(self, name))}")
         for name, size in (("domain", 2), ("errors", levels.shape[0]), ("powers", levels.shape[0])):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(_floats(name, getattr(self, name), 1).tolist()))
                 if len(getattr(self, name)) != size:
-                    raise TableError(f"{name} must be {size} number(s), got {getattr(self, name)}")
+                    raise TableError(f"{name} must be {size} number(s), got {shown(getattr(self, name))}")
         if self.domain is not None and not self.domain[0] < self.domain[1]:
             raise TableError(f"domain must ascend, got {self.domain}")
         if min((*(self.errors or ()), *(self.powers or ())), default=0.0) < 0:
@@ -92,10 +97,11 @@ class CodeTable:
 
     @property
     def relative_rms(self) -> float | tuple[float, ...]:
-        """sqrt(mse / ∫ w g² dx), shaped as `mse`; 0 where the power is 0 too."""
+        """sqrt(mse / ∫ w g² dx), shaped as `mse`; where the power is 0 that is 0 or infinite."""
         if self.errors is None or self.powers is None:
             return self._one_or_all((np.nan,) * len(self.channels))
-        ratios = (error / power if error else 0.0 for error, power in zip(self.errors, self.powers, strict=True))
+        pairs = zip(self.errors, self.powers, strict=True)
+        ratios = (0.0 if not error else error / power if power else np.inf for error, power in pairs)
         return self._one_or_all(tuple(float(np.sqrt(ratio)) for ratio in ratios))
 
     @property
@@ -134,7 +140,7 @@ class CodeTable:
         if self.errors is not None:
             rms = self.relative_rms if isinstance(self.relative_rms, tuple) else (self.relative_rms,)
             parts.append("relative rms " + ", ".join(f"{value:.3g}" for value in rms))
-        return f"CodeTable({', '.join(parts)})"
+        return cut(plain(f"CodeTable({', '.join(parts)})"), 500)
 
     def __copy__(self) -> CodeTable:
         return self
@@ -168,10 +174,10 @@ class CodeTable:
         """The inverse of `to_dict`. Raises TableError for missing or unknown entries and broken invariants."""
         known = set(cls.__dataclass_fields__)
         if not isinstance(entries, Mapping):
-            raise TableError(f"a table has named entries, got {entries!r}")
+            raise TableError(f"a table has named entries, got {shown(entries)}")
         if set(entries) != known:
             missing, unknown = sorted(known - set(entries)), sorted(set(entries) - known)
-            raise TableError(f"a table has the entries {', '.join(sorted(known))}; missing {missing}, unknown {unknown}")
+            raise TableError(f"a table has the entries {', '.join(sorted(known))}; missing {missing}, unknown {shown(unknown)}")
         try:
             return cls(**entries)
         except TableError:
@@ -180,16 +186,34 @@ class CodeTable:
             raise TableError(f"an entry of the table has the wrong type: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the table to `path` as JSON, atomically: the file is there whole or not at all. OSError as from open()."""
-        write_atomically(Path(path), dump_tables([self]))
+        """Write the table to `path` as JSON, whole or not at all; through links and devices. OSError as from open()."""
+        text = dump_tables([self])
+        if len(text) > MOST_BYTES:
+            raise TableError(f"a table file holds at most {MOST_BYTES >> 20} MiB, this table takes {len(text) >> 20}")
+        files.write(path, text)
 
     @classmethod
     def load(cls, path: str | Path) -> CodeTable:
         """Read a file that `save` wrote. Raises TableFileError, which names the file and the remedy, for any other."""
-        tables = read_tables(Path(path))
+        tables = read_tables(path)
         if len(tables) != 1:
             raise TableFileError(f"{path} holds {len(tables)} tables, not one; load_table() picks one of a shipped file")
+        try:
+            tables[0].check()
+        except TableError as error:
+            raise _broken(str(path), error) from error
         return tables[0]
+
+    def check(self) -> None:
+        """Raise TableError where the errors that the table states are not those of its levels, as far as that can be told: for
+        built-in activations, under weights that their text names. `load` checks that."""
+        record, weight = built_in(self.activation or ""), weight_named(self.weight or "")
+        if record is not None and weight is not None:
+            try:
+                record = record.with_parameters(**self.parameters)
+            except ActivationError as error:
+                raise TableError(str(error)) from error
+            check_errors(self, record, weight)
 
 
 def check_bits(bits: Any, error: type[Exception]) -> int:
@@ -197,8 +221,21 @@ def check_bits(bits: Any, error: type[Exception]) -> int:
     if type(bits) is int and 1 <= bits <= MAX_BITS:
         return bits
     if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= MAX_BITS:
-        raise error(f"bits must be an integer from 1 to {MAX_BITS}, got {bits!r}")
+        raise error(f"bits must be an integer from 1 to {MAX_BITS}, got {shown(bits)}")
     return int(bits)
+
+
+def check_channels(channels: Any, error: type[Exception]) -> tuple[str, ...]:
+    """The channels as a tuple if they are some of CHANNELS, each once; else raises `error`."""
+    few = isinstance(channels, list | tuple) and 0 < len(channels) <= len(CHANNELS)
+    if not few or not all(isinstance(each, str) and each in CHANNELS for each in channels) or len({*channels}) != len(channels):
+        raise error(f"channels must be some of {CHANNELS}, each once; got {shown(channels)}")
+    return tuple(channels)
+
+
+def finite(name: str, value: Any) -> float:
+    """A number of a table as a float; TableError, naming it, if it is none or not finite."""
+    return float(_floats(name, value, 0))
 
 
 def _floats(name: str, values: Any, dimensions: int) -> Array:
@@ -207,28 +244,31 @@ def _floats(name: str, values: Any, dimensions: int) -> Array:
     except (TypeError, ValueError, OverflowError) as error:
         raise TableError(f"{name} must be numbers: {error}") from error
     if array.ndim != dimensions or not np.all(np.isfinite(array)):
-        raise TableError(f"{name} must be finite and have {dimensions} dimension(s), got shape {array.shape}: {values}")
+        raise TableError(f"{name} must be finite and have {dimensions} dimension(s), got shape {array.shape}: {shown(values)}")
     return array
 
 
 def _parameters(values: Any) -> Mapping[str, float]:
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-        raise TableError(f"parameters must be named numbers, got {values!r}")
-    numbers = {name: float(_floats(f"parameter {name}", value, 0)) for name, value in values.items()}
+        raise TableError(f"parameters must be named numbers, got {shown(values)}")
+    numbers = {name: finite(f"parameter {name}", value) for name, value in values.items()}
     return MappingProxyType(numbers)
 
 
 def _positive(name: str, value: Any) -> float:
-    number = float(_floats(name, value, 0))
+    number = finite(name, value)
     if number <= 0:
-        raise TableError(f"{name} must be positive, got {value!r}")
+        raise TableError(f"{name} must be positive, got {shown(value)}")
     return number
 
 
 def _codes(values: Any) -> Array:
-    codes = np.asarray(values)
+    try:
+        codes = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        codes = np.empty(0)
     if codes.ndim != 1 or codes.dtype.kind not in "iu" or codes.size == 0 or codes.min() < 0 or codes.max() > 255:
-        raise TableError(f"codes must be a non-empty list of integers from 0 to 255, got {values}")
+        raise TableError(f"codes must be a non-empty list of integers from 0 to 255, got {shown(values)}")
     return codes.astype(np.uint8)
 
 
@@ -243,8 +283,6 @@ def _check_shapes(thresholds: Array, codes: Array, levels: Array, bits: int, cha
         raise TableError(
             f"m thresholds part m+1 intervals with a code each, got {thresholds.size} thresholds, {codes.size} codes"
         )
-    if not channels or len(set(channels)) != len(channels) or not set(channels) <= set(CHANNELS):
-        raise TableError(f"channels must be some of {CHANNELS}, each once; got {channels}")
     if levels.shape[0] != len(channels):
         raise TableError(f"levels must have a row for each of the channels {channels}, got shape {levels.shape}")
     if not 1 <= levels.shape[1] <= 2**bits:
@@ -253,33 +291,19 @@ def _check_shapes(thresholds: Array, codes: Array, levels: Array, bits: int, cha
         raise TableError(f"each code must have a level: got code {codes.max()} with {levels.shape[1]} levels")
 
 
-def read_tables(path: Path) -> list[CodeTable]:
+def read_tables(path: str | Path) -> list[CodeTable]:
     """All tables of a file. Raises TableFileError, which names the file and the remedy, if there is none or it is damaged."""
-    return parse_tables(read_text(path), str(path))
+    return parse_tables(read_text(path, MOST_BYTES), str(path))
 
 
-def read_text(path: Path) -> str:
-    """The text of a file; TableFileError, which names it, where there is none."""
+def read_text(path: str | Path, most: int) -> str:
+    """The text of a file of at most so many bytes; TableFileError, which names it, where there is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        return files.read(path, most).decode("utf-8")
     except OSError as error:
         raise TableFileError(f"cannot read table file {path}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # no UTF-8; or a path that no file can have
         raise TableFileError(f"{path} is no fewbit table file: it is not text") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under its final name only when it is complete; OSError, naming `path`, as from open()."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
-    try:
-        try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def dump_tables(tables: list[CodeTable]) -> str:
@@ -298,20 +322,29 @@ def parse_tables(text: str, origin: str) -> list[CodeTable]:
     except TableFileError:
         raise
     except TableError as error:
-        raise TableFileError(f"{origin} holds a broken table: {error}; design it anew") from error
+        raise _broken(origin, error) from error
+
+
+def _broken(origin: str, error: TableError) -> TableFileError:
+    return TableFileError(f"{origin} holds a broken table: {error}; design it anew")
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def parse_entries(text: str, origin: str, form: str, name: str) -> list[Any]:
     """The list under `name` in a JSON text that says of itself to be of this format and version; else TableFileError."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise TableFileError(f"{origin} is not valid JSON, perhaps cut short ({error}); delete it or write it anew") from error
+        what = f"{origin} is not valid JSON, perhaps cut short ({error!s:.200})"
+        raise TableFileError(f"{what}; delete it or write it anew") from error
     if not isinstance(content, dict) or content.get("format") != form or not isinstance(content.get(name), list):
         raise TableFileError(f'{origin} is no {form.replace("-", " ")} file: it lacks "format": "{form}" and its {name}')
     if content.get("version") != VERSION:
         raise TableFileError(
-            f"{origin} has version {content.get('version')!r}, this fewbit reads version {VERSION}; "
+            f"{origin} has version {shown(content.get('version'))}, this fewbit reads version {VERSION}; "
             "upgrade fewbit or design the table anew"
         )
     return content[name]

@@ -9,8 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewbit import terminal
-from fewbit.design.table import write_atomically
+from fewbit import files, terminal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,19 +46,24 @@ class Report(ABC):
         return _written(json.dumps(self.to_dict(), indent=1) + "\n", path)
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """`rows` as comma-separated values under a line of names; also written to the file, if one is named."""
+        """`rows` as comma-separated values under a line of names; also written to the file, if one is named.
+
+        A text that a spreadsheet would take for a formula begins with an apostrophe.
+        """
         rows, text = self.rows(), io.StringIO()
         names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: _inert(value) for name, value in row.items()} for row in rows)
         return _written(text.getvalue(), path)
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """The picture, a matplotlib Figure; also saved to the file, if one is named."""
         figure = self.figure()
         if path is not None:
-            figure.savefig(path, dpi=150)
+            from fewbit.plots.style import save
+
+            save(figure, path)
         return figure
 
     def __str__(self) -> str:
@@ -68,7 +72,11 @@ class Report(ABC):
     __repr__ = __str__
 
 
+def _inert(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else value
+
+
 def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
-        write_atomically(Path(path), text)
+        files.write(path, text)
     return text

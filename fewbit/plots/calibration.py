@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from fewbit.plots.style import styled
+from fewbit.plots.style import literal, styled
 
 _BEFORE, _AFTER = "0.6", "tab:red"
 
@@ -30,7 +30,7 @@ def plot_calibration(names: Sequence[str], panels: Mapping[str, Sequence[tuple[f
             axis.set_xlabel(f"relative rms error of the {channel}")
             axis.grid(axis="x", color="0.93")
             axis.set_axisbelow(True)
-        axes[0].set_yticks(places, names)
+        axes[0].set_yticks(places, [literal(name) for name in names])
         axes[0].invert_yaxis()
         if panels:
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -61,7 +61,7 @@ def plot_allocation(
         right.set_xlabel("predicted error of the gradient from this layer")
         right.grid(axis="x", color="0.93")
         right.set_axisbelow(True)
-        left.set_yticks(places, names)
+        left.set_yticks(places, [literal(name) for name in names])
         left.invert_yaxis()
         figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

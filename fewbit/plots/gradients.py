@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from fewbit.plots.style import styled
+from fewbit.plots.style import literal, styled
 
 
 def plot_fidelity(parts: Sequence[Any], title: str, most: int = 40) -> Figure:
@@ -39,13 +39,13 @@ def plot_fidelity(parts: Sequence[Any], title: str, most: int = 40) -> Figure:
         drawn = [value for part in shown for value in (part.error, part.noise) if value]
         if drawn:
             axis.set_xlim(min(*drawn, *(value / 10 for value in drawn if value > 0.1)) / 1.5, max(drawn) * 1.5)
-        axis.set_yticks(places, [part.group for part in shown])
+        axis.set_yticks(places, [literal(part.group) for part in shown])
         axis.get_yticklabels()[-1].set_fontweight("bold")
         axis.set_ylim(len(shown) - 0.4, -0.6)
         axis.set_xlabel("relative to the norm of the gradient")
         axis.grid(axis="x", color="0.93")
         axis.set_axisbelow(True)
-        axis.set_title(title, loc="left", fontsize=9, wrap=True)
+        axis.set_title(literal(title), loc="left", fontsize=9, wrap=True)
         figure.legend(loc="outside lower center", ncols=3)
     return figure
 
@@ -69,7 +69,7 @@ def plot_drift(histories: Mapping[str, Sequence[tuple[int, float]]], factor: flo
         named = sorted(peaks, key=lambda name: -peaks[name])[:most]
         for name, checks in histories.items():
             steps, ratios = np.array(checks, float).reshape(-1, 2).T
-            look: dict[str, Any] = {"label": name} if name in named else {"color": "0.8", "zorder": 1}
+            look: dict[str, Any] = {"label": literal(name)} if name in named else {"color": "0.8", "zorder": 1}
             axis.plot(steps, ratios, ".-", markersize=4, linewidth=1, **look)
         axis.axhline(factor, color="0.3", linestyle="--", linewidth=1)
         axis.annotate(

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fewbit.plots.style import styled
+from fewbit.plots.style import literal, styled
 
 Stack = Mapping[str, int]  # operation -> bytes
 Bars = Mapping[str, Stack]  # label -> what the bar is made of
@@ -43,12 +43,12 @@ def plot_memory(modules: Mapping[str, Bars], title: str, label_of: Callable[[int
                 _draw(axes, y, 0.9 * step, stack, colours)
                 end, text = sum(stack.values()), f"{label} {label_of(sum(stack.values()))}".strip()
                 axes.annotate(text, (end, y), (3, 0), textcoords="offset points", va="center", size=7)
-        axes.set_yticks(range(len(shown)), list(shown))
+        axes.set_yticks(range(len(shown)), [literal(name) for name in shown])
         axes.invert_yaxis()
         axes.margins(x=0.16, y=0.01)
         _label_bytes(axes)
-        axes.set_title(title, loc="left")
-        patches = [Patch(color=colour, label=operation) for operation, colour in colours.items()]
+        axes.set_title(literal(title), loc="left")
+        patches = [Patch(color=colour, label=literal(operation)) for operation, colour in colours.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=3)
     return figure
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from fewbit import activations
 from fewbit.constants import DEFAULT_BITS, DEFAULT_DOMAIN, SHIPPED_BITS, SHIPPED_CODINGS
 from fewbit.design.table import CodeTable
-from fewbit.plots.style import styled
+from fewbit.plots.style import literal, styled
 from fewbit.record import Activation, plural
 from fewbit.store import load_table
 
@@ -49,7 +49,7 @@ def plot_tables(record: Activation, tables: Sequence[CodeTable]) -> Figure:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         between = "\n" if len(tables) == 1 else ", "
         functions = " and ".join(_SYMBOLS[channel] for channel in channels) + (" and its" if len(channels) == 1 else ": their")
-        figure.suptitle(f"{record}: {functions} {tables[0].coding} codes{between}weight {tables[0].weight}")
+        figure.suptitle(f"{literal(str(record))}: {functions} {tables[0].coding} codes{between}weight {tables[0].weight}")
     return figure
 
 
@@ -65,7 +65,7 @@ def plot_gallery(bits: int = DEFAULT_BITS) -> Figure:
             table = load_table(record, bits)
             _draw_steps(axis, record, table, (-7.0, 7.0))
             error = "exact" if table.mse == 0 else f"{table.relative_rms:.3f}"
-            axis.set_title(f"{record.name}  ({error})")
+            axis.set_title(f"{literal(record.name)}  ({error})")
         for axis in axes.flat[len(records) :]:
             axis.set_axis_off()
         last = len(records) - (rows - 1) * columns
@@ -145,7 +145,7 @@ def plot_ratios(panels: RatioPanels, columns: int, subtitle: str) -> Figure:
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
             _draw_ratios(axis, lines)
-            axis.set_title(title)
+            axis.set_title(literal(title))
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
         _label_ratio_ticks(axes[0, 0], panels)

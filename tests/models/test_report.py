@@ -54,6 +54,13 @@ def test_exports_what_it_has(report, tmp_path):
         assert export(tmp_path / name) == (tmp_path / name).read_text()
 
 
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+def test_no_cell_is_a_formula(start):
+    name = f'{start}HYPERLINK("http://x")'
+    (row,) = csv.DictReader(io.StringIO(Lengths({name: -1}).to_csv(), newline=""))
+    assert row == {"name": f"'{name}", "length": "-1"}  # numbers stay numbers
+
+
 def test_saves_its_picture(report, tmp_path):
     report.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -1,15 +1,22 @@
 """Pictures: what they show is checked here by their parts; how they look, by looking."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
 import fewbit
 from fewbit import activations, plots
+from fewbit.plots import plot_ratios, plot_tables, save
+from fewbit.plots.calibration import plot_allocation, plot_calibration
+from fewbit.plots.gradients import plot_drift, plot_fidelity
+from fewbit.plots.memory import plot_memory
+from fewbit.record import from_callable
 
 
 def boxes_of_texts(figure):
@@ -129,3 +136,22 @@ def test_ratios_of_one_odd_size():
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1,000"]
     low, high = figure.axes[0].get_ylim()
     assert low < 0.97 < 1.1 < high
+
+
+@pytest.mark.parametrize("name", ["a$_{b", "$\\frac$", "$a_{b}$", "\x1b[2J", "_", "a\\$b$c", "ä\n"])
+def test_names_are_no_formulas(name, tmp_path):
+    """Of modules, operations and activations: matplotlib would take what stands between two $ for a formula."""
+    part = SimpleNamespace(group=name, error=0.1, noise=1.0, systematic=0.01)
+    record = from_callable(torch.tanh, name=f"{name}$")
+    figures = (
+        plot_memory({f"{name}${name}": {"": {name: 3}}}, f"{name} $", str),
+        plot_calibration([name, name], {"derivative": [(0.1, 0.05)] * 2}),
+        plot_allocation([name], [3], [(0.1, 0.05)], 4),
+        plot_fidelity([part, part], f"{name} $"),
+        plot_drift({name: [(1, 2.0)]}, 2.0),
+        plot_tables(record, [fewbit.load_table("tanh", 2)]),
+        plot_ratios({f"{name} $": {"3 bits": [(16, 1.0, 0.9, 1.1)]}}, 1, "here"),
+    )
+    for figure in figures:
+        save(figure, tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").stat().st_size > 1000

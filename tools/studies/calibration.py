@@ -23,6 +23,7 @@ from torch import nn
 
 import fewbit
 from fewbit import demo, terminal
+from fewbit.plots import save
 from tools.studies import common, gpt
 from tools.studies.pictures import plot_calibration_study
 
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="that the trained model has seen (%(default)s)")
     arguments = parser.parse_args()
     results = study(terminal.console(at_least=100), gpt.trained(arguments.weights, arguments.steps))
-    plot_calibration_study(results).savefig(common.RESULTS / "calibration.png", dpi=150)
+    save(plot_calibration_study(results), common.RESULTS / "calibration.png")
     common.write("calibration", results)
 
 

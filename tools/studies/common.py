@@ -19,8 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import fewbit
-from fewbit import resolve, terminal
-from fewbit.design.table import write_atomically
+from fewbit import files, resolve, terminal
 from fewbit.measuring import Task, quantiles, saved_storages, time_rounds
 from fewbit.models.arguments import arguments_of
 
@@ -142,7 +141,7 @@ def write(name: str, results: Any, directory: Path = RESULTS) -> None:
     """Write the results, under what they were measured with and when, to directory/name.json; say so."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    write_atomically(path, json.dumps({**stamp(), "results": results}, indent=1) + "\n")
+    files.write(path, json.dumps({**stamp(), "results": results}, indent=1) + "\n")
     print(f"wrote {os.path.relpath(path)}")
 
 

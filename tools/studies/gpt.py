@@ -27,6 +27,7 @@ from torch import nn
 import fewbit
 from fewbit import demo, terminal
 from fewbit.nn.layers import CodedLayer
+from fewbit.plots import save
 from tools.studies import baselines, common
 from tools.studies.pictures import plot_errors_beside_noise
 
@@ -226,7 +227,7 @@ def main() -> None:
         if part == "errors":
             results = errors(console, trained(arguments.weights, arguments.steps))
             whole = {label: error for label, error in results["errors"].items() if "blocks" not in label}
-            plot_errors_beside_noise(results["noise"], whole, GROUPS).savefig(common.RESULTS / "gpt-errors.png", dpi=150)
+            save(plot_errors_beside_noise(results["noise"], whole, GROUPS), common.RESULTS / "gpt-errors.png")
         else:
             results = {"memory": memory, "times": times, "training": training}[part](console)
         common.write(f"gpt-{part}", results)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fewbit import terminal
+from fewbit import files, terminal
 from fewbit.constants import CHANNELS
-from fewbit.design.table import VERSION, CodeTable, parse_entries, read_text, write_atomically
+from fewbit.design.table import VERSION, CodeTable, finite, parse_entries, read_text
 from fewbit.errors import InputError, TableError, TableFileError
 from fewbit.models.arguments import check_model
 from fewbit.models.conversion.engine import convert_modules
@@ -24,12 +24,14 @@ from fewbit.models.preserve import structure_restored_on_error
 from fewbit.models.report import Report
 from fewbit.record import label, plural
 from fewbit.resolve import JOINT
+from fewbit.text import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 FORMAT = "fewbit-calibration"
+MOST_BYTES = 1 << 28  # of a file: tables of 8 bits for twenty thousand layers
 _NUMBER = (int, float, type(None))
 _TYPES = {"name": str, "activation": str, "parameters": dict, "elements": int, "not_finite": int}
 _TYPES |= {"mean": _NUMBER, "std": _NUMBER}
@@ -68,16 +70,21 @@ class CalibratedLayer:
         """The inverse of `to_dict`. Raises TableError for anything else."""
         known = {field.name for field in fields(cls)}
         if not isinstance(entries, dict) or set(entries) != known:
-            raise TableError(f"a layer has the entries {', '.join(sorted(known))}; got {entries!r:.200}")
+            raise TableError(f"a layer has the entries {', '.join(sorted(known))}; got {shown(entries)}")
         table = CodeTable.from_dict(entries["table"])
-        errors = {name: _tupled(entries[name]) for name in ("before", "after")}
+        table.check()
         for name, kinds in _TYPES.items():
-            if not isinstance(entries[name], kinds):
-                raise TableError(f"{name} of a layer cannot be {entries[name]!r}")
-        if not all(each is None or len(each) == len(table.channels) for each in errors.values()):
-            raise TableError(f"before and after of a layer have a number for each of {table.channels}, or are null")
-        parameters = {name: float(value) for name, value in entries["parameters"].items()}
-        return cls(**{**entries, **errors, "parameters": parameters, "table": table})
+            if not isinstance(entries[name], kinds) or isinstance(entries[name], bool):
+                raise TableError(f"{name} of a layer cannot be {shown(entries[name])}")
+        parameters = {name: finite(f"parameter {name}", value) for name, value in entries["parameters"].items()}
+        if table.activation is not None and (table.activation, dict(table.parameters)) != (entries["activation"], parameters):
+            wanted = label(entries["activation"], parameters)
+            raise TableError(f"the table is for {label(table.activation, table.parameters)}, its layer is {wanted}")
+        errors = {name: _numbers(name, entries[name]) for name in ("before", "after")}
+        if {None if each is None else len(each) for each in errors.values()} not in ({None}, {len(table.channels)}):
+            raise TableError(f"before and after of a layer have a number for each of {table.channels}, or both are null")
+        single = {name: entries[name] and finite(name, entries[name]) for name in ("mean", "std")}
+        return cls(**{**entries, **errors, **single, "parameters": parameters, "table": table})
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,18 +102,18 @@ class Calibration(Report):
         """Write the tables and these figures to one JSON file, atomically. OSError as from open()."""
         lines = ",\n".join("  " + json.dumps(layer.to_dict()) for layer in self.layers)
         head = f'"format": "{FORMAT}",\n "version": {VERSION},\n "by_gradient": {json.dumps(self.by_gradient)}'
-        write_atomically(Path(path), f'{{\n {head},\n "layers": [\n{lines}\n ]\n}}\n')
+        files.write(path, f'{{\n {head},\n "layers": [\n{lines}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read a file that `save` wrote. Raises TableFileError, which names the file and the remedy, for any other."""
-        text = read_text(Path(path))
+        text = read_text(path, MOST_BYTES)
         entries = parse_entries(text, str(path), FORMAT, "layers")
         try:
             layers = tuple(CalibratedLayer.from_dict(each) for each in entries)
-        except (TableError, TypeError, ValueError) as error:
+        except TableError as error:
             raise TableFileError(f"{path} holds a broken layer: {error}; calibrate the model anew") from error
-        return cls(layers, bool(json.loads(text).get("by_gradient", False)))
+        return cls(layers, json.loads(text).get("by_gradient") is True)
 
     def install(self, model: nn.Module) -> nn.Module:
         """Put the tables on the modules of these names, which are converted where they are not coded yet. Returns the model.
@@ -220,8 +227,10 @@ def _number(number: float | None, form: str) -> str:
     return "–" if number is None else format(number, form)
 
 
-def _tupled(values: Any) -> tuple[float, ...] | None:
-    return None if values is None else tuple(float(value) for value in values)
+def _numbers(name: str, values: Any) -> tuple[float, ...] | None:
+    if values is not None and not (isinstance(values, list) and len(values) <= len(CHANNELS)):
+        raise TableError(f"{name} of a layer cannot be {shown(values)}")
+    return None if values is None else tuple(finite(name, value) for value in values)
 
 
 def _listed(values: tuple[float, ...] | None) -> list[float] | None:

@@ -11,9 +11,8 @@ import torch
 from rich.console import Group
 from torch import nn
 
-from fewbit import terminal
+from fewbit import files, terminal
 from fewbit.constants import DEFAULT_LAYER_BITS
-from fewbit.design.table import write_atomically
 from fewbit.models.arguments import Filter, check_filter, check_model
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.grouping import cut, shortened
@@ -130,7 +129,7 @@ class MemoryReport(Report):
         """One self-contained page of the report, and of the plan if one is given; also written to the file, if one is named."""
         text = page(self.totals(), self.storages, plan)
         if path is not None:
-            write_atomically(Path(path), text)
+            files.write(path, text)
         return text
 
 
