@@ -3,11 +3,15 @@
 from fewbit.text import cut, plain
 
 
-class FewbitError(Exception):
-    """Base of every error that fewbit raises on purpose. No name or value in its message commands a terminal, or fills it."""
+class _Plain(Exception):
+    """No name or value in its message commands a terminal, or fills it."""
 
     def __str__(self) -> str:
         return cut(plain(super().__str__()), 2000)
+
+
+class FewbitError(_Plain):
+    """Base of every error that fewbit raises on purpose."""
 
 
 class ActivationError(FewbitError, LookupError):
@@ -31,9 +35,9 @@ class InputError(FewbitError, TypeError):
     or a derivative that codes cannot give."""
 
 
-class ConversionWarning(UserWarning):
+class ConversionWarning(_Plain, UserWarning):
     """A conversion that found nothing to convert."""
 
 
-class DriftWarning(UserWarning):
+class DriftWarning(_Plain, UserWarning):
     """The inputs of a layer have drifted away from what its table was designed for: its derivative or value errs more."""

@@ -53,7 +53,8 @@ def read(path: str | Path, most: int) -> bytes:
 def _write(path: str, data: bytes) -> None:
     number = _open_file(path)
     if number is not None:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what was printed before comes first
         with open(os.dup(number), "wb") as file:
             file.write(data)
         return
@@ -95,7 +96,7 @@ def _replace(target: str, data: bytes, old: os.stat_result | None) -> None:
             file.flush()
             if old is not None:
                 _take_over(file.fileno(), old)
-            os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
+            _sync(file.fileno())
         os.replace(temporary, target)
     finally:
         with contextlib.suppress(OSError):
@@ -108,7 +109,17 @@ def _take_over(number: int, old: os.stat_result) -> None:
         with contextlib.suppress(OSError):  # the owner first: a change of owner clears bits of the mode
             os.fchown(number, old.st_uid, old.st_gid)
     if hasattr(os, "fchmod"):
-        os.fchmod(number, stat.S_IMODE(old.st_mode))
+        with contextlib.suppress(OSError):  # where files have no modes; the new one is private then
+            os.fchmod(number, stat.S_IMODE(old.st_mode))
+
+
+def _sync(number: int) -> None:
+    """Else a power cut may leave the new name with nothing in it."""
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # of file systems that know no such thing
+            raise
 
 
 def _collect(folder: str) -> None:

@@ -225,3 +225,9 @@ def test_messages_are_plain():
     with pytest.raises(TableError) as caught:
         fewbit.CodeTable.load("a\x1b[2Jb")
     assert "\\x1b[2J" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [fewbit.TableError, fewbit.InputError, fewbit.ConversionWarning, fewbit.DriftWarning])
+def test_errors_and_warnings_are_plain_and_short(kind):
+    assert str(kind("a\x1b[2J")) == "a\\x1b[2J"
+    assert len(str(kind("x" * 10**6))) <= 2000

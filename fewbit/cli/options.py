@@ -161,6 +161,8 @@ def _read_samples(path: Path) -> np.ndarray:
     import numpy as np
 
     try:
+        if is_special(path):
+            raise ValueError("it is no regular file")
         with path.open("rb") as file:
             samples = np.load(file)
         if not isinstance(samples, np.ndarray):

@@ -24,6 +24,7 @@ from fewbit.models.memory.storages import bars_of, kept_by, total
 from fewbit.models.preserve import preserved_structure
 from fewbit.models.report import Report
 from fewbit.terminal import bytes_label
+from fewbit.text import plain
 from fewbit.torch_internals import is_compiled
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Plan(Report):
             log_conversion(model, self.setting, converted)
         for each in self.advice:
             if each.module in self.candidates - self.outcome.chosen:
-                _log.info("%s stays exact: %s", each.module or type(model).__name__, each.reason)
+                _log.info("%s", plain(f"{each.module or type(model).__name__} stays exact: {each.reason}"))
         return model
 
     def by_module(self) -> dict[str, tuple[int, int]]:
