@@ -40,14 +40,14 @@ def read(path: str | Path, most: int) -> bytes:
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(number, "rb") as file:
-            if not stat.S_ISREG(os.fstat(number).st_mode):
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file")
-            data = file.read(most + 1)
+            if status.st_size > most or len(data := file.read(most + 1)) > most:  # some files state no size
+                raise OSError(errno.EFBIG, f"it is larger than the {most >> 20} MiB that are read of such a file")
+            return data
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"it is larger than the {most >> 20} MiB that are read of such a file", str(path))
-    return data
 
 
 def _write(path: str, data: bytes) -> None:

@@ -64,9 +64,11 @@ def device_tables(table: CodeTable, dtype: torch.dtype, device: torch.device) ->
     """
     thresholds, levels = table.thresholds.copy(), table.levels.copy()
     if dtype != torch.float64:
-        single = thresholds.astype(np.float32)
+        with np.errstate(over="ignore"):  # a threshold beyond float32 is infinite, and compares as well
+            single, levels = thresholds.astype(np.float32), levels.astype(np.float32)
         thresholds = np.where(single > thresholds, np.nextafter(single, np.float32(-np.inf)), single)
-        levels = levels.astype(np.float32)
+        if not np.all(np.isfinite(levels)):
+            raise TableError(f"{table} has levels beyond float32; use another table, or inputs of float64")
     with unwatched():
         tensors = [torch.from_numpy(array.copy()).to(device) for array in (thresholds, table.codes, *levels)]
         found = tuple(DeviceTable(tensors[0], tensors[1], channel, table.bits) for channel in tensors[2:])

@@ -231,3 +231,17 @@ def test_messages_are_plain():
 def test_errors_and_warnings_are_plain_and_short(kind):
     assert str(kind("a\x1b[2J")) == "a\\x1b[2J"
     assert len(str(kind("x" * 10**6))) <= 2000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_numbers_beyond_float32_in_a_table(dtype):
+    x = torch.linspace(-3, 3, 7, dtype=dtype, requires_grad=True)
+    far = fewbit.CodeTable([-1e300, 0.0, 1e300], [0, 0, 1, 1], [[0.25, 0.75]], 1)
+    fewbit.functional.gelu(x, table=far).sum().backward()
+    assert x.grad.tolist() == [0.25] * 4 + [0.75] * 3
+    large = fewbit.CodeTable([0.0], [0, 1], [[0.0, 1e300]], 1)
+    if dtype == torch.float64:
+        fewbit.functional.gelu(x, table=large).sum().backward()
+    else:
+        with pytest.raises(TableError, match="has levels beyond float32; use another table, or inputs of float64"):
+            fewbit.functional.gelu(x, table=large)
