@@ -30,7 +30,7 @@ def write_again_and_again(folder: Path) -> None:
     for i in itertools.count(random.randrange(1000)):
         tables[i % 4].save(folder / "table.json")
         store._load.cache_clear()
-        fewbit.load_table("elu", 1 + i % 3, alpha=0.5 + 0.001 * (i % 200))
+        fewbit.load_table("elu", 1 + i % 3, alpha=0.5 + 0.001 * (i % 7))
         files.write(folder / "text", str(i % 10) * 200_000)
         files.write(folder / "link", str(i % 10) * 1000)
 
@@ -69,17 +69,28 @@ def kills(count: int, draw: random.Random, folder: Path) -> Counter[str]:
     os.environ["FEWBIT_CACHE_DIR"] = str(folder / "cache")
     fewbit.load_table("elu", 2, alpha=0.4)  # loads the compiler, before the forks
     for _ in range(count):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it would be lost in what Python does after a fork
         child = os.fork()
         if child == 0:
             try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 write_again_and_again(folder)
             finally:  # whatever an interrupt became in it
                 os._exit(0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         time.sleep(draw.random() * 0.1)
         os.kill(child, draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-        os.waitpid(child, 0)
+        for _ in range(100):
+            if os.waitpid(child, os.WNOHANG)[0]:
+                break
+            time.sleep(0.01)
+        else:  # the interrupt came in a callback, and was lost
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         seen["kills"] += 1
         check(folder, seen)
+        for path in (folder / "cache").glob("*.json"):  # for the next one to design anew
+            path.unlink()
         for path in folder.rglob(".fewbit-*.tmp"):  # as if an hour had gone by
             before = time.time() - 7200
             os.utime(path, (before, before))
