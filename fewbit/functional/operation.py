@@ -124,6 +124,8 @@ def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Cal
     x, needed, dense = operands[0], False, True
     if exact_mode.active or exact_mode.compiled_depth or not torch.is_grad_enabled() or not isinstance(x, Tensor):
         return operation.exact
+    if torch.jit.is_tracing():  # a script holds torch's operation: of ours it would hold this batch's codes, as constants
+        return operation.exact
     if is_watched(x):
         return _decide_watched(operation, operands, by_name)
     for each in operands:

@@ -17,12 +17,13 @@ from fewbit.design.table import CodeTable
 from fewbit.functional.activations import activation_operation, bind, bound_record, constructor_arguments, docstring_of
 from fewbit.functional.layers import Code, gated_unit
 from fewbit.functional.operation import run
+from fewbit.nn.base import Coded
 from fewbit.record import Activation
 
 Tensor = torch.Tensor
 
 
-class CodedActivation(torch.nn.Module):
+class CodedActivation(Coded):
     """Base of the modules of activations.
 
     bits   of one code, or None for the table's, or else 3

@@ -14,12 +14,13 @@ from fewbit.errors import InputError
 from fewbit.functional import layers
 from fewbit.functional.layers import ADDED, Code
 from fewbit.functional.operation import not_codable
+from fewbit.nn.base import Coded
 from fewbit.torch_internals import dynamo_is_loaded
 
 Tensor = torch.Tensor
 
 
-class CodedLayer(nn.Module):
+class CodedLayer(Coded):
     """Base of all these modules.
 
     bits      of one code, or None for the table's, or else 4
@@ -46,7 +47,7 @@ class CodedLayer(nn.Module):
             own = inspect.signature(vars(cls)["__init__"].__get__(object())).parameters.values()
             cls.__signature__ = inspect.Signature([*(each for each in own if each.kind is not each.VAR_KEYWORD), *ADDED])
             return
-        others = [each for each in cls.__mro__ if each is not nn.Module and not issubclass(each, CodedLayer)]
+        others = [each for each in cls.__mro__ if each not in (nn.Module, Coded) and not issubclass(each, CodedLayer)]
         torchs = [each for each in others if each.__module__.startswith("torch.nn")]
         if torchs or not cls.__name__.startswith("_"):
             inherited = inspect.signature(torchs[0]).parameters.values() if torchs else ()
