@@ -254,6 +254,15 @@ def native_functions() -> Any:
     return torch._C._nn  # type: ignore[attr-defined]
 
 
+def is_torchs_own(kind: type[Tensor]) -> bool:
+    """Whether operations on tensors of this class are torch's own: on plain tensors, parameters, and those with which torch
+    itself looks on (fake and functional ones). Another class that sees operations, as DTensor, has a mind of its own."""
+    if kind is Tensor or hasattr(kind, "_mode_key"):
+        return True
+    sees_nothing = torch._C._disabled_torch_function_impl, torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+    return (kind.__torch_function__, kind.__torch_dispatch__) == sees_nothing
+
+
 def fake_tensor_class() -> type[Tensor]:
     """The class of fake tensors, a plain tensor in all but its memory."""
     from torch._subclasses.fake_tensor import FakeTensor

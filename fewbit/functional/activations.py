@@ -195,7 +195,7 @@ def docstring_of(record: Activation, summary: str, module: bool = False) -> str:
     """The docstring of a function, or of a module."""
     parameters = "".join(f"\n    {name:8} as in torch" for name in (*record.options, *record.parameters))
     if module:
-        others = "Inputs of other dtypes or layouts are left to torch.\n\n    Raises InputError (double backward)"
+        others = "Inputs of other dtypes, layouts or classes are left to torch.\n\n    Raises InputError (double backward)"
     else:
         parameters = f"\n    input    (*), any shape and strides; float16, bfloat16, float32 or float64{parameters}"
         others = "Raises InputError (dtype, layout, double backward)"

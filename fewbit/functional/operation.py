@@ -22,10 +22,18 @@ from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, InputError
 from fewbit.kernels import DeviceTable
 from fewbit.record import Activation
-from fewbit.torch_internals import constant_number, in_forward_mode, is_transformed, is_watched, levels
+from fewbit.torch_internals import (
+    constant_number,
+    in_forward_mode,
+    is_torchs_own,
+    is_transformed,
+    is_watched,
+    levels,
+)
 
 Tensor = torch.Tensor
 DTYPES = tuple(getattr(torch, name) for name in constants.DTYPES)
+_MOST = Tensor, torch.nn.Parameter  # nearly all that is ever given, known to be torch's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +111,12 @@ def _check(operation: Operation, x: Any, bits: int | None, table: CodeTable | No
 
 
 def not_codable(name: str, x: Any) -> str:
-    """Why no codes can be made of x, of tensors of a dtype, or of things of a type."""
+    """Why no codes can be made of x or with it, of tensors of a dtype, or of things of a type."""
+    if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided):
+        got = "a nested tensor" if x.is_nested else x.layout
+        return f"{name} can code dense tensors, got {got}; convert it first, or call torch's own operation"
+    if isinstance(x, Tensor) and not is_torchs_own(type(x)):
+        return f"{name} can code torch's own tensors, got the subclass {type(x).__name__}; call torch's own operation"
     if isinstance(x, (Tensor, torch.dtype)):
         dtype = x.dtype if isinstance(x, Tensor) else x
         return (
@@ -121,20 +134,21 @@ def not_codable(name: str, x: Any) -> str:
 
 def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
     """What is to run: the operation's `exact`, `coded` or `watched`."""
-    x, needed, dense = operands[0], False, True
+    x, needed, codable = operands[0], False, True
     if exact_mode.active or exact_mode.compiled_depth or not torch.is_grad_enabled() or not isinstance(x, Tensor):
         return operation.exact
-    if torch.jit.is_tracing():  # a script holds torch's operation: of ours it would hold this batch's codes, as constants
+    # a script holds torch's operation: of ours it would hold the codes of this batch, as constants
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return operation.exact
     if is_watched(x):
         return _decide_watched(operation, operands, by_name)
     for each in operands:
         if isinstance(each, Tensor):
             needed = needed or each.requires_grad
-            dense = dense and each.layout == torch.strided and not each.is_nested
-    if not needed or (dense and x.numel() == 0 and not operation.transforms):  # statistics of nothing would divide by zero
+            codable = codable and is_codable(each)
+    if not needed or (codable and x.numel() == 0 and not operation.transforms):  # statistics of nothing would divide by zero
         return operation.exact
-    return operation.coded if dense and x.dtype in DTYPES else _exact_or_refused(operation, operands, by_name)
+    return operation.coded if codable else _exact_or_refused(operation, operands, by_name)
 
 
 def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
@@ -147,22 +161,26 @@ def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool
     # exported programs hold torch's operation, since an exported graph keeps no autograd Function
     if torch.compiler.is_exporting() or not any(level.requires_grad for each in given for level in levels(each)):
         return operation.exact
-    dense = all(each.layout == torch.strided and not each.is_nested for each in given)
-    return operation.watched if dense and given[0].dtype in DTYPES else _exact_or_refused(operation, given, by_name)
+    return operation.watched if all(map(is_codable, given)) else _exact_or_refused(operation, given, by_name)
 
 
 def _exact_or_refused(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
     """torch's own operation for operands that cannot be coded, unless the user asked for codes by name."""
     if not by_name:
         return operation.exact
-    layouts = ["a nested tensor" if each.is_nested else str(each.layout) for each in operands if isinstance(each, Tensor)]
-    got = next(layout for layout in layouts if layout != str(torch.strided))
-    raise InputError(f"{operation.name} can code dense tensors, got {got}; convert it first, or call torch's own operation")
+    wrong = next(each for each in operands if isinstance(each, Tensor) and not is_codable(each))
+    raise InputError(not_codable(operation.name, wrong))
 
 
 def is_codable(x: Any) -> bool:
-    """Whether codes can be made of x, by its dtype and layout."""
-    return isinstance(x, Tensor) and x.dtype in DTYPES and x.layout == torch.strided and not x.is_nested
+    """Whether codes can be made of x or with it, by its dtype, layout and class."""
+    return (
+        isinstance(x, Tensor)
+        and x.dtype in DTYPES
+        and x.layout == torch.strided
+        and not x.is_nested
+        and (type(x) in _MOST or is_torchs_own(type(x)))
+    )
 
 
 @lru_cache(maxsize=1024)

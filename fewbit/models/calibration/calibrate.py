@@ -16,6 +16,7 @@ from fewbit.design import design
 from fewbit.design.evaluate import errors_under
 from fewbit.design.table import CodeTable
 from fewbit.errors import InputError
+from fewbit.functional.operation import is_codable
 from fewbit.models.arguments import (
     Filter,
     LossFunction,
@@ -135,21 +136,23 @@ def _watched(coded: Sequence[CodedModule], histograms: Histograms, with_gradient
 
 def _watch(coded: CodedModule, histogram: StreamingHistogram, with_gradients: bool) -> list[Any]:
     """Hooks on a module that count what it reads; the gradient there comes later, when x may be overwritten or gone."""
-    waiting: list[Tensor] = []
+    waiting: list[Tensor | None] = []
     gradients = with_gradients and coded.channels == ("derivative",)
 
     def before(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if is_backward():  # checkpointing runs forward again
             return
         x = pre_activation(module, args, kwargs)
-        histogram.add(x)
+        codable = is_codable(x)  # else the module leaves x to torch, and no table matters
+        if codable:
+            histogram.add(x)
         if gradients:
-            waiting.append(bins_of(x))
+            waiting.append(bins_of(x) if codable else None)
 
     def after(module: nn.Module, args: tuple, output: Tensor) -> None:
         if gradients and not is_backward():
             bins = waiting.pop()
-            if output.requires_grad:
+            if output.requires_grad and bins is not None:
                 output.register_hook(lambda gradient: histogram.add_gradient(bins, gradient))
 
     return [

@@ -26,7 +26,7 @@ from fewbit.functional import layers
 from fewbit.functional.activations import activation_operation
 from fewbit.functional.operation import Operation, fixed, is_codable, run
 from fewbit.models.conversion.setting import Bits, Setting
-from fewbit.torch_internals import fake_tensor_class, function_modes, in_forward_mode, levels, native_functions
+from fewbit.torch_internals import function_modes, in_forward_mode, levels, native_functions
 
 Tensor = torch.Tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -130,7 +130,6 @@ def _targets() -> dict[Callable[..., Any], _Target]:
 _TARGETS: Mapping[Callable[..., Any], _Target] = _targets()
 _BACKWARDS = (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _redispatch: Callable[..., Any] = torch.overrides.redispatch_function  # calls what it is given without asking modes
-_PLAIN = (Tensor, torch.nn.Parameter, fake_tensor_class())  # other subclasses have a mind of their own
 
 
 class _Mode(TorchFunctionMode):
@@ -173,7 +172,7 @@ def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[st
 def _coded_activation(settings: patch, target: _Target, x: Any, rest: tuple, named: dict[str, Any]) -> Tensor | None:
     """The activation of x, or None where torch's own function is to give it."""
     setting, compiling = settings.setting, torch.compiler.is_compiling()
-    if setting.bits_of("activation") is None or not (type(x) in _PLAIN and is_codable(x)) or not (compiling or _wants_codes(x)):
+    if setting.bits_of("activation") is None or not is_codable(x) or not (compiling or _wants_codes(x)):
         return None
     if not all(isinstance(each, (int, float, str)) for each in (*rest, *named.values())):
         return None
@@ -221,8 +220,8 @@ def _coded_layer(settings: patch, target: _Target, x: Any, rest: tuple, named: d
     """The layer, or None where torch's own function is to give it."""
     function = layers.FUNCTIONS[target.name]
     bits, table = settings.setting.bits_of(function.kind), settings.tables.get(function.kind)
-    operands = [each for each in (x, *rest, *named.values()) if isinstance(each, Tensor)]
-    if bits is None or not all(type(each) in _PLAIN for each in operands) or not is_codable(x):
+    operands = [x, *(each for each in (*rest, *named.values()) if isinstance(each, Tensor))]
+    if bits is None or not all(map(is_codable, operands)):
         return None
     weight = rest[0] if rest else named.get("weight")
     if target.name == "linear" and isinstance(weight, Tensor) and weight.dim() != 2:  # torch takes a vector, too
