@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewbit.errors import ActivationError
-from fewbit.record import Activation, Array, DerivativeShape, from_callable
+from fewbit.record import Activation, Array, DerivativeShape, finite_number, from_callable
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,8 @@ def register(
     """Add your own activation; `fewbit.functional.NAME` and `fewbit.nn.Name` exist from then on.
 
     name        a Python identifier
-    function    pointwise on tensors: function(x, **parameters) -> tensor of x's shape
+    function    pointwise on tensors: function(x, **parameters) -> tensor of x's shape. In compiled code it may hold no tensors
+                beside x: numbers are parameters.
     derivative  f'(x, **parameters) on float64 arrays; left out, torch differentiates `function` in float64
     parameters  names and default values of numeric parameters; left out, the function's own numeric defaults
     jumps       points where f' jumps; kinks: where f' has a corner; even: whether f'(-x) = f'(x)
@@ -94,24 +95,66 @@ def register(
             "register takes a name, a function on tensors, and parameters as a mapping from name to default; got "
             f"{name!r}, {function!r}, {parameters!r}"
         )
-    if not name.isidentifier() or name.startswith("_") or keyword.iskeyword(name):
+    if not _is_name(name):
         raise ActivationError(f"the name of an activation must be a Python identifier without leading underscore, got {name!r}")
-    record = from_callable(function, derivative, parameters=parameters, name=name)
-    if reserved := sorted(_RESERVED.intersection(record.parameters)):
-        raise ActivationError(f"{name}: a parameter cannot have the name of an argument that all activations take: {reserved}")
+    if name in TAKEN:
+        raise ActivationError(f"fewbit.functional.{name} is there already, and no activation; choose another name")
+    record = from_callable(function, derivative, parameters=_named(name, parameters), name=name)
+    _check_parameters(record)
     if name == IDENTITY.name:
         raise ActivationError(f"{name!r} stands for f(x) = x, whose tables quantize x itself; choose another name")
     if name in _REGISTRY and not overwrite:
         raise ActivationError(f"an activation {name!r} exists; pass overwrite=True to replace it")
     replaced = _REGISTRY[name].module if name in _REGISTRY else None
-    camel = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
-    record = replace(
-        record,
-        module=module or replaced or camel,
-        shape=DerivativeShape(tuple(jumps), tuple(kinks), even),
-    )
+    module = module or replaced or "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+    if module != replaced:
+        _check_module(name, module)
+    places = {
+        what: tuple(finite_number(name, what, each) for each in given) for what, given in (("jumps", jumps), ("kinks", kinks))
+    }
+    record = replace(record, module=module, shape=DerivativeShape(**places, even=bool(even)))
     _REGISTRY[name] = record
     return record
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isidentifier() and not name.startswith("_") and not keyword.iskeyword(name)
+
+
+def _named(activation: str, parameters: Mapping[str, float] | None) -> Mapping[str, float] | None:
+    """The parameters; ActivationError if one cannot be passed by name."""
+    for name in parameters or ():
+        if not _is_name(name):
+            raise ActivationError(
+                f"{activation}: the name of a parameter must be a Python identifier without leading underscore, got {name!r}"
+            )
+    return parameters
+
+
+def _check_parameters(record: Activation) -> None:
+    """Raise ActivationError for parameters with names that functions, designs or modules have another use for."""
+    import torch
+
+    _named(record.name, record.parameters)
+    used = RESERVED | {*dir(torch.nn.Module()), *torch.nn.Module.__annotations__}  # modules hold parameters as attributes
+    if taken := sorted(used & {*record.parameters}):
+        raise ActivationError(
+            f"{record.name}: a parameter cannot have the name of an argument that all activations take, or of an attribute "
+            f"that all modules have: {taken}; rename it in the function"
+        )
+
+
+def _check_module(name: str, module: Any) -> None:
+    """Raise ActivationError for a name that no class can have, or that another one of fewbit's has."""
+    if not _is_name(module):
+        raise ActivationError(
+            f"{name}: the name of a module must be a Python identifier without leading underscore, got {module!r}; give "
+            "another one as module="
+        )
+    others = {record.module: other for other, record in _REGISTRY.items()}
+    if module in others or module in TAKEN_MODULES:
+        whose = f"the module of {others[module]}" if module in others else "a layer"
+        raise ActivationError(f"{name}: fewbit.nn.{module} is {whose}; give another name as module=")
 
 
 # The records. At a jump each derivative takes the side that torch's backward takes: `x > 0` where torch tests `x > 0`.
@@ -228,10 +271,20 @@ def _record(
 
 _GELU = "torch.nn.functional.gelu"
 
-_RESERVED = (
+# Names with another use, which the tests compare with what there is: of parameters,
+RESERVED = frozenset(
     {"input", "inplace", "bits", "table", "shared"}  # what drop-ins take
     | {"activation", "weight", "coding", "channels", "balance", "levels", "domain", "cells"}  # what designs take
-    | {"name", "record", "training"}  # what modules have
+    | {"name", "record", "record_at", "record_of", "table_channels", "coded_kind"}  # what modules of activations have
+)
+# of activations,
+_CONVOLUTIONS = tuple(f"{name}{dims}d" for name in ("conv", "conv_transpose") for dims in (1, 2, 3))
+_NORMS = "layer_norm", "rms_norm", "group_norm", "batch_norm"
+TAKEN = frozenset({"linear", *_CONVOLUTIONS, *_NORMS, "glu", "swiglu", "geglu", "reglu", "operation", "activations", "layers"})
+# and of their modules
+TAKEN_MODULES = frozenset(
+    {"Linear", *(f"{name}{dims}d" for name in ("Conv", "ConvTranspose", "BatchNorm") for dims in (1, 2, 3))}
+    | {"LayerNorm", "RMSNorm", "GroupNorm", "GLU", "SwiGLU", "GEGLU", "ReGLU"}
 )
 _REGISTRY: dict[str, Activation] = {
     record.name: record

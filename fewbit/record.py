@@ -72,7 +72,7 @@ class Activation:
         """f'(x) in float64; same shape as x."""
         return np.asarray(self.derivative(np.asarray(x, np.float64), **self.parameters))
 
-    def with_parameters(self, **parameters: float) -> Activation:
+    def with_parameters(self, /, **parameters: float) -> Activation:
         """The same activation at other parameters; ActivationError for an unknown name or a value that is no finite number."""
         values = dict(self.parameters)
         for name, value in parameters.items():
@@ -187,13 +187,13 @@ def from_callable(
     name = name or _name_of(function)
     parameters = {**_numeric_defaults(function), **(parameters or {})}
 
-    def value(x: Array, **parameters: float) -> Array:
+    def value(x: Array, /, **parameters: float) -> Array:
         import torch
 
         with torch.no_grad():
             return function(torch.from_numpy(np.array(x)), **parameters).numpy()
 
-    def by_autograd(x: Array, **parameters: float) -> Array:
+    def by_autograd(x: Array, /, **parameters: float) -> Array:
         import torch
 
         with torch.enable_grad():

@@ -1,8 +1,11 @@
 import functools
+import inspect
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from support import compiled, gradient_at
 
 import fewbit
 from fewbit import activations
@@ -180,8 +183,70 @@ class TestRegister:
         assert activations.get(lambda x, b: x * b, b=4.0).df(np.array(1.0)) == 4.0
 
     def test_reserved_parameters(self):
-        with pytest.raises(ActivationError, match=r"an argument that all activations take: \['bits'\]"):
+        with pytest.raises(ActivationError, match=r"an argument that all activations take, .*: \['bits'\]"):
             activations.register("mine", lambda x, bits: x * bits, parameters={"bits": 2.0})
+
+    @pytest.mark.parametrize("name", ["shared", "weight", "forward", "training", "parameters", "table_channels", "_taken"])
+    def test_names_of_parameters_with_another_use_are_refused_at_once(self, name):
+        function = eval(f"lambda x, {name}=2.0: x * {name}")
+        with pytest.raises(ActivationError, match=rf"mine: .*parameter.*{name}"):
+            activations.register("mine", function)
+        assert "mine" not in activations.names()
+
+    @pytest.mark.parametrize("name", ["two words", "class", 1])
+    def test_parameters_that_cannot_be_named(self, name):
+        with pytest.raises(ActivationError, match=f"parameter must be a Python identifier .*, got {name!r}"):
+            activations.register("mine", lambda x, **parameters: x, parameters={name: 1.0})
+
+    def test_what_stands_in_the_way_is_known(self):
+        """The lists of names are those of what there is."""
+        functions = {"operation", "activations", "layers"} & set(vars(fewbit.functional))
+        assert {*fewbit.functional.layers.FUNCTIONS} | functions == activations.TAKEN
+        assert {*fewbit.nn.layers.CLASSES} == activations.TAKEN_MODULES
+        ours = {name for name in dir(fewbit.nn.activations.CodedActivation) if not name.startswith("_")}
+        ours |= {*inspect.signature(fewbit.functional.relu).parameters}
+        assert ours - set(dir(torch.nn.Module())) <= activations.RESERVED
+
+    @pytest.mark.parametrize("name", ["linear", "swiglu", "layers"])
+    def test_names_of_other_functions(self, name):
+        with pytest.raises(ActivationError, match=f"fewbit.functional.{name} is there already"):
+            activations.register(name, torch.sin)
+
+    @pytest.mark.parametrize(
+        ("module", "message"),
+        [
+            ("Linear", "is a layer"),
+            ("SiLU", "is the module of silu"),
+            ("two words", "must be a Python identifier"),
+            (3, "must be"),
+        ],
+    )
+    def test_names_of_modules(self, module, message):
+        with pytest.raises(ActivationError, match=f"{message}.*module="):
+            activations.register("mine", torch.sin, module=module)
+
+    @pytest.mark.parametrize("places", [{"jumps": (float("nan"),)}, {"kinks": ("a",)}])
+    def test_places_must_be_numbers(self, places):
+        with pytest.raises(ActivationError, match="must be a finite number"):
+            activations.register("mine", torch.sin, **places)
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+    @pytest.mark.parametrize("name", ["self", "signature", "x", "up", "args", "record_", "given", "cls", "values"])
+    def test_any_other_name_of_a_parameter_works_everywhere(self, name):
+        function = eval(f"lambda tensor, {name}=2.0: tensor * {name} + tensor.tanh()")
+        activations.register("mine", function)
+        mine, x = fewbit.functional.mine, torch.randn(5, requires_grad=True)
+        expected = gradient_at(lambda x: mine(x, 3.0, bits=8), x)
+        module = fewbit.nn.Mine(**{name: 3.0}, bits=8)
+        assert torch.equal(pickle.loads(pickle.dumps(module))(x), 3 * x + x.tanh())
+        for form in (
+            lambda x: mine(x, **{name: 3.0}, bits=8),
+            module,
+            fewbit.patch(bits=8)(lambda x: mine(x, 3.0, bits=8)),
+            compiled(lambda x: mine(x, **{name: 3.0}, bits=8)),
+        ):
+            torch.testing.assert_close(gradient_at(form, x), expected)
 
     def test_a_replacement_keeps_the_module_name(self):
         record = activations.register("gelu", torch.nn.functional.gelu, overwrite=True)

@@ -158,7 +158,7 @@ def formula(record: Activation) -> Formula | None:
     return record.name, record.parameters
 
 
-def bind(signature: inspect.Signature, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def bind(signature: inspect.Signature, name: str, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The arguments given, by name; TypeError, naming the function, as Python's own."""
     try:
         return signature.bind(*args, **kwargs).arguments

@@ -40,7 +40,7 @@ class CodedActivation(Coded):
     shared: bool
     inplace: bool
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, /, *args: Any, **kwargs: Any):
         signature = inspect.signature(type(self))
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
         given = {**defaults, **bind(signature, type(self).__name__, *args, **kwargs)}
