@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -120,8 +122,11 @@ def structure_restored_on_error(model: nn.Module) -> Iterator[None]:
 def _structure(model: nn.Module) -> Callable[[], None]:
     """What puts back the classes and attributes of now."""
     modules = [(module, type(module), dict(vars(module)), _registrations(module)) for module in model.modules()]
+    cells = [(cell, cell.cell_contents) for module in model.modules() for cell in cells_of(module)]
 
     def restore() -> None:
+        for cell, content in cells:
+            cell.cell_contents = content
         for module, kind, attributes, registrations in modules:
             if type(module) is not kind:
                 module.__class__ = kind
@@ -130,6 +135,25 @@ def _structure(model: nn.Module) -> Callable[[], None]:
                 _restore(vars(module)[name], entries)
 
     return restore
+
+
+def cells_of(module: nn.Module) -> list[CellType]:
+    """Where functions that others have put in the place of the module's `forward` hold what they call, such as that method."""
+    pending, cells, seen = [vars(module).get("forward")], [], set()
+    while pending:
+        each = pending.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, partial):
+            pending += [each.func, *each.args, *each.keywords.values()]
+        elif isinstance(each, MethodType):
+            pending.append(each.__func__)
+        elif isinstance(each, FunctionType):
+            found = [cell for cell in each.__closure__ or () if cell != CellType()]  # but for empty ones
+            pending += [cell.cell_contents for cell in found]
+            cells += found
+    return cells
 
 
 def _registrations(module: nn.Module) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from fewbit import activations
 from fewbit.models.conversion import gated_mlp, other_activations, own_forwards
+from fewbit.models.preserve import cells_of
 from fewbit.nn import activations as activation_modules
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CLASSES, CodedLayer
@@ -30,6 +31,8 @@ _ATTRIBUTES = {"bits", "table", "shared", "rounding"}  # what coded modules hold
 # which class of fewbit's, if any, codes one that is not torch's
 _FINDERS = (other_activations.activation_class, gated_mlp.gated_mlp_class, own_forwards.own_forward_class)
 _OPEN = {"extra_repr"}  # what both may define
+_FORMER = "_before_fewbit"  # of a class that was made anew: the one before
+_OF_ONE_CLASS = {"__dict__", "__weakref__", "__signature__", _FORMER}  # what such classes do not hand on
 
 
 class Twin:
@@ -108,19 +111,49 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def exchange(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Let the module be of a class with `new` where its class has `old`."""
+    """Let the module be of a class with `new` where its class has `old`; and so its methods that others hold, to call them in a
+    `forward` of their own."""
     module.__class__ = _exchanged(type(module), old, new)
+    state = vars(module)
+    for name in [name for name, value in state.items() if _is_method(value, module, old)]:
+        state[name] = _method_of(new, state[name])
+    for cell in cells_of(module):
+        if _is_method(cell.cell_contents, module, old):
+            cell.cell_contents = _method_of(new, cell.cell_contents)
+
+
+def runs_its_forward(module: nn.Module, own: type[nn.Module]) -> bool:
+    """Whether a call of the module comes to the `forward` of its own class, as far as can be seen: it is called as it is, or by
+    a function in its place that holds it."""
+    if "forward" not in vars(module):
+        return True
+    held = [*vars(module).values(), *(cell.cell_contents for cell in cells_of(module))]
+    return any(_is_method(each, module, own) and each.__name__ == "forward" for each in held)
+
+
+def _is_method(value: Any, module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether it is a method of the module, as the class has it."""
+    is_method = isinstance(value, types.MethodType) and value.__self__ is module
+    return is_method and value.__func__ is getattr(cls, value.__name__, None)
+
+
+def _method_of(cls: type[nn.Module], method: types.MethodType) -> types.MethodType:
+    return types.MethodType(getattr(cls, method.__name__, method.__func__), method.__self__)
 
 
 def _exchanged(cls: type, old: type, new: type) -> type:
-    """A class that something made for one module, such as a parametrization, on top of `old`, is made anew on top of `new`."""
+    """A class that something made for one module, such as a parametrization, on top of `old`, is made anew on top of `new`; or
+    it is the class again that was there before, unless that something has changed it since."""
     if cls is old:
         return new
     if old not in cls.__mro__:
         return cls
-    contents = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    contents = {name: value for name, value in vars(cls).items() if name not in _OF_ONE_CLASS}
+    former = vars(cls).get(_FORMER)
+    if former is not None and new in former.__mro__ and contents.items() <= vars(former).items():
+        return former
     bases = tuple(_exchanged(each, old, new) for each in cls.__bases__)
-    return types.new_class(cls.__name__, bases, exec_body=lambda namespace: namespace.update(contents))
+    return types.new_class(cls.__name__, bases, exec_body=lambda namespace: namespace.update({**contents, _FORMER: cls}))
 
 
 def fewbits_class(module: nn.Module, own: type[nn.Module]) -> type[nn.Module] | None:

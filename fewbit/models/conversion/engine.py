@@ -74,6 +74,16 @@ def is_converted(module: nn.Module) -> bool:
     return _BEFORE in vars(module)
 
 
+def with_foreign_forward(model: nn.Module) -> list[str]:
+    """Names of the modules that could be converted if others had not put a `forward` in the place of theirs."""
+    twins, found = classes.torch_twins(), []
+    for name, module in model.named_modules():
+        own = classes.own_class(module)
+        if not classes.runs_its_forward(module, own) and classes.coded_class(own, twins) is not None:
+            found.append(name)
+    return found
+
+
 @dataclass
 class _Change:
     """A module's own class, the class of fewbit's to take its place, and the attributes to set."""
@@ -140,7 +150,7 @@ def _candidates(model: nn.Module, functions: dict[nn.Module, nn.Module], filter_
     for name, module in named:
         own = classes.own_class(module)
         coded = classes.coded_class(own, twins)
-        if coded is not None and "forward" not in vars(module) and (filter_fn is None or filter_fn(module, name)):
+        if coded is not None and classes.runs_its_forward(module, own) and (filter_fn is None or filter_fn(module, name)):
             found.append(_Candidate(name, module, own, coded))
     return found
 
@@ -174,7 +184,8 @@ def _uses_names_of_ours(module: nn.Module, own: type[nn.Module], coded: type[nn.
     """Whether the module has a use of its own for the name of an attribute that it would get, or that fewbit's class has."""
     ours = {name for each in coded.__mro__ if each not in own.__mro__ for name in vars(each) if not name.startswith("__")}
     ours.update(attributes)
-    plain = vars(module).keys() - {"inplace", "name", "record"}  # which torch's modules have, or which are read of the class
+    # but for what torch's modules have, what is read of the class, and what others put before its method
+    plain = vars(module).keys() - {"inplace", "name", "record", "forward"}
     return bool(ours & {*plain, *(name for entries in registered(module).values() for name in entries)})
 
 

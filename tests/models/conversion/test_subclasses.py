@@ -1,6 +1,7 @@
 """Modules that are not exactly torch's: subclasses, parametrized ones, and torch's transformer layers, which hold functions."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -156,6 +157,23 @@ class TestParametrizations:
         assert not isinstance(coded, fewbit.Linear)
         for ours, true in zip(all_gradients(coded, x), all_gradients(exact, x), strict=True):
             assert torch.equal(ours, true)
+
+    def test_the_class_is_the_very_one_afterwards(self):
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.GELU())
+        before = types(model)
+        fewbit.convert(model, bits=4)
+        fewbit.convert(model, bits=3)
+        assert all(one is other for one, other in zip(types(fewbit.revert(model)), before, strict=True))
+
+    def test_changed_while_converted(self):
+        module = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        fewbit.convert(module, bits=4)
+        nn.utils.parametrize.register_parametrization(module, "bias", nn.Tanh())
+        x = torch.randn(3, 8)
+        expected = module(x)
+        assert torch.equal(fewbit.revert(module)(x), expected)
+        assert not isinstance(module, fewbit.Linear)
+        assert "bits" not in str(inspect.signature(type(module)))
 
     def test_removed_after_conversion(self):
         module = fewbit.convert(nn.utils.parametrizations.weight_norm(Plain(8, 8)), bits=4)
