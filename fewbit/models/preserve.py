@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -73,20 +73,44 @@ def preserved_state(model: nn.Module) -> Iterator[State]:
     """Restore the model's state and the random numbers when this context ends, also after an error.
 
     Inside, parameters begin without gradients. Gives the model's state, to be restored between runs.
+
+    Autocast's cache begins and ends empty: its casts would outlive the run, in older torch without their history.
     """
     state, numbers = State(model), RandomNumbers(devices_of(model))
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    torch.clear_autocast_cache()
     try:
         for parameter, _ in gradients:
             parameter.grad = None
         yield state
     finally:
+        torch.clear_autocast_cache()
         for parameter, gradient in gradients:
             parameter.grad = gradient
         try:
             state.restore()
         finally:
             numbers.restore()
+
+
+class Autocast:
+    """Autocast as it is now, on the CPU and the devices of a model: for runs that come later."""
+
+    def __init__(self, model: nn.Module):
+        kinds = {"cpu", *(device.type for device in devices_of(model))}
+        self._states = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
+            for kind in sorted(kinds)
+            if torch.amp.is_autocast_available(kind)
+        ]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within this context it is so again."""
+        with ExitStack() as stack:
+            for state in self._states:
+                stack.enter_context(torch.autocast(*state))
+            yield
 
 
 def eager() -> AbstractContextManager[Any]:

@@ -88,9 +88,8 @@ def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Conve
     if not converted:
         warnings.warn(
             f"no module of the {type(model).__name__} was converted with {setting}: none is of these kinds, or the filter let "
-            f"none pass{_not_yet(setting)}{_foreign(model)}. Modules that were built as fewbit's stay. Code that calls functions "
-            "such as "
-            "torch.nn.functional.gelu itself is coded by `with fewbit.patch(bits):` around it",
+            f"none pass{_not_yet(setting)}{_foreign(model)}. Modules that were built as fewbit's stay. Code that calls "
+            "functions such as torch.nn.functional.gelu itself is coded by `with fewbit.patch(bits):` around it",
             ConversionWarning,
             stacklevel=3,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,22 +14,24 @@ from fewbit import resolve
 from fewbit.errors import InputError
 from fewbit.models.arguments import arguments_of, run
 from fewbit.models.memory.saved import Storage, record, storages_of, tensors_in
-from fewbit.models.preserve import preserved_state, preserved_structure
+from fewbit.models.preserve import Autocast, preserved_state, preserved_structure
 from fewbit.torch_internals import fake_mode, map_tensors, storage_key
 
 Tensor = torch.Tensor
 
 
 class Forward(NamedTuple):
-    """A call of a model: the model, the batch that it is called with, and the classes of its modules then."""
+    """A call of a model: the model, the batch that it is called with, and, as they were when it was asked about, the classes of
+    its modules and autocast."""
 
     model: nn.Module
     batch: Any
     classes: list[type[nn.Module]]
+    autocast: Autocast
 
     @classmethod
     def of(cls, model: nn.Module, batch: Any) -> Forward:
-        return cls(model, batch, [type(module) for module in model.modules()])
+        return cls(model, batch, [type(module) for module in model.modules()], Autocast(model))
 
     def check_unchanged(self) -> None:
         """Raise InputError if modules of the model have changed their class since."""
@@ -39,8 +42,13 @@ class Forward(NamedTuple):
         """What the call keeps for backward, of the model as it is now; its state, gradients and torch's random numbers are
         as before, after an error too."""
         _check_initialized(self.model)
-        with preserved_state(self.model), preserved_structure(self.model), torch.inference_mode(False), torch.enable_grad():
+        with preserved_state(self.model), preserved_structure(self.model), self._as_asked_about():
             return self._saved_by_fake() if fake else self._saved_by_real()
+
+    @contextmanager
+    def _as_asked_about(self) -> Iterator[None]:
+        with self.autocast.again(), torch.inference_mode(False), torch.enable_grad():
+            yield
 
     def _saved_by_real(self) -> list[Storage]:
         def roles() -> dict[int, str]:
