@@ -56,7 +56,12 @@ class LayerNorm(NamedTuple):
     by_channel: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalized:
-        return torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
+        y, mean, scale = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
+        if (
+            weight is not None and weight.dtype != x.dtype
+        ):  # the dtype of its statistics then, but of no fake ones
+            mean, scale = mean.to(weight.dtype), scale.to(weight.dtype)
+        return y, mean, scale
 
     def backward(self, grad, x_hat, scale, weight, needed):
         mean, one = torch.zeros_like(scale), torch.ones_like(scale)

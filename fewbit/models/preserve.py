@@ -74,7 +74,7 @@ def preserved_state(model: nn.Module) -> Iterator[State]:
 
     Inside, parameters begin without gradients. Gives the model's state, to be restored between runs.
 
-    Autocast's cache begins and ends empty: its casts would outlive the run, in older torch without their history.
+    Autocast's cache begins and ends empty: its casts would outlive the run, and what a run keeps would depend on those before.
     """
     state, numbers = State(model), RandomNumbers(devices_of(model))
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]

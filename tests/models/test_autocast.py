@@ -1,8 +1,10 @@
 """Whatever runs a model runs it under the autocast of who asks, and leaves nothing in its cache."""
 
+import copy
+
 import pytest
 import torch
-from support import squares
+from support import compiled, squares
 from torch import nn
 
 import fewbit
@@ -65,10 +67,30 @@ class TestRuns:
         assert set(seen) == {torch.bfloat16}
 
     def test_take_no_gradient_from_the_training_that_follows(self, name, x):
-        """Older torch remembers casts of weights without their history where they were made without gradients."""
         model = fewbit.convert(network(), bits={"activation": 4})
         with autocast():
             for each in (name, "calibrate", name):
                 RUNS[each](model, [x, x + 1])
             squares(model, x).backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(16), nn.RMSNorm(16), nn.GroupNorm(2, 16), nn.BatchNorm1d(16)], ids=lambda norm: type(norm).__name__
+)
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+def test_compiled_norms_behind_linear_layers(norm, dtype):
+    """Fake tensors have a layer norm's statistics in the dtype of the input, real ones in that of the weight."""
+    torch.manual_seed(0)
+    model, x = fewbit.convert(nn.Sequential(nn.Linear(16, 16), copy.deepcopy(norm)), bits=4), torch.randn(8, 16)
+    found = []
+    for function in (model, compiled(model)):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            y = function(x)
+        y.float().square().sum().backward()
+        found.append([y.detach(), *(each.grad for each in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
