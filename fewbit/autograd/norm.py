@@ -57,9 +57,7 @@ class LayerNorm(NamedTuple):
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalized:
         y, mean, scale = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
-        if (
-            weight is not None and weight.dtype != x.dtype
-        ):  # the dtype of its statistics then, but of no fake ones
+        if weight is not None and weight.dtype != x.dtype:  # the dtype of its statistics then, but of no fake ones
             mean, scale = mean.to(weight.dtype), scale.to(weight.dtype)
         return y, mean, scale
 

@@ -15,7 +15,7 @@ from fewbit.errors import InputError
 from fewbit.models.arguments import arguments_of, run
 from fewbit.models.memory.saved import Storage, record, storages_of, tensors_in
 from fewbit.models.preserve import Autocast, preserved_state, preserved_structure
-from fewbit.torch_internals import fake_mode, map_tensors, storage_key
+from fewbit.torch_internals import fake_mode, map_tensors, silent_fakes, storage_key
 
 Tensor = torch.Tensor
 
@@ -70,7 +70,7 @@ class Forward(NamedTuple):
             tables = (mode.from_tensor(table) for table in _tables())  # but not those of one number, copied each time
             return _roles(parameters.values(), buffers.values(), tensors_in((args, kwargs)), tables)
 
-        with mode:
+        with mode, silent_fakes():
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 return functional_call(self.model, {**parameters, **buffers}, args, kwargs)

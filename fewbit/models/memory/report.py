@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from fewbit.models.memory.forward import Forward
 from fewbit.models.memory.page import page
 from fewbit.models.memory.plan import Plan, plan
 from fewbit.models.memory.saved import ACTIVATIONS, Storage
-from fewbit.models.memory.storages import NOTE, ROLES, bars_of, kept_by, repeated, saver_label, total
+from fewbit.models.memory.storages import NOTE, ROLES, bars_of, kept_by, repeated, saver_label, total, untold_note
 from fewbit.models.report import Report
 from fewbit.terminal import bytes_label
 
@@ -56,6 +57,8 @@ def memory(model: nn.Module, batch: Any, *, fake: bool = False) -> MemoryReport:
     forward = Forward.of(model, batch)
     with terminal.progress(f"running the {type(model).__name__}"):
         storages = forward.saved(fake)
+    if fake and (note := untold_note(storages)):
+        warnings.warn(note, UserWarning, stacklevel=2)
     return MemoryReport(forward, storages, fake)
 
 
@@ -72,6 +75,11 @@ class MemoryReport(Report):
         """Bytes of all that is neither parameter, buffer, input nor table."""
         return total(self.storages)
 
+    @property
+    def note(self) -> str:
+        """What a run on fake tensors could not tell; nothing if it told all."""
+        return untold_note(self.storages) if self.fake else ""
+
     def by_module(self) -> dict[str, int]:
         """Bytes of activations by dotted name of the module that keeps them; what is shared counts for the first."""
         return kept_by(self.storages)
@@ -86,6 +94,7 @@ class MemoryReport(Report):
             "model": type(model).__name__,
             "mode": "training" if model.training else "evaluation",
             "fake": self.fake,
+            "note": self.note,
             **{role: total(self.storages, role) for role in ROLES},
             "torch": torch.__version__,
         }
@@ -97,7 +106,8 @@ class MemoryReport(Report):
         title = f"Kept for backward by {how}: {bytes_label(self.activation_bytes)} of activations"
         others = ", ".join(f"{bytes_label(found[role])} of {role}" for role in ROLES[1:] if found[role])
         parts = [title, "", _table(self.storages, most)]
-        return Group(*parts, "", *([f"besides: {others}"] if others else []), NOTE)
+        notes = [f"besides: {others}"] if others else []
+        return Group(*parts, "", *notes, NOTE, *([self.note] if self.note else []))
 
     def figure(self) -> Figure:
         from fewbit.plots.memory import plot_memory
