@@ -276,3 +276,37 @@ def test_lightning(where, tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(exact.net(x), module.net(x))
         assert bytes_kept(module.net, x) < 0.55 * bytes_kept(exact.net, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+class TestWhatLooksUpClasses:
+    """Quantizers and explainers look for `type(module)` in a table of torch's classes: they come after `revert`."""
+
+    @staticmethod
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def test_before_revert_they_find_nothing(self):
+        quantized = torch.ao.quantization.quantize_dynamic(fewbit.convert(self.model(), bits=4), {nn.Linear})
+        assert isinstance(quantized[0], fewbit.Linear)
+
+    def test_dynamic_quantization(self):
+        x = torch.randn(4, 8)
+        model, reference = (
+            torch.ao.quantization.quantize_dynamic(each, {nn.Linear})
+            for each in (fewbit.revert(fewbit.convert(self.model(), bits=4)), self.model())
+        )
+        assert type(model[0]) is type(reference[0]) is torch.ao.nn.quantized.dynamic.Linear
+        assert torch.equal(model(x), reference(x))
+
+    def test_quantization_aware_training(self):
+        model = fewbit.revert(fewbit.convert(self.model(), bits=4))
+        model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+        prepared = torch.ao.quantization.prepare_qat(model)
+        assert type(prepared[0]) is torch.ao.nn.qat.Linear
+        prepared(torch.randn(4, 8)).sum().backward()
+
+    def test_tables_of_classes(self):
+        model = fewbit.revert(fewbit.convert(self.model(), bits=4))
+        assert [type(module) in {nn.Linear: 1, nn.ReLU: 2} for module in model] == [True] * 3
