@@ -15,7 +15,7 @@ from fewbit.autograd.sharing import is_kept_exactly
 from fewbit.constants import DEFAULT_LAYER_BITS, KINDS, NOT_YET
 from fewbit.errors import ConversionWarning
 from fewbit.models.arguments import Filter, check_filter, check_model
-from fewbit.models.conversion.engine import Converted, convert_modules, revert_modules, with_foreign_forward
+from fewbit.models.conversion.engine import Converted, convert_modules, left_exact, revert_modules
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.nn.activations import CodedActivation
 from fewbit.record import plural
@@ -88,8 +88,8 @@ def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Conve
     if not converted:
         warnings.warn(
             f"no module of the {type(model).__name__} was converted with {setting}: none is of these kinds, or the filter let "
-            f"none pass{_not_yet(setting)}{_foreign(model)}. Modules that were built as fewbit's stay. Code that calls "
-            "functions such as torch.nn.functional.gelu itself is coded by `with fewbit.patch(bits):` around it",
+            f"none pass{_not_yet(setting)}{_left_exact(model, setting)}. Modules that were built as fewbit's stay. Code that "
+            "calls functions such as torch.nn.functional.gelu itself is coded by `with fewbit.patch(bits):` around it",
             ConversionWarning,
             stacklevel=3,
         )
@@ -104,7 +104,7 @@ def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Conve
             total,
             type(model).__name__,
             numbers,
-            _not_yet(setting) + _foreign(model) + _caveat(converted, setting),
+            _not_yet(setting) + _left_exact(model, setting) + _caveat(converted, setting),
         )
 
 
@@ -114,13 +114,13 @@ def _not_yet(setting: Setting) -> str:
     return f"; not coded yet: {', '.join(named)}" if named and len(setting.by_kind) < len(KINDS) else ""
 
 
-def _foreign(model: nn.Module) -> str:
-    """What to say of modules whose forward others have replaced, by something that shows no call of it."""
-    names = with_foreign_forward(model)
-    if not names:
-        return ""
-    some = ", ".join(name or "the model itself" for name in names[:3]) + ", …" * (len(names) > 3)
-    return f"; left exact, since others have replaced the forward: {some} ({plural(len(names), 'module')}); convert before that"
+def _left_exact(model: nn.Module, setting: Setting) -> str:
+    """What to say of modules that stay exact for what others, or they themselves, have made of them."""
+    text = ""
+    for reason, names in left_exact(model, setting).items():
+        some = ", ".join(name or "the model itself" for name in names[:3]) + ", …" * (len(names) > 3)
+        text += f"; left exact: {some} ({plural(len(names), 'module')}), since {reason}"
+    return text
 
 
 def _caveat(converted: Sequence[Converted], setting: Setting) -> str:

@@ -74,13 +74,20 @@ def is_converted(module: nn.Module) -> bool:
     return _BEFORE in vars(module)
 
 
-def with_foreign_forward(model: nn.Module) -> list[str]:
-    """Names of the modules that could be converted if others had not put a `forward` in the place of theirs."""
-    twins, found = classes.torch_twins(), []
+def left_exact(model: nn.Module, setting: Setting) -> dict[str, list[str]]:
+    """Names of the modules of a class that can be converted with this setting but that are not, by the reason."""
+    twins, found = classes.torch_twins(), {}
     for name, module in model.named_modules():
         own = classes.own_class(module)
-        if not classes.runs_its_forward(module, own) and classes.coded_class(own, twins) is not None:
-            found.append(name)
+        coded = classes.coded_class(own, twins)
+        if coded is not None and setting.bits_of(kind := coded.coded_kind) is not None:  # type: ignore[attr-defined]
+            if not classes.runs_its_forward(module, own):
+                found.setdefault("others have replaced the forward; convert before that", []).append(name)
+            elif _has_a_table(module, coded) and (
+                used := _uses_names_of_ours(module, own, coded, _attributes(module, coded, kind, setting))
+            ):
+                reason = f"they use names of fewbit's, {', '.join(sorted(used))}; rename those attributes"
+                found.setdefault(reason, []).append(name)
     return found
 
 
@@ -180,13 +187,15 @@ def _is_finite(record: Activation) -> bool:
     return True
 
 
-def _uses_names_of_ours(module: nn.Module, own: type[nn.Module], coded: type[nn.Module], attributes: Collection[str]) -> bool:
-    """Whether the module has a use of its own for the name of an attribute that it would get, or that fewbit's class has."""
+def _uses_names_of_ours(
+    module: nn.Module, own: type[nn.Module], coded: type[nn.Module], attributes: Collection[str]
+) -> set[str]:
+    """The names for which the module has a use of its own, of attributes that it would get, or that fewbit's class has."""
     ours = {name for each in coded.__mro__ if each not in own.__mro__ for name in vars(each) if not name.startswith("__")}
     ours.update(attributes)
     # but for what torch's modules have, what is read of the class, and what others put before its method
     plain = vars(module).keys() - {"inplace", "name", "record", "forward"}
-    return bool(ours & {*plain, *(name for entries in registered(module).values() for name in entries)})
+    return ours & {*plain, *(name for entries in registered(module).values() for name in entries)}
 
 
 def _activation_function(module: nn.Module) -> nn.Module | None:

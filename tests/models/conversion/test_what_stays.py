@@ -1,5 +1,7 @@
 """What a conversion leaves alone: modules that a filter rejects, that use fewbit's names, that cannot be coded."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,15 @@ def test_a_module_with_a_use_of_its_own_for_our_names_stays(name, value):
     assert getattr(model.linear, name) is value
     fewbit.revert(model)
     assert getattr(model.linear, name) is value
+
+
+def test_such_modules_are_named(caplog):
+    model = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3))
+    model[0].bits, model[1].bits = 8, 2
+    with caplog.at_level(logging.INFO, "fewbit"):
+        fewbit.convert(model, bits={"linear": 4})
+    assert "left exact: 0 (1 module), since they use names of fewbit's, bits; rename those attributes" in caplog.text
+    assert (model[0].bits, model[1].bits) == (8, 2)
 
 
 class TestFilters:
