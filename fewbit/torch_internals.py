@@ -262,7 +262,7 @@ def is_torchs_own(kind: type[Tensor]) -> bool:
     if kind is Tensor or hasattr(kind, "_mode_key"):
         return True
     sees_nothing = torch._C._disabled_torch_function_impl, torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
-    return (kind.__torch_function__, kind.__torch_dispatch__) == sees_nothing
+    return (kind.__torch_function__, kind.__torch_dispatch__) == sees_nothing  # type: ignore[attr-defined]
 
 
 def fake_tensor_class() -> type[Tensor]:
