@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import sys
 
-from fewbit.interrupt import came, heard
+from fewbit import interrupt
 
 
 def main() -> int:
-    """Run the command line of this process; its exit status, 130 after an interrupt, also while modules are imported."""
-    with heard():
+    """Run the command line of this process; its exit status, `interrupt.STATUS` after an interrupt, whatever became of that."""
+    with interrupt.remembered():
         try:
             from fewbit.cli import main as run
 
             return run()
         except BaseException:
-            if not came():
+            if not interrupt.came():
                 raise
             print("fewbit: interrupted", file=sys.stderr)
-            return 130
+            return interrupt.STATUS
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ def register(
         raise ActivationError(f"the name of an activation must be a Python identifier without leading underscore, got {name!r}")
     if name in TAKEN:
         raise ActivationError(f"fewbit.functional.{name} is there already, and no activation; choose another name")
-    record = from_callable(function, derivative, parameters=_named(name, parameters), name=name)
+    _check_names(name, parameters or {})
+    record = from_callable(function, derivative, parameters=parameters, name=name)
     _check_parameters(record)
     if name == IDENTITY.name:
         raise ActivationError(f"{name!r} stands for f(x) = x, whose tables quantize x itself; choose another name")
@@ -121,21 +122,20 @@ def _is_name(name: Any) -> bool:
     return isinstance(name, str) and name.isidentifier() and not name.startswith("_") and not keyword.iskeyword(name)
 
 
-def _named(activation: str, parameters: Mapping[str, float] | None) -> Mapping[str, float] | None:
-    """The parameters; ActivationError if one cannot be passed by name."""
-    for name in parameters or ():
+def _check_names(activation: str, parameters: Mapping[str, float]) -> None:
+    """Raise ActivationError for a parameter that cannot be passed by name."""
+    for name in parameters:
         if not _is_name(name):
             raise ActivationError(
                 f"{activation}: the name of a parameter must be a Python identifier without leading underscore, got {name!r}"
             )
-    return parameters
 
 
 def _check_parameters(record: Activation) -> None:
     """Raise ActivationError for parameters with names that functions, designs or modules have another use for."""
     import torch
 
-    _named(record.name, record.parameters)
+    _check_names(record.name, record.parameters)  # also of those that are the function's own
     used = RESERVED | {*dir(torch.nn.Module()), *torch.nn.Module.__annotations__}  # modules hold parameters as attributes
     if taken := sorted(used & {*record.parameters}):
         raise ActivationError(
@@ -271,17 +271,18 @@ def _record(
 
 _GELU = "torch.nn.functional.gelu"
 
-# Names with another use, which the tests compare with what there is: of parameters,
+# Names that `register` refuses; the tests compare the lists with what there is.
+# For parameters:
 RESERVED = frozenset(
     {"input", "inplace", "bits", "table", "shared"}  # what drop-ins take
     | {"activation", "weight", "coding", "channels", "balance", "levels", "domain", "cells"}  # what designs take
     | {"name", "record", "record_at", "record_of", "table_channels", "coded_kind"}  # what modules of activations have
 )
-# of activations,
+# For activations, since functions and modules of fewbit.functional have them:
 _CONVOLUTIONS = tuple(f"{name}{dims}d" for name in ("conv", "conv_transpose") for dims in (1, 2, 3))
 _NORMS = "layer_norm", "rms_norm", "group_norm", "batch_norm"
 TAKEN = frozenset({"linear", *_CONVOLUTIONS, *_NORMS, "glu", "swiglu", "geglu", "reglu", "operation", "activations", "layers"})
-# and of their modules
+# For modules of activations, since layers have them:
 TAKEN_MODULES = frozenset(
     {"Linear", *(f"{name}{dims}d" for name in ("Conv", "ConvTranspose", "BatchNorm") for dims in (1, 2, 3))}
     | {"LayerNorm", "RMSNorm", "GroupNorm", "GLU", "SwiGLU", "GEGLU", "ReGLU"}

@@ -35,6 +35,10 @@ class InputError(FewbitError, TypeError):
     or a derivative that codes cannot give."""
 
 
+class OverwriteError(InputError, RuntimeError):
+    """An operation in place on a tensor that torch does not let overwrite, for which torch itself raises a RuntimeError."""
+
+
 class ConversionWarning(_Plain, UserWarning):
     """A conversion that found nothing to convert."""
 

@@ -31,7 +31,7 @@ def write(path: str | Path, content: str | bytes) -> None:
 
 
 def is_special(path: str | Path) -> bool:
-    """Whether a path is that of a device, a pipe or an open file: such a one is written through, and chooses no suffix."""
+    """Whether a path is that of a device, a pipe or an open file, which is written through; its suffix tells no format."""
     return _open_file(os.path.abspath(path)) is not None or (os.path.exists(path) and not os.path.isfile(path))
 
 

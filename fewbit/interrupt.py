@@ -10,17 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+STATUS = 130  # the exit status after one, as shells have it
 _came = False
 
 
 def came() -> bool:
-    """Whether an interrupt came since `heard` began."""
+    """Whether an interrupt came since `remembered` began."""
     return _came
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """In this context, all that a process does, interrupts are remembered and raise KeyboardInterrupt; after it, they kill."""
+def remembered() -> Iterator[None]:
+    """Around all that a process does: interrupts raise KeyboardInterrupt and are remembered; after this context they kill."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _remember)
         sys.unraisablehook = _pass_on

@@ -190,8 +190,7 @@ def from_callable(
     def value(x: Array, /, **parameters: float) -> Array:
         import torch
 
-        with torch.no_grad():
-            return function(torch.from_numpy(np.array(x)), **parameters).numpy()
+        return function(torch.from_numpy(np.array(x)), **parameters).detach().numpy()
 
     def by_autograd(x: Array, /, **parameters: float) -> Array:
         import torch

@@ -34,6 +34,11 @@ def console(stderr: bool = False, at_least: int = 0) -> Console:
     return found
 
 
+def say_written(path: Any) -> None:
+    """Say that this file was written."""
+    console().print(f"wrote {path}", soft_wrap=True)
+
+
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
     """Show on stderr, if that is a terminal, that something takes long, as long as this context lasts; gives what to call after

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -79,12 +79,19 @@ def has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(plain).tangent is not None
 
 
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """Within this context nothing looks on: tensors made here outlast every mode and transform.
+def unwatched() -> AbstractContextManager[None]:
+    """A context in which nothing looks on: tensors made here outlast every mode and transform.
 
-    Without it a table first asked for under a transform would stay wrapped by it, and break all later calls.
+    Without it a table first asked for under a transform would stay wrapped by it, and break all later calls. Where nothing
+    looks on as it is, nothing is switched, so that an interrupt can leave nothing switched.
     """
+    if is_transformed() or is_dispatched() or torch.is_inference_mode_enabled():
+        return _with_all_switched_off()
+    return nullcontext()
+
+
+@contextmanager
+def _with_all_switched_off() -> Iterator[None]:
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
     from torch.utils._python_dispatch import _disable_current_modes
 
@@ -113,6 +120,16 @@ def base_of(tensor: Tensor) -> Tensor | None:
     return tensor._base
 
 
+def is_empty(tensor: Tensor) -> bool:
+    """Whether the tensor is known to have no elements: where only the data tell, a compiler that is asked breaks its graph."""
+    number: Any = tensor.numel()
+    if isinstance(number, int):
+        return number == 0
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # loads sympy
+
+    return guard_or_false(number == 0)
+
+
 def is_view(tensor: Tensor) -> bool:
     """Whether the tensor is a view: a Function with two outputs may not overwrite one."""
     return tensor._is_view()
@@ -125,6 +142,14 @@ def is_view_of_several(tensor: Tensor) -> bool:
     """
     views: Any = torch._C._autograd  # type: ignore[attr-defined]
     return tensor._is_view() and views._get_creation_meta(tensor) != views.CreationMeta.DEFAULT
+
+
+def not_a_view(tensor: Tensor) -> Tensor:
+    """The tensor, as one that is no view, in the same memory.
+
+    Without it torch refuses to change what a Function returns in place, where its operation ended in a view.
+    """
+    return torch.ops.aten._unsafe_view(tensor, tensor.shape) if tensor._is_view() else tensor
 
 
 def is_zero(tensor: Tensor) -> bool:
@@ -158,7 +183,7 @@ def batch_norm_with_statistics(*arguments: Any) -> tuple[Tensor, ...]:
     return torch._batch_norm_impl_index(*arguments)  # type: ignore[attr-defined]
 
 
-def check_batch_size(size: torch.Size) -> None:
+def check_batch_size(size: Sequence[int]) -> None:
     """torch's own error for a batch norm in training that sees one value a channel."""
     functional._verify_batch_size(size)  # type: ignore[attr-defined]
 
@@ -188,6 +213,15 @@ def raw_saved(node: Any) -> Iterator[Any]:
 @lru_cache(maxsize=1024)
 def _raw_saved_names(node: type) -> list[str]:
     return [name for name in dir(node) if name.startswith("_raw_saved")]
+
+
+def hook_on_saved() -> Any:
+    """The function that packs what is saved for backward now, as in checkpointing or offloading; None without one.
+
+    Without it codes would be shared across the edge of a checkpointed region, which does not find them when it runs again.
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return hooks and hooks[0]
 
 
 def keeps_its_output(node: type) -> bool:
@@ -272,6 +306,12 @@ def fake_tensor_class() -> type[Tensor]:
     return FakeTensor
 
 
+def is_fake(x: Tensor) -> bool:
+    """Whether x is a fake tensor, of sizes alone: what is done to it stands for what would be done to a real one."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")  # loaded by whoever has made one
+    return fake is not None and type(x) is fake.FakeTensor
+
+
 def fake_mode() -> Any:
     """A mode in which operations compute sizes alone. Loads sympy."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -313,10 +353,3 @@ def constant_number(value: Any) -> Any:
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # loads sympy
 
     return guard_scalar(value)
-
-
-def weak_tensor_dictionary() -> Any:
-    """A dictionary by the identity of tensors, which it does not keep alive; weakref's own compares tensors by value."""
-    from torch.utils.weak import WeakTensorKeyDictionary
-
-    return WeakTensorKeyDictionary()

@@ -62,12 +62,12 @@ def wb(weight, bias):
 
 
 PRODUCTS = {
-    "linear": Case("linear", (5, 7, 6), wb((4, 6), 4)),
+    "linear": Case("linear", (5, 14, 16), wb((4, 16), 4)),
     "linear, no bias": Case("linear", (33, 17), {"weight": (9, 17)}),
     "linear, one row": Case("linear", (6,), wb((4, 6), 4)),
-    "linear, one output": Case("linear", (2, 3, 2, 5), wb((1, 5), 1)),
-    "conv1d": Case("conv1d", (3, 4, 11), wb((5, 4, 3), 5)),
-    "conv1d, unbatched": Case("conv1d", (4, 11), wb((5, 4, 3), 5), {"padding": 1}),
+    "linear, one output": Case("linear", (8, 3, 4, 15), wb((1, 15), 1)),
+    "conv1d": Case("conv1d", (6, 8, 23), wb((5, 8, 3), 5)),
+    "conv1d, unbatched": Case("conv1d", (8, 130), wb((5, 8, 3), 5), {"padding": 1}),
     "conv2d": Case("conv2d", (2, 3, 7, 9), wb((4, 3, 3, 3), 4)),
     "conv2d, no bias": Case("conv2d", (2, 3, 7, 9), {"weight": (4, 3, 3, 3)}, {"stride": 2, "padding": (1, 0)}),
     "conv2d, dilation": Case("conv2d", (2, 3, 9, 9), wb((4, 3, 3, 2), 4), {"dilation": (2, 1), "stride": (1, 2)}),
@@ -75,32 +75,34 @@ PRODUCTS = {
     "conv2d, depthwise": Case("conv2d", (2, 4, 7, 7), wb((4, 1, 3, 3), 4), {"groups": 4}),
     "conv2d, same": Case("conv2d", (2, 3, 7, 8), wb((4, 3, 2, 3), 4), {"padding": "same", "dilation": (3, 2)}),
     "conv2d, valid": Case("conv2d", (2, 3, 7, 8), wb((4, 3, 2, 3), 4), {"padding": "valid", "stride": 2}),
-    "conv2d, unbatched": Case("conv2d", (3, 7, 8), wb((4, 3, 1, 1), 4)),
+    "conv2d, unbatched": Case("conv2d", (6, 14, 15), wb((4, 6, 1, 1), 4)),
     "conv3d": Case("conv3d", (2, 2, 4, 5, 6), wb((3, 2, 2, 2, 2), 3), {"stride": 2, "padding": 1}),
-    "conv_transpose1d": Case("conv_transpose1d", (2, 3, 6), wb((3, 2, 3), 2), {"stride": 2, "output_padding": 1}),
+    "conv_transpose1d": Case("conv_transpose1d", (6, 6, 33), wb((6, 2, 3), 2), {"stride": 2, "output_padding": 1}),
     "conv_transpose2d": Case(
-        "conv_transpose2d", (2, 4, 5, 6), wb((4, 2, 3, 3), 4), {"stride": (2, 1), "padding": 1, "groups": 2, "dilation": 2}
+        "conv_transpose2d", (4, 4, 9, 8), wb((4, 2, 3, 3), 4), {"stride": (2, 1), "padding": 1, "groups": 2, "dilation": 2}
     ),
-    "conv_transpose3d": Case("conv_transpose3d", (1, 2, 3, 3, 3), wb((2, 3, 2, 2, 2), 3), {"stride": 2}),
+    "conv_transpose3d": Case("conv_transpose3d", (2, 4, 5, 5, 6), wb((4, 3, 2, 2, 2), 3), {"stride": 2}),
 }
 NORMS = {
     "layer_norm": Case("layer_norm", (5, 7, 12), wb((12,), 12), {"normalized_shape": (12,)}),
-    "layer_norm, two dims": Case("layer_norm", (5, 3, 4), {"weight": (3, 4), "bias": (3, 4)}, {"normalized_shape": (3, 4)}),
-    "layer_norm, no bias": Case("layer_norm", (6, 9), {"weight": (9,)}, {"normalized_shape": [9], "eps": 0.1}),
-    "layer_norm, plain": Case("layer_norm", (6, 9), {}, {"normalized_shape": (9,)}),
+    "layer_norm, two dims": Case("layer_norm", (35, 3, 8), {"weight": (3, 8), "bias": (3, 8)}, {"normalized_shape": (3, 8)}),
+    "layer_norm, no bias": Case("layer_norm", (66, 9), {"weight": (9,)}, {"normalized_shape": [9], "eps": 0.1}),
+    "layer_norm, plain": Case("layer_norm", (66, 9), {}, {"normalized_shape": (9,)}),
     "layer_norm, one row": Case("layer_norm", (9,), wb((9,), 9), {"normalized_shape": (9,)}),
     "rms_norm": Case("rms_norm", (5, 7, 12), {"weight": (12,)}, {"normalized_shape": (12,)}),
-    "rms_norm, eps": Case("rms_norm", (5, 3, 4), {"weight": (3, 4)}, {"normalized_shape": (3, 4), "eps": 0.5}),
+    "rms_norm, eps": Case("rms_norm", (35, 3, 8), {"weight": (3, 8)}, {"normalized_shape": (3, 8), "eps": 0.5}),
     "rms_norm, one row": Case("rms_norm", (9,), {"weight": (9,)}, {"normalized_shape": (9,)}),
-    "rms_norm, plain": Case("rms_norm", (11, 8), {}, {"normalized_shape": (8,)}),
+    "rms_norm, plain": Case("rms_norm", (66, 8), {}, {"normalized_shape": (8,)}),
     "group_norm": Case("group_norm", (3, 6, 5, 4), wb((6,), 6), {"num_groups": 2}),
-    "group_norm, instances": Case("group_norm", (3, 4, 7), wb((4,), 4), {"num_groups": 4}),
-    "group_norm, no dims": Case("group_norm", (40, 8), wb((8,), 8), {"num_groups": 2}),
-    "group_norm, plain": Case("group_norm", (3, 6, 5), {}, {"num_groups": 3}),
+    "group_norm, instances": Case("group_norm", (3, 4, 77), wb((4,), 4), {"num_groups": 4}),
+    "group_norm, no dims": Case("group_norm", (240, 16), wb((16,), 16), {"num_groups": 2}),
+    "group_norm, plain": Case("group_norm", (3, 6, 45), {}, {"num_groups": 3}),
     "batch_norm": Case("batch_norm", (6, 5, 4, 3), wb((5,), 5), {"running_mean": None, "running_var": None, "training": True}),
-    "batch_norm, rows": Case("batch_norm", (20, 5), wb((5,), 5), {"running_mean": None, "running_var": None, "training": True}),
+    "batch_norm, rows": Case(
+        "batch_norm", (120, 5), wb((5,), 5), {"running_mean": None, "running_var": None, "training": True}
+    ),
     "batch_norm, plain": Case(
-        "batch_norm", (6, 5, 4), {}, {"running_mean": None, "running_var": None, "training": True, "eps": 0.2}
+        "batch_norm", (6, 5, 24), {}, {"running_mean": None, "running_var": None, "training": True, "eps": 0.2}
     ),
 }
 CASES = {**PRODUCTS, **NORMS}
@@ -137,21 +139,41 @@ def standardized(x, rest):
     return center, spread.clamp_min(1e-19)
 
 
-def standards(x, channel):
-    """Row scale, center and spread: x is (number * spread + center) * row with a number like a standard normal one."""
+def standards(x, channel, table):
+    """Row scale, center and spread: x is (number * spread + center) * row with a number like a standard normal one, and, where
+    a channel has zeros, one for which the code of a zero stands for 0."""
     wide = x.detach().double()
     channel %= wide.dim()
     rest = tuple(dim for dim in range(wide.dim()) if dim != channel)
-    magnitude = (wide.abs().mean(rest, keepdim=True) if rest else wide.abs()).clamp_min(1e-19)
+    magnitude = wide.abs().mean(rest, keepdim=True).clamp_min(1e-19)
     row = (wide / magnitude).square().mean(tuple(range(channel, wide.dim())), keepdim=True).sqrt().clamp_min(1e-19)
     center, spread = standardized(wide / magnitude / row, rest)
+    for place in range(wide.shape[channel]):
+        own_center, own_spread = center.select(channel, place), spread.select(channel, place)  # views
+        zero = -own_center.item() / own_spread.item()
+        outermost = table.levels.min() if zero < 0 else table.levels.max()
+        if (wide.select(channel, place) == 0).any() and zero / outermost <= 2:
+            own_spread.mul_(max(1.0, zero / outermost))
+            own_center.copy_(-own_spread * lookup(table, -own_center / own_spread))
     return row, center * magnitude, spread * magnitude
 
 
 def scaled_values(table, x, channel):
-    """What codes with these standards stand for."""
-    row, center, spread = standards(x, channel)
-    return (lookup(table, (x.detach().double() / row - center) / spread) * spread + center) * row
+    """What codes with these standards stand for, with the mean of each channel; x itself if it is a single row, of which codes
+    and statistics would take more."""
+    if x.dim() == 1:
+        return x.detach().double()
+    wide, (row, center, spread) = x.detach().double(), standards(x, channel, table)
+    values = (lookup(table, (wide / row - center) / spread) * spread + center) * row
+    for place in range(wide.shape[channel]):
+        of_x, found = wide.select(channel, place), values.select(channel, place)  # a view
+        magnitude, own_row = of_x.abs().mean().clamp_min(1e-19), row.expand_as(wide).select(channel, place)
+        true, mean, doubt = of_x.mean() / magnitude, found.mean() / magnitude, 2.72 * 0.25**table.bits + 1 / of_x.numel()
+        if (of_x == 0).any():
+            found.mul_((true * mean + doubt) / (mean * mean + doubt))
+        else:
+            found.add_((of_x.mean() - found.mean()) / own_row.mean() * own_row)
+    return values
 
 
 def row_scaled_values(table, x):
@@ -207,7 +229,10 @@ def moves_to_thresholds(factor, offset, thresholds):
 
 
 def norm_gradients(case, x, parameters, grad, table):
-    """In closed form, at the levels of the normalized values."""
+    """In closed form, at the levels of the normalized values; torch's own for a single row, of which codes would take more."""
+    if x.dim() == len(case.keywords.get("normalized_shape", ())):
+        wide = {name: each.detach().double() for name, each in parameters.items()}
+        return torch_gradients(case, x.detach().double(), wide, grad.double())
     x, grad = x.detach().double(), grad.double()
     weight = parameters["weight"].detach().double() if "weight" in parameters else None
     eps = case.keywords.get("eps", None if case.function == "rms_norm" else 1e-5)
@@ -236,6 +261,8 @@ def norm_gradients(case, x, parameters, grad, table):
             factor, offset = weight * spread, weight * center + parameters["bias"].detach().double().view_as(weight)
         shrink, shift = moves_to_thresholds(factor, offset, table.thresholds)
     x_hat = (lookup(table, (x_hat - center) / spread * shrink + shift) - shift) / shrink * spread + center
+    if channel:  # each channel keeps its mean
+        x_hat = x_hat + (back((grouped - mean) * scale) - x_hat).mean(channel, keepdim=True)
     inner = (grad if weight is None else grad * weight).reshape(grouped.shape)
     values = x_hat.reshape(grouped.shape)
     grad_x = inner - values * (inner * values).mean(dims, keepdim=True)

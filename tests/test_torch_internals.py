@@ -146,6 +146,10 @@ class TestTensors:
         assert internals.is_view_of_several(y.chunk(2)[0])
         assert not internals.is_view_of_several(y[:2])
 
+    def test_is_empty(self):
+        assert internals.is_empty(torch.ones(3, 0))
+        assert not internals.is_empty(torch.ones(3))
+
     def test_storages_and_parts(self):
         x = torch.zeros(4)
         assert internals.storage_key(x.untyped_storage()) == internals.storage_key(x[:2].untyped_storage())
@@ -156,14 +160,6 @@ class TestTensors:
     def test_zeros_without_memory(self):
         assert internals.is_zero(torch._efficientzerotensor(3))
         assert not internals.is_zero(torch.zeros(3))
-
-    def test_weak_dictionary(self):
-        entries, x = internals.weak_tensor_dictionary(), torch.zeros(2)
-        entries[x] = 1
-        assert entries.get(x) == 1
-        assert entries.get(torch.zeros(2)) is None
-        del x
-        assert len(entries) == 0
 
 
 class TestOperations:

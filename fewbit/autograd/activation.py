@@ -13,7 +13,7 @@ from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.layout import Layout
 from fewbit.autograd.quantize import times, values
 from fewbit.autograd.sharing import Recipe
-from fewbit.errors import InputError
+from fewbit.errors import OverwriteError
 from fewbit.kernels import DeviceTable, Formula
 
 Tensor = torch.Tensor
@@ -64,7 +64,8 @@ def watched_activation(x: Tensor, table: DeviceTable, value_table: DeviceTable |
 
 def value_recipe(packed: Tensor, layout: Layout, table: DeviceTable) -> Recipe:
     """The recipe of a tensor whose values are the levels of packed codes."""
-    return Recipe((packed,), lambda kept, dtype: values(kept[0], layout, dtype, table))
+    of_zero = None if torch_internals.is_watched(packed) else table.at_zero
+    return Recipe((packed,), lambda kept, dtype: values(kept[0], layout, dtype, table), of_zero=of_zero)
 
 
 def overwritten(x: Tensor, y: Tensor) -> Tensor:
@@ -75,11 +76,11 @@ def overwritten(x: Tensor, y: Tensor) -> Tensor:
 
 
 def check_overwritable(name: str, x: Tensor) -> None:
-    """Raise InputError where torch forbids to overwrite x; torch checks too, but after it has written."""
+    """Raise OverwriteError where torch forbids to overwrite x; torch checks too, but after it has written."""
     if any(tensor.is_leaf for tensor in (x, torch_internals.base_of(x)) if tensor is not None):
-        raise InputError(f"{name} cannot overwrite a leaf that requires a gradient, nor a view of one; pass inplace=False")
+        raise OverwriteError(f"{name} cannot overwrite a leaf that requires a gradient, nor a view of one; pass inplace=False")
     if torch_internals.is_view_of_several(x):
-        raise InputError(
+        raise OverwriteError(
             f"{name} cannot overwrite this view: it is one of several that a function such as chunk returned, or was made "
             "without gradients; pass inplace=False"
         )
@@ -93,11 +94,11 @@ def activation_by_sign(x: Tensor, forward: Forward, slopes: tuple[float, float])
     Keeps what the recipe keeps and no more: one code for what made x, for f and for the readers of f(x).
     """
     recipe = None if torch_internals.is_transformed() else sharing.find(x)
-    if recipe is None or not recipe.keeps_sign:
+    if recipe is None or recipe.signs is None:
         return None
     y, _ = _ActivationBySign.apply(x, recipe, forward, slopes)  # type: ignore[misc]
-    rebuild, keeps_sign = recipe.rebuild, slopes[0] >= 0 < slopes[1]
-    return sharing.attach(y, Recipe(recipe.kept, lambda kept, dtype: forward(rebuild(kept, dtype)), keeps_sign))
+    rebuild, signs = recipe.rebuild, recipe.signs if slopes[0] >= 0 < slopes[1] else None
+    return sharing.attach(y, Recipe(recipe.kept, lambda kept, dtype: forward(rebuild(kept, dtype)), signs))
 
 
 class _CodedActivation(torch.autograd.Function):
@@ -122,7 +123,7 @@ class _CodedActivation(torch.autograd.Function):
             y = (forward_inplace or forward)(x)
             if forward_inplace is not None:
                 ctx.mark_dirty(x)
-        anchor = x.new_empty(0)
+        y, anchor = torch_internals.not_a_view(y) if forward_inplace is None else y, x.new_empty(0)
         ctx.save_for_backward(packed, anchor)
         ctx.set_materialize_grads(False)
         ctx.coded = table, x.dtype, None if contiguous else Layout.of(x)
@@ -160,7 +161,7 @@ class _ActivationBySign(torch.autograd.Function):
         anchor = x.new_empty(0)
         ctx.save_for_backward(anchor, *recipe.kept)
         ctx.set_materialize_grads(False)
-        ctx.coded = recipe.rebuild, x.dtype, slopes
+        ctx.coded = recipe.signs, x.dtype, slopes
         return y, anchor
 
     @staticmethod
@@ -169,8 +170,8 @@ class _ActivationBySign(torch.autograd.Function):
         if grad is None:
             return (None,) * 4
         anchor, *kept = ctx.saved_tensors
-        rebuild, dtype, (below, above) = ctx.coded
+        signs, dtype, (below, above) = ctx.coded
         # above times leaky_relu's backward with the slope below / above
-        grad_x = torch.ops.aten.leaky_relu_backward(grad, rebuild(kept, grad.dtype), below / above, False)
+        grad_x = torch.ops.aten.leaky_relu_backward(grad, signs(kept, grad.dtype), below / above, False)
         grad_x = (grad_x if above == 1 else above * grad_x).to(dtype)
         return differentiable_once(grad_x, grad, anchor), None, None, None

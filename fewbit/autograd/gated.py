@@ -13,9 +13,10 @@ import torch
 
 from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.layout import Layout
-from fewbit.autograd.quantize import Quantizer, encode, scaled, times, values
+from fewbit.autograd.quantize import Quantizer, at_least_float32, encode, narrowed, scaled, times, values
 from fewbit.autograd.sharing import Recipe, attach
 from fewbit.kernels import DeviceTable
+from fewbit.torch_internals import not_a_view
 
 Tensor = torch.Tensor
 
@@ -41,14 +42,14 @@ def coded_gate(
     """
     if gate.shape != up.shape:
         gate, up = torch.broadcast_tensors(gate, up)
-    with torch.no_grad():
-        of_up = scaled(up, Quantizer(normal, stochastic), channel)
+    of_up = scaled(up.detach(), Quantizer(normal, stochastic), channel)
     y, _, packed, layout = _CodedGate.apply(gate, up, of_up, (derivative, value), exact)  # type: ignore[misc]
 
     rebuild_up = of_up.rebuild
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return values(kept[0], layout, dtype, value).mul_(rebuild_up(kept[1:], dtype))
+        wide = at_least_float32(dtype)
+        return narrowed(values(kept[0], layout, wide, value).mul_(rebuild_up(kept[1:], wide)), dtype)
 
     return attach(y, Recipe((packed, *of_up.kept), rebuild))
 
@@ -71,7 +72,7 @@ class _CodedGate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(packed)
         ctx.coded = tables, layout, of_up.rebuild
-        return exact(gate, up), anchor, packed, layout
+        return not_a_view(exact(gate, up)), anchor, packed, layout
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -80,10 +81,11 @@ class _CodedGate(torch.autograd.Function):
             return (None,) * 5
         anchor, packed, *kept = ctx.saved_tensors
         (derivative, value), layout, rebuild = ctx.coded
-        grad_gate, grad_up = None, None
+        grad_gate, grad_up, wide = None, None, grad.to(at_least_float32(grad.dtype))
         if ctx.needs_input_grad[0]:
-            by_up = rebuild(kept, grad.dtype) * grad  # grad may be a batch of gradients
-            grad_gate = differentiable_once(times(packed, by_up, derivative, layout), grad, anchor)
+            by_up = rebuild(kept, wide.dtype) * wide  # grad may be a batch of gradients
+            grad_gate = narrowed(times(packed, by_up, derivative, layout), grad.dtype)
+            grad_gate = differentiable_once(grad_gate, grad, anchor)
         if ctx.needs_input_grad[1]:
-            grad_up = differentiable_once(times(packed, grad, value, layout), grad, anchor)
+            grad_up = differentiable_once(narrowed(times(packed, wide, value, layout), grad.dtype), grad, anchor)
         return grad_gate, grad_up, None, None, None

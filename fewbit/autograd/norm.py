@@ -1,8 +1,13 @@
 """Normalization layers that keep codes of the normalized values, not their input.
 
-With x̂ = (x - mean) / σ and y = w x̂ + b, backward reads x̂ and 1/σ. The numbers that are coded are standardized by channel
+With x̂ = (x - mean) / σ and y = w x̂ + b, backward reads x̂ and σ. The numbers that are coded are standardized by channel
 besides: trained networks have channels that are always far from 0, or far larger than all others, in what a layer norm makes of
 each token. From the same codes the layers that read y make it anew.
+
+Where a norm is taken of tokens or images, a padded one is constant: its x̂ is 0, or nearly, and its 1/σ = 1/√ε, some hundred
+times that of others, by which the next norm multiplies gradients. An error of x̂ of the usual size would be multiplied, too. So
+where the variance is below ε, x̂ is coded in units of its root mean square. That follows from the variance, which is kept in the
+place of 1/σ.
 
 Where w and b belong to the channels of images, the numbers are moved so that y = 0 lies on a threshold. A ReLU that reads y
 then finds in its codes the sign of y, exactly, as in Chakrabarti and Moseley (NeurIPS 2019), who move uniform bins for that.
@@ -13,18 +18,29 @@ is there, by half at most. Farther out, where y hardly ever changes its sign, th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
 from fewbit.autograd import watched
 from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.layout import Layout
-from fewbit.autograd.quantize import Quantizer, center_and_spread, standardized, values
-from fewbit.autograd.sharing import Recipe, attach
-from fewbit.kernels import DeviceTable
-from fewbit.torch_internals import batch_norm_with_statistics, memory_format_of
+from fewbit.autograd.quantize import (
+    Quantizer,
+    affine,
+    center_and_spread,
+    finite_part,
+    is_finite,
+    is_small,
+    nan_if_not_finite,
+    standardized,
+    with_means,
+    with_zero_on_a_level,
+)
+from fewbit.autograd.sharing import Recipe, attach, is_kept_exactly
+from fewbit.torch_internals import batch_norm_with_statistics, is_watched, memory_format_of, not_a_view
 
 Tensor = torch.Tensor
 Needed = Sequence[bool]  # which gradients: of x, weight, bias
@@ -33,40 +49,91 @@ _aten = torch.ops.aten
 
 
 class Normalization(Protocol):
-    """An operation y = w x̂ + b. The mean and 1/σ have the dtype of the operation's own statistics."""
+    """An operation y = w x̂ + b."""
 
-    by_channel: bool  # whether w and b belong to dimension 1, instead of to the last ones
+    @property
+    def by_channel(self) -> bool:
+        """Whether w and b belong to dimension 1, instead of to the last ones."""
+        ...
+
+    @property
+    def eps(self) -> float | None: ...
+
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether another forward pass changes nothing: no running statistics."""
+        ...
+
+    def statistics(self, shape: Sequence[int]) -> int:
+        """How many are kept of an x of that shape: two a channel, and a variance for each σ that is not a channel's."""
+        ...
+
+    def root_mean_square(self, x_hat: Tensor) -> Tensor | None:
+        """That of all numbers that share a σ, in the shape of 1/σ; None where these are a channel."""
+        ...
+
+    def along(self, statistic: Tensor, shape: Sequence[int]) -> Tensor:
+        """The mean, 1/σ, or what is made of them, as it broadcasts with an x of that shape."""
+        ...
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Any) -> Normalized:
-        """y, exactly as the operation gives it, and the mean (None if not taken) and 1/σ in shapes that broadcast with x."""
+        """y, exactly as the operation gives it, and the mean (None if not taken) and 1/σ."""
         ...
 
     def backward(
         self, grad: Tensor, x_hat: Tensor, scale: Tensor, weight: Tensor | None, needed: Needed
     ) -> tuple[Tensor | None, ...]:
-        """The gradients of x, weight and bias, those needed, with scale = 1/σ."""
+        """The gradients of x, weight and bias, those needed, with scale = 1/σ along x."""
         ...
 
 
-class LayerNorm(NamedTuple):
-    """Over the last dimensions, of shape `shape`."""
+@dataclass(frozen=True)
+class _OverLastDimensions:
+    """A norm over the last dimensions, of shape `shape`."""
 
     shape: tuple[int, ...]
+    eps: float | None
+    by_channel: ClassVar[bool] = False
+    may_be_repeated: ClassVar[bool] = True
+
+    def statistics(self, shape: Sequence[int]) -> int:
+        return 2 * prod(self.shape) + prod(shape[: -len(self.shape)])
+
+    def root_mean_square(self, x_hat: Tensor) -> Tensor:
+        return _root_mean_square(x_hat, len(self.shape))
+
+    def along(self, statistic: Tensor, shape: Sequence[int]) -> Tensor:
+        return statistic
+
+
+@dataclass(frozen=True)
+class LayerNorm(_OverLastDimensions):
+    """Of mean 0 and variance 1."""
+
     eps: float
-    by_channel: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalized:
-        y, mean, scale = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
-        if weight is not None and weight.dtype != x.dtype:  # the dtype of its statistics then, but of no fake ones
-            mean, scale = mean.to(weight.dtype), scale.to(weight.dtype)
-        return y, mean, scale
+        return torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
 
     def backward(self, grad, x_hat, scale, weight, needed):
-        mean, one = torch.zeros_like(scale), torch.ones_like(scale)
+        mean = torch.zeros_like(scale, dtype=_dtype_of_statistics(grad, scale, weight))
+        one = torch.ones_like(mean)
         # of the bias, shape and dtype alone are looked at
         bias = None if not needed[2] else grad.new_empty(self.shape) if weight is None else weight
         grad_x, *others = _aten.native_layer_norm_backward(grad, x_hat, self.shape, mean, one, weight, bias, needed)
         return grad_x.mul_(scale) if needed[0] else None, *others
+
+
+def _dtype_of_statistics(grad: Tensor, scale: Tensor, weight: Tensor | None) -> torch.dtype:
+    """In which torch's operation wants mean and 1/σ."""
+    mixed = weight is not None and weight.dtype != grad.dtype
+    return scale.dtype if mixed or grad.is_cuda else grad.dtype
+
+
+def _root_mean_square(x_hat: Tensor, dims: int) -> Tensor:
+    """Over that many last dimensions, which stay, of size 1."""
+    over = tuple(range(-dims, 0))
+    return torch.linalg.vector_norm(x_hat, dim=over, keepdim=True) / prod(x_hat.shape[-dims:]) ** 0.5
 
 
 def _divided_by_rms(x: Tensor, eps: float) -> Tensor:
@@ -96,21 +163,18 @@ WAYS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
-class RMSNorm(NamedTuple):
-    """Over the last dimensions, of shape `shape`; no mean is taken. Computed as torch does, or in one of `WAYS`."""
+@dataclass(frozen=True)
+class RMSNorm(_OverLastDimensions):
+    """Of mean square 1; no mean is taken. Computed as torch does, or in one of `WAYS`."""
 
-    shape: tuple[int, ...]
-    eps: float | None
     own: Callable[[Tensor, Any, Any], Tensor] | None = None
-    by_channel: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalized:
         dims = tuple(range(-len(self.shape), 0))
         wide = x if x.dtype == torch.float64 else x.float()
-        eps = torch.finfo(wide.dtype).eps if self.eps is None else self.eps  # as torch: of the dtype that it computes in
-        scale = wide.square().mean(dims, keepdim=True).add_(eps).rsqrt_()
+        scale = wide.square().mean(dims, keepdim=True).add_(_epsilon(self.eps, wide.dtype)).rsqrt_()
         if self.own is not None:
-            return self.own(x, weight, eps), None, scale
+            return self.own(x, weight, self.eps), None, scale
         return torch.nn.functional.rms_norm(x, self.shape, weight, self.eps), None, scale
 
     def backward(self, grad, x_hat, scale, weight, needed):
@@ -131,6 +195,17 @@ class GroupNorm(NamedTuple):
     groups: int
     eps: float
     by_channel: bool = True
+    may_be_repeated: bool = True
+
+    def statistics(self, shape: Sequence[int]) -> int:
+        return 2 * shape[1] + shape[0] * self.groups
+
+    def root_mean_square(self, x_hat: Tensor) -> Tensor:
+        return _root_mean_square(x_hat.reshape(x_hat.shape[0], self.groups, -1), 1).squeeze(-1)
+
+    def along(self, statistic: Tensor, shape: Sequence[int]) -> Tensor:
+        repeated = statistic.reshape(shape[0], self.groups).repeat_interleave(shape[1] // self.groups, 1)
+        return repeated.view(*shape[:2], *[1] * (len(shape) - 2))
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Normalized:
         # torch's own function does the same before it calls this one
@@ -139,12 +214,10 @@ class GroupNorm(NamedTuple):
         if scale.dtype in (torch.float16, torch.bfloat16):  # too coarse for the signs of y
             variance, mean = torch.var_mean(x.float().reshape(x.shape[0], self.groups, -1), -1, correction=0)
             scale = (variance + self.eps).rsqrt_()
-        return y, self._by_channel(mean, x), self._by_channel(scale, x)
+        return y, mean, scale
 
     def backward(self, grad, x_hat, scale, weight, needed):
-        mixed = weight is not None and weight.dtype != grad.dtype
-        dtype = scale.dtype if mixed or grad.is_cuda else grad.dtype  # of its statistics, as the operation wants them
-        mean = grad.new_zeros(grad.shape[0], self.groups, dtype=dtype)
+        mean = grad.new_zeros(grad.shape[0], self.groups, dtype=_dtype_of_statistics(grad, scale, weight))
         grad_x, *others = _aten.native_group_norm_backward(
             grad.contiguous(), x_hat.contiguous(), mean, mean + 1, weight, *self._sizes(grad), self.groups, needed
         )
@@ -153,10 +226,6 @@ class GroupNorm(NamedTuple):
     def _sizes(self, x: Tensor) -> tuple[int, int, int]:
         return x.shape[0], x.shape[1], prod(x.shape[2:])
 
-    def _by_channel(self, statistic: Tensor, x: Tensor) -> Tensor:
-        repeated = statistic.reshape(x.shape[0], self.groups).repeat_interleave(x.shape[1] // self.groups, 1)
-        return repeated.view(*x.shape[:2], *[1] * (x.dim() - 2))
-
 
 class BatchNorm(NamedTuple):
     """Over all but the channels; by the running statistics where not `training`."""
@@ -164,6 +233,19 @@ class BatchNorm(NamedTuple):
     training: bool
     eps: float
     by_channel: bool = True
+
+    @property
+    def may_be_repeated(self) -> bool:
+        return not self.training
+
+    def statistics(self, shape: Sequence[int]) -> int:
+        return 2 * shape[1]
+
+    def root_mean_square(self, x_hat: Tensor) -> None:
+        return None
+
+    def along(self, statistic: Tensor, shape: Sequence[int]) -> Tensor:
+        return statistic
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Any) -> Normalized:
         running_mean, running_var, momentum = running
@@ -189,42 +271,66 @@ def coded_normalization(
     bias: Tensor | None,
     *others: Any,
     normalization: Normalization,
-    exact: Callable[..., Tensor] | None = None,
+    exact: Callable[..., Tensor],
+    autocasts: bool,
     stochastic: bool = False,
 ) -> Tensor:
     """normalization(x, weight, bias), with codes of x̂ for backward and for the coded layers that read the result.
 
+    An x that would take less than its codes and statistics is left to torch, and so is one that the operation which made it
+    keeps anyway, and one of which statistics are out of range.
+
     others         what else the operation takes (running statistics and their momentum), and last the DeviceTable of a
                    standard normal number
     normalization  the operation
-    exact          torch's function for it, where autocast may make that one compute in another dtype
+    exact          torch's function for it
+    autocasts      whether autocast may make that one compute in another dtype
     stochastic     as in `fewbit.autograd.quantize.Quantizer`
     """
     *running, table = others
-    if exact is not None and watched.is_autocast(x):
+    if is_small(x, normalization.statistics(x.shape), table) or is_kept_exactly(x):
+        return exact(x, weight, bias, *running)
+    if autocasts and watched.is_autocast(x):
         probe = x.detach() if normalization.by_channel else x.detach().unsqueeze(0)
-        dtype = exact(probe[:0], weight, bias).dtype
+        dtype = exact(probe[:0], *(each if each is None else each.detach() for each in (weight, bias))).dtype
         if dtype != x.dtype:
             x = x.to(dtype)
             weight, bias = (each if each is None else each.to(dtype) for each in (weight, bias))
-    y, _, packed, center, spread, layout = _CodedNormalization.apply(  # type: ignore[misc]
+    y, _, packed, center, spread, variance, move, layout = _CodedNormalization.apply(  # type: ignore[misc]
         x, weight, bias, normalization, Quantizer(table, stochastic), *running
     )
-    with torch.no_grad():  # w x̂ + b with x̂ = spread * level + center
-        factor, offset = _composed(weight, bias, center, spread, normalization)
-    signs = normalization.by_channel and table.thresholds.numel() > 1 and not stochastic
-    wide = factor.dtype if signs else None  # in which no sign is lost
+    if normalization.may_be_repeated and not is_watched(x) and not is_finite(spread if variance is None else variance):
+        return exact(x, weight, bias, *running)
+    weight, bias = (each if each is None else each.detach() for each in (weight, bias))
+    eps, has_signs = _epsilon(normalization.eps, center.dtype), move is not None
+    moves = (_composed(weight, None, center, move)[0],) if has_signs else ()
+    if variance is None:
+        kept = packed, *_composed(weight, bias, center, spread), *moves
+    else:
+        shift = () if bias is None else (bias.to(center.dtype).view_as(center).clone(),)
+        kept = packed, *_composed(weight, None, center, spread), *moves, variance, *shift
+
+    def signs(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        packed, factor, offset, *rows = kept
+        if has_signs:
+            _, *rows = rows
+        if not rows:
+            return affine(packed, layout, dtype, table, factor, offset)
+        variance, *shift = rows
+        unit = normalization.along(_unit(variance, eps), layout.shape)
+        return affine(packed, layout, dtype, table, factor, offset, unit, *shift)
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        packed, factor, offset = kept
-        return _affine(packed, factor, offset, layout, wide or dtype, table).to(dtype)
+        packed, factor, offset, move, *rows = kept
+        return signs((packed, factor, offset + move, move, *rows), dtype)
 
-    return attach(y, Recipe((packed, factor, offset), rebuild, keeps_sign=signs))
+    return attach(y, Recipe(kept, rebuild, signs) if has_signs else Recipe(kept, signs))
 
 
 class _CodedNormalization(torch.autograd.Function):
-    """Its second output is the anchor of `differentiable_once`; then come the codes, what turns their levels into x̂, and their
-    layout."""
+    """Its second output is the anchor of `differentiable_once`; then come the codes, what turns their levels into x̂ (center and
+    spread by channel, and the variance of each row, if there are rows), by how much centers that keep signs miss the means, and
+    the layout."""
 
     @staticmethod
     def forward(
@@ -235,25 +341,46 @@ class _CodedNormalization(torch.autograd.Function):
         normalization: Normalization,
         quantizer: Quantizer,
         *running: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Layout]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Layout]:
         y, mean, scale = normalization.forward(x, weight, bias, *running)
-        x_hat = _normalized(x, mean, scale)
-        center, spread = center_and_spread(x_hat, _all_but_channels(x_hat, normalization))
-        if normalization.by_channel and quantizer.table.thresholds.numel() > 1:
-            composed = _composed(weight, bias, center, spread, normalization)
-            shrink, shift = _to_a_threshold(*composed, quantizer.table.thresholds)
+        mean, table = None if mean is None else normalization.along(mean, x.shape), quantizer.table
+        x_hat = _normalized(x, mean, normalization.along(scale, x.shape))
+        eps, size = _epsilon(normalization.eps, x_hat.dtype), normalization.root_mean_square(x_hat)
+        variance = unit = None
+        if size is not None:
+            variance = torch.where((scale == 0) & (size == 0), torch.inf, (size / scale).square())
+            unit = normalization.along(_unit(variance, eps), x.shape)
+            x_hat = x_hat.div_(torch.where(unit == 0, 1, unit))
+        known, others = finite_part(x_hat), _all_but_channels(x_hat, normalization)
+        center, spread = center_and_spread(known, others)
+        sparse, level, shift = None, None, 0.0
+        if normalization.by_channel and table.thresholds.numel() > 1:
+            shrink, shift = _to_a_threshold(*_composed(weight, bias, center, spread), table.thresholds)
             spread = spread / shrink
-            normal = standardized(x_hat, center, spread, shift)
-            center = torch.addcmul(center, spread, shift, value=-1)
-        else:
-            normal = standardized(x_hat, center, spread)
-        layout = Layout.of(normal)
+        elif others and not normalization.by_channel:
+            spread, sparse, level = with_zero_on_a_level(center, spread, known.abs().amin(others, keepdim=True) == 0, table)
+            center = torch.where(sparse, -level * spread, center)
+        normal = standardized(x_hat, center, spread, shift)
+        center, layout = center - spread * shift, Layout.of(normal)
         packed, anchor = quantizer.encode(layout.flatten(normal)), x.new_empty(0)
-        ctx.save_for_backward(anchor, packed, center, spread, scale, weight)
+        own_center, move = center, None
+        if others and not quantizer.stochastic:
+            row = None if unit is None else finite_part(unit)
+            coded = known if row is None else known * row
+            moved = with_means(coded, packed, layout, table, center, spread, row, others, sparse)
+            if sparse is None or level is None:  # what others read may have to keep signs
+                own_center = moved[0]
+                move = own_center - center
+            else:
+                center, spread = moved
+                own_center = center = torch.where(sparse, -level * spread, center)
+        lost = nan_if_not_finite(x_hat, 1) if variance is None else None  # else the variance of its row tells
+        own_center = own_center if lost is None else own_center + lost.view_as(center)
+        ctx.save_for_backward(anchor, packed, own_center, spread, scale if variance is None else variance, weight)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(packed, center, spread)
-        ctx.coded = normalization, layout, quantizer.table, x.dtype
-        return y, anchor, packed, center, spread, layout
+        ctx.mark_non_differentiable(*(each for each in (packed, center, spread, variance, move) if each is not None))
+        ctx.coded = normalization, layout, table, x.dtype, None if variance is None else eps
+        return not_a_view(y), anchor, packed, center, spread, variance, move, layout
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -261,18 +388,32 @@ class _CodedNormalization(torch.autograd.Function):
         if grad is None:
             return None, None, None, *others
         anchor, packed, center, spread, scale, weight = ctx.saved_tensors
-        normalization, layout, table, dtype = ctx.coded
-        x_hat = _affine(packed, spread, center, layout, grad.dtype, table)
+        normalization, layout, table, dtype, eps = ctx.coded
+        unit = None
+        if eps is not None:  # the variance was kept
+            unit, scale = normalization.along(_unit(scale, eps), grad.shape), (scale + eps).rsqrt_()
+        x_hat = affine(packed, layout, grad.dtype, table, spread, center, unit)
+        scale = normalization.along(scale, grad.shape)
         grad_x, *grads_affine = normalization.backward(grad, x_hat, scale, weight, list(ctx.needs_input_grad[:3]))
         found = (None if grad_x is None else grad_x.to(dtype), *grads_affine)
         return *(each if each is None else differentiable_once(each, grad, anchor) for each in found), *others
+
+
+def _epsilon(eps: float | None, dtype: torch.dtype) -> float:
+    """As torch: where none is given, that of the dtype that it computes in."""
+    return torch.finfo(dtype).eps if eps is None else eps
+
+
+def _unit(variance: Tensor, eps: float) -> Tensor:
+    """In units of what x̂ is coded: the root mean square that the variance gives it, or 1 where that is ordinary."""
+    return torch.where(variance > eps, 1, (variance / (variance + eps)).sqrt_())
 
 
 def _normalized(x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
     """(x - mean) * scale, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scale = scale.to(wide)
-    return x * scale if mean is None else (x * scale).sub_(mean.to(wide) * scale)
+    return x * scale if mean is None else (x - mean.to(wide)).mul_(scale)
 
 
 def _all_but_channels(x_hat: Tensor, normalization: Normalization) -> list[int]:
@@ -282,9 +423,7 @@ def _all_but_channels(x_hat: Tensor, normalization: Normalization) -> list[int]:
     return list(range(x_hat.dim() - len(normalization.shape)))  # type: ignore[attr-defined]
 
 
-def _composed(
-    weight: Tensor | None, bias: Tensor | None, center: Tensor, spread: Tensor, normalization: Normalization
-) -> tuple[Tensor, Tensor]:
+def _composed(weight: Tensor | None, bias: Tensor | None, center: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
     """Factor and offset of w x̂ + b in a z with x̂ = spread z + center: new tensors, since weights may change, or be freed as
     in sharded training, before what reads y runs its backward."""
     if weight is not None:
@@ -293,10 +432,6 @@ def _composed(
     if bias is not None:
         center = center + bias.to(center.dtype).view_as(center)
     return spread, center
-
-
-def _affine(packed: Tensor, factor: Tensor, offset: Tensor, layout: Layout, dtype: torch.dtype, table: DeviceTable) -> Tensor:
-    return values(packed, layout, dtype, table).mul_(factor).add_(offset)
 
 
 def _along_channels(statistic: Tensor, x: Tensor) -> Tensor:

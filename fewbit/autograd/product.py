@@ -7,16 +7,18 @@ With y = x W^T + b, backward needs W for x's gradient, which is exact, and x for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from fewbit.autograd import sharing, watched
 from fewbit.autograd.double_backward import differentiable_once
-from fewbit.autograd.quantize import Quantizer, scaled
+from fewbit.autograd.quantize import Quantizer, nan_if_not_finite, scaled, with_zeros
 from fewbit.autograd.sharing import Recipe
 from fewbit.errors import InputError
 from fewbit.kernels import DeviceTable
+from fewbit.torch_internals import not_a_view
 
 Tensor = torch.Tensor
 
@@ -73,7 +75,7 @@ class TransposedLinear(NamedTuple):
 
 def _rows(x: Tensor) -> Tensor:
     """(*, n) as (rows, n)."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 class Convolution(NamedTuple):
@@ -119,6 +121,8 @@ def padded(input: Tensor, weight: Tensor, padding: str, dilation: Sequence[int])
     """The input and the padding, the same on both sides, for padding="same" or "valid"."""
     if padding not in ("same", "valid"):
         raise InputError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
+    if weight.dim() != len(dilation) + 2:
+        return input, (0,) * len(dilation)  # torch's convolution says what it takes
     missing = [step * (size - 1) * (padding == "same") for step, size in zip(dilation, weight.shape[2:], strict=True)]
     if any(each % 2 for each in missing):  # as torch does: one more behind
         input = torch.nn.functional.pad(input, [part for each in reversed(missing) for part in (0, each % 2)])
@@ -131,64 +135,85 @@ def coded_product(
     """product(x, weight, bias), whose weight gradient is that of codes of x.
 
     The codes are those that x brings along from the layer that made it, or from one that read it before; or none, but x itself,
-    where the operation that made it keeps it anyway; or codes of its own, with scales, which x brings along from then on.
-    Nothing of x is kept if the weight needs no gradient.
+    where it needs no gradient, as a batch, or where the operation that made it keeps it anyway; or codes of its own, with
+    scales, which x brings along from then on. Nothing of x is kept if the weight needs no gradient.
 
     table       of a standard normal number, for codes of its own
     product     the operation
     stochastic  as in `fewbit.autograd.quantize.Quantizer`; for codes of its own
     """
-    recipe = None
+    recipe, lost = None, None
     if weight.requires_grad:
-        recipe = sharing.find(x)
-        if recipe is not None and recipe.bits is not None and (stochastic or recipe.bits < table.bits):
-            recipe = None  # codes that another reader made, of less than is asked for here
-        if recipe is None and sharing.is_kept_exactly(x):
-            recipe = sharing.as_it_is(x)
-        if recipe is None:
-            with torch.no_grad():
-                recipe = scaled(x, Quantizer(table, stochastic), product.channel)
-            # a leaf, such as a batch, may outlive this pass, and its codes with it
-            if x.grad_fn is not None and not stochastic:
-                sharing.attach(x, recipe._replace(bits=table.bits))
-    if watched.is_autocast(x):
-        x, weight, bias = _autocast(x, weight, bias)
-    y, _ = _CodedProduct.apply(x, weight, bias, product, recipe)  # type: ignore[misc]
+        recipe = _recipe_of(x, Quantizer(table, stochastic), product.channel)
+        lost = None if recipe.is_exact else nan_if_not_finite(x.detach(), product.channel)
+    dtype = _autocast_dtype(x, weight, bias) if watched.is_autocast(x) else None
+    y, _ = _CodedProduct.apply(x, weight, bias, product, recipe, lost, dtype)  # type: ignore[misc]
     return y
 
 
-def _autocast(*tensors: Tensor | None) -> Sequence[Any]:
-    """The tensors as autocast gives them to torch's operation, which here runs where autocast does not reach."""
-    found = (each for each in tensors if each is not None)
-    if any(each.dtype == torch.float64 for each in found):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)  # type: ignore[union-attr]
-    return [each if each is None else each.to(dtype) for each in tensors]
+def _recipe_of(x: Tensor, quantizer: Quantizer, channel: int) -> Recipe:
+    recipe, table, stochastic = sharing.find(x), quantizer.table, quantizer.stochastic
+    if recipe is not None and recipe.bits is not None and (stochastic or recipe.bits < table.bits):
+        recipe = None  # codes that another reader made, of less than is asked for here
+    if recipe is not None:
+        return with_zeros(recipe, x.detach(), channel)
+    if not x.requires_grad or sharing.is_kept_exactly(x):  # what needs no gradient is a batch, which the caller holds anyway
+        return sharing.as_it_is(x)
+    recipe = scaled(x.detach(), quantizer, channel)
+    if x.grad_fn is not None and not stochastic:  # a leaf may outlive this pass, and its codes with it
+        sharing.attach(x, recipe._replace(bits=table.bits))
+    return recipe
+
+
+def _autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
+    """In which autocast computes torch's operation, which here runs where it does not reach; None for that of the tensors."""
+    found = [each for each in tensors if each is not None]
+    return None if any(each.dtype == torch.float64 for each in found) else torch.get_autocast_dtype(found[0].device.type)
 
 
 class _CodedProduct(torch.autograd.Function):
-    """Its second output is the anchor of `differentiable_once`."""
+    """Its second output is the anchor of `differentiable_once`. Under autocast the weight is kept as it is, and cast once more
+    in backward: it is there anyway, and each use of a shared weight would keep a cast of its own."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: Product, recipe: Recipe | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        product: Product,
+        recipe: Recipe | None,
+        lost: Tensor | None,
+        dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         anchor = x.new_empty(0)
         kept = recipe.kept if recipe else ()
-        ctx.save_for_backward(anchor, weight if ctx.needs_input_grad[0] else None, *kept)
+        ctx.save_for_backward(anchor, weight if ctx.needs_input_grad[0] else None, lost, *kept)
         ctx.set_materialize_grads(False)
         ctx.product, ctx.rebuild, ctx.shapes = product, recipe and recipe.rebuild, (x.shape, weight.shape)
-        return product(x, weight, bias), anchor
+        if dtype is not None:
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return not_a_view(product(x, weight, bias)), anchor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
-            return (None,) * 5
-        anchor, weight, *kept = ctx.saved_tensors
+            return (None,) * 7
+        anchor, weight, lost, *kept = ctx.saved_tensors
         needed, (x_shape, weight_shape) = ctx.needs_input_grad[:3], ctx.shapes
-        if weight is None:
-            weight = grad.new_empty(1).expand(weight_shape)
+        weight = grad.new_empty(1).expand(weight_shape) if weight is None else weight.to(grad.dtype)
         x = ctx.rebuild(kept, grad.dtype) if needed[1] else x_shape
+        if lost is not None and needed[1]:
+            _one_place_of_each_channel(x, ctx.product.channel).add_(lost)
         found = ctx.product.grads(grad, x, weight, needed)
-        return *(each if each is None else differentiable_once(each, grad, anchor) for each in found), None, None
+        return *(each if each is None else differentiable_once(each, grad, anchor) for each in found), *(None,) * 4
+
+
+def _one_place_of_each_channel(x: Tensor, channel: int) -> Tensor:
+    """A view (channels,): of an image its middle, which every element of a convolution's weight gets to."""
+    for _ in range(x.dim() - 1 - channel % x.dim()):
+        x = x.select(-1, x.shape[-1] // 2)
+    while x.dim() > 1:
+        x = x[0]
+    return x

@@ -12,13 +12,16 @@ codes of its own. Only a view of all of a tensor in the same order, a reshape, c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import ref
 
 import torch
 
-from fewbit.torch_internals import base_of, keeps_its_output, state_of, storage_key, weak_tensor_dictionary
+from fewbit.torch_internals import base_of, hook_on_saved, keeps_its_output, state_of, storage_key
 
 Tensor = torch.Tensor
+Value = TypeVar("Value")
 
 
 class Recipe(NamedTuple):
@@ -27,38 +30,77 @@ class Recipe(NamedTuple):
     kept        tensors to save for backward
     rebuild     of these, as saved, and a dtype: the tensor, of its shape and that dtype. It holds none of them itself, so that
                 hooks on saved tensors (checkpointing, offloading) can free them.
-    keeps_sign  whether what is rebuilt is positive where the tensor is, and nowhere else
+    signs       makes of the same what is positive where the tensor is, and nowhere else; None where codes do not tell
     bits        of codes that a reader made for itself, for readers that want no more; None for those of what made the tensor
+    is_exact    whether it is the tensor itself that is kept
+    of_zero     what is rebuilt where the tensor is 0, as an activation's output where its input is 0; None if that differs, or
+                where it is not asked for
     """
 
     kept: tuple[Tensor, ...]
     rebuild: Callable[[Sequence[Tensor], torch.dtype], Tensor]
-    keeps_sign: bool = False
+    signs: Callable[[Sequence[Tensor], torch.dtype], Tensor] | None = None
     bits: int | None = None
+    is_exact: bool = False
+    of_zero: float | None = None
 
 
-class _Entry(NamedTuple):
-    recipe: Recipe
-    state: tuple
+class ByTensor(Generic[Value]):
+    """What is known of tensors, as they were when it was noted. It does not keep them alive, and dies with them.
+
+    What was noted outside of a checkpointed region is not found inside: when the region runs again, its input may be another
+    tensor object, of which nothing is known, and both runs have to save the same.
+
+    What removes an entry runs no Python: an interrupt cannot fall into it, where Python would swallow it and keep the entry.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[ref[Tensor], tuple, ref[Any] | None, Value]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        """Whether something was noted of the tensor, changed or not."""
+        return id(tensor) in self._entries
+
+    def note(self, tensor: Tensor, value: Value) -> None:
+        key = id(tensor)
+        dies = ref(tensor, partial(self._entries.pop, key))  # called with the reference, which is pop's default
+        hook = _hook()
+        self._entries[key] = dies, state_of(tensor), hook and ref(hook), value
+
+    def find(self, tensor: Tensor) -> Value | None:
+        """What was noted of the tensor, if it has not changed since."""
+        found = self._entries.get(id(tensor))
+        if found is None:
+            return None
+        _, state, hook, value = found
+        return value if state == state_of(tensor) and (hook and hook()) is _hook() else None
 
 
-_entries = weak_tensor_dictionary()
+def _hook() -> Any:
+    """What packs saved tensors now: one function for each checkpointed region and each run of it; None outside of all."""
+    hook = hook_on_saved()
+    return getattr(hook, "__func__", hook)  # bound methods are made anew each time
+
+
+_recipes: ByTensor[Recipe] = ByTensor()
 
 
 def attach(tensor: Tensor, recipe: Recipe) -> Tensor:
     """Let the readers of the tensor, as it is now, find the recipe. Returns the tensor."""
-    _entries[tensor] = _Entry(recipe, state_of(tensor))
+    _recipes.note(tensor, recipe)
     return tensor
 
 
 def find(tensor: Tensor) -> Recipe | None:
     """The recipe of the tensor, if there is one that holds for it as it is now."""
-    entry = _entries.get(tensor)
-    if entry is not None:
-        return entry.recipe if state_of(tensor) == entry.state else None
+    if tensor in _recipes:
+        return _recipes.find(tensor)
     base = base_of(tensor)
-    entry = None if base is None else _entries.get(base)
-    if base is None or entry is None or state_of(base) != entry.state:
+    recipe = None if base is None else _recipes.find(base)
+    if base is None or recipe is None:
         return None
     if tensor.numel() != base.numel() or not (tensor.is_contiguous() and base.is_contiguous()):
         return None
@@ -66,13 +108,13 @@ def find(tensor: Tensor) -> Recipe | None:
         return None
     if storage_key(tensor.untyped_storage()) != storage_key(base.untyped_storage()):  # after `tensor.data = ...`
         return None
-    rebuild, shape = entry.recipe.rebuild, tensor.shape
-    return entry.recipe._replace(rebuild=lambda kept, dtype: rebuild(kept, dtype).reshape(shape))
+    rebuild, shape = recipe.rebuild, tensor.shape
+    return recipe._replace(rebuild=lambda kept, dtype: rebuild(kept, dtype).reshape(shape))
 
 
 def as_it_is(tensor: Tensor) -> Recipe:
     """The recipe that keeps the tensor itself."""
-    return Recipe((tensor,), lambda kept, dtype: kept[0].to(dtype))
+    return Recipe((tensor,), lambda kept, dtype: kept[0].to(dtype), is_exact=True)
 
 
 _VIEWS = ("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Squeeze", "Unsqueeze", "Unflatten", "Flatten")

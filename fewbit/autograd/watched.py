@@ -63,7 +63,7 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(x, anchor, forward, thresholds, codes, levels, bits):
         packed = torch.ops.fewbit.encode(Layout.of(x).flatten(x), thresholds, codes, levels, bits)
-        return forward(x), packed
+        return torch_internals.not_a_view(forward(x)), packed
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -44,14 +44,14 @@ def write(report: Report, json_path: Path | None, plot_path: Path | None) -> Non
     """Write what is asked for, the JSON file atomically, and say so."""
     if json_path:
         files.write(json_path, json.dumps(report.to_dict(), indent=1) + "\n")
-        terminal.console().print(f"wrote {json_path}", soft_wrap=True)
+        terminal.say_written(json_path)
     if plot_path:
         drawn = panels(report)
         activations = len({case.activation for case in report.cases})
         where = "\n".join(f"{device} ({name})" for device, name in report.devices.items())
         how = f"{plural(report.threads, 'thread')}; medians and middle halves of {plural(report.repeats, 'round')}"
         save(plot_ratios(drawn, min(activations, 4), f"{where}\n{how}"), plot_path)
-        terminal.console().print(f"wrote {plot_path}", soft_wrap=True)
+        terminal.say_written(plot_path)
 
 
 def panels(report: Report) -> RatioPanels:

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fewbit import interrupt
 from fewbit.cli import memory, pictures, tables, training
 from fewbit.constants import CHANNELS
 from fewbit.errors import ActivationError, DesignError, FewbitError
-from fewbit.interrupt import came
 from fewbit.text import cut, plain
 
 app = typer.Typer(
@@ -35,8 +35,6 @@ app.command()(memory.memory)
 # the base of all usage errors, which typer exports under no name of its own in some versions
 _CommandError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-_INTERRUPTED = 130  # the exit status, as shells have it
-
 # options with several values, unknown to typer: the commands that take them, and what is such a value
 _SPREAD = {
     "--bits": (("plot", "demo", "bench"), lambda text: text.lstrip("-").isdigit()),
@@ -54,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         status = app(args=arguments or ["--help"], prog_name="fewbit", standalone_mode=False) or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where an error can be told
-        return status if status != _INTERRUPTED else _complain("interrupted", status)  # typer says nothing of its own
+        return status if status != interrupt.STATUS else _complain("interrupted", status)  # typer says nothing of its own
     except _CommandError as error:
         return _complain(error.format_message(), error.exit_code)
     except (ActivationError, DesignError) as error:  # a wrong name or a value out of range on the command line
@@ -71,11 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         return _complain("there is not enough memory", 1)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted", _INTERRUPTED)
-    except Exception:
-        if came():  # an interrupt of which an import made something else
-            return _complain("interrupted", _INTERRUPTED)
-        raise
+        return _complain("interrupted", interrupt.STATUS)
 
 
 def _drop_output() -> None:
@@ -86,8 +80,8 @@ def _drop_output() -> None:
 
 
 def _complain(message: str, status: int) -> int:
-    if came():
-        message, status = "interrupted", _INTERRUPTED
+    if interrupt.came():  # of which what was interrupted made another error
+        message, status = "interrupted", interrupt.STATUS
     if message:  # there is none where typer has printed the help of a group without a command
         print("fewbit: " + plain(cut(" ".join(message.split()), 2000)), file=sys.stderr)
     return status

@@ -77,7 +77,7 @@ def _write(
     if html_path:
         report.to_html(html_path, plan)
     for path in filter(None, (json_path, csv_path, plot_path, html_path)):
-        terminal.console().print(f"wrote {path}", soft_wrap=True)
+        terminal.say_written(path)
 
 
 def _find_model(name: str) -> nn.Module:

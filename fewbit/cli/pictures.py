@@ -81,7 +81,7 @@ def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:
     path = output or Path(default)
     check_picture(path)
     save(figure, path)
-    terminal.console().print(f"wrote {path}", soft_wrap=True)
+    terminal.say_written(path)
 
 
 def _has_display() -> bool:

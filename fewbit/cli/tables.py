@@ -69,7 +69,7 @@ def table(
         return
     _print_table(found)
     if output:
-        terminal.console().print(f"wrote {output}", soft_wrap=True)
+        terminal.say_written(output)
 
 
 def build(

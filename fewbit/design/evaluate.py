@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 CELLS = 4096  # at least, on which the errors are taken that a table states
 
 
-def errors_under(weight: Weight, table: CodeTable, activation: Activation, cells: int = CELLS) -> tuple[np.ndarray, np.ndarray]:
-    """∫ w (g - q)² dx and ∫ w g² dx for each channel of the table, (channels,) each, over the weight's domain.
+def errors_under(
+    weight: Weight,
+    table: CodeTable,
+    activation: Activation,
+    cells: int = CELLS,
+    domain: tuple[float, float] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """∫ w (g - q)² dx and ∫ w g² dx for each channel of the table, (channels,) each, over the domain, or else the weight's.
 
     activation  whose f' and f the channels are of
     cells       as in `fewbit.design`
     """
-    grid = Grid(activation, table.channels, np.ones(len(table.channels)), weight, weight.domain, cells)
+    grid = Grid(activation, table.channels, np.ones(len(table.channels)), weight, domain or weight.domain, cells)
     return grid.error(table.thresholds, table.codes, table.levels), grid.power()
 
 
@@ -34,8 +40,7 @@ def check_errors(table: CodeTable, activation: Activation, weight: Weight) -> No
         return
     try:
         with np.errstate(all="ignore"):
-            grid = Grid(activation, table.channels, np.ones(len(table.channels)), weight, table.domain, CELLS)
-            errors, powers = grid.error(table.thresholds, table.codes, table.levels), grid.power()
+            errors, powers = errors_under(weight, table, activation, domain=table.domain)
     except (DesignError, ArithmeticError) as error:
         raise TableError(f"no such table can be: {error}") from error
     # as the design rounds them; and its cells, which no table records, were perhaps others

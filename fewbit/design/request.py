@@ -53,7 +53,7 @@ class Request:
         if coding == "uniform" and levels != 2**bits:
             raise DesignError(f"coding 'uniform' has 2**bits levels, got {levels} with bits={bits}; leave levels out")
         density = as_weight(_default_weight(channels) if weight is None else weight)
-        domain = _domain(density.domain if domain is None else domain)
+        domain = _reaching(density.domain, record) if domain is None else _domain(domain)
         return cls(record, bits, levels, density, coding, channels, _balance(balance), domain, _cells(cells))
 
     def describe(self) -> dict[str, Any]:
@@ -122,6 +122,17 @@ def _balance(balance: Any) -> float:
     if not (number > 0 and np.isfinite(number)):
         raise DesignError(f"balance must be a positive number, got {shown(balance)}")
     return number
+
+
+def _reaching(domain: tuple[float, float], record: Activation) -> tuple[float, float]:
+    """The domain, widened to the jumps of f' up to ten times as far out: an input beyond one would have a gradient that
+    has nothing to do with its own."""
+    low, high = domain
+    far = [x for x in record.derivative_shape.jumps if not low <= x <= high and 10 * low <= x <= 10 * high]
+    with np.errstate(all="ignore"):
+        sides = [record.df(np.array([x - 1e-9 * abs(x), x + 1e-9 * abs(x)])) for x in far]
+    seen = [x for x, (left, right) in zip(far, sides, strict=True) if abs(right - left) > 1e-6]  # not softplus's at 20
+    return min([low, *(1.1 * x for x in seen)]), max([high, *(1.1 * x for x in seen)])
 
 
 def _domain(domain: Any) -> tuple[float, float]:

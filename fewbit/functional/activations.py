@@ -26,6 +26,7 @@ from fewbit.kernels import DeviceTable, Formula
 from fewbit.record import Activation, finite_number
 from fewbit.resolve import JOINT
 from fewbit.store import load_table
+from fewbit.torch_internals import is_transformed
 
 Tensor = torch.Tensor
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -133,7 +134,7 @@ def _shared_or_in_place(
 
     form  the operation, coded; it overwrites x itself where nothing looks on
     """
-    if inplace and not torch.compiler.is_compiling():
+    if inplace and not (torch.compiler.is_compiling() or is_transformed()):
         check_overwritable(record.name, x)
     slopes = _slopes(record) if len(tables) > 1 else None
     y = None if slopes is None else activation_by_sign(x, record.forward, slopes)

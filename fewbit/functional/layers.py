@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -124,6 +125,8 @@ def _convolution(dims: int) -> Any:
         dilation = numbers(dilation, dims)
         if isinstance(padding, str):
             if padding == "same" and set(numbers(stride, dims)) != {1}:
+                if not code.by_name:
+                    return getattr(functional, name)(input, weight, bias, stride, padding, dilation, groups)  # raises its own
                 raise InputError(f"padding='same' needs stride=1, got stride={stride}; give the padding in integers")
             input, padding = padded(input, weight, padding, dilation)
         options = numbers(stride, dims), numbers(padding, dims), dilation, False, (0,) * dims, groups
@@ -204,6 +207,10 @@ def group_norm(
 
     Where the output goes through a ReLU of shared codes, that one finds its derivative in the same codes, exactly.
     """
+    if isinstance(input, Tensor):
+        if input.dim() < 2:
+            return functional.group_norm(input, num_groups, weight, bias, eps)  # which says what it takes
+        check_batch_size([input.size(0) * input.size(1) // num_groups, num_groups, *input.size()[2:]])
     return code.run(_group_norm, (num_groups, eps), (input, weight, bias))
 
 
@@ -326,7 +333,7 @@ def _convolution_at(rounding: str, name: str, *options: Any) -> Operation:
 
 
 def _norm(name: str, rounding: str, normalization: Any, exact: Callable[..., Tensor], autocasts: bool = True) -> Operation:
-    coded = partial(norm.coded_normalization, normalization=normalization, exact=exact if autocasts else None)
+    coded = partial(norm.coded_normalization, normalization=normalization, exact=exact, autocasts=autocasts)
     return _operation(name, rounding, exact, coded)
 
 
@@ -378,7 +385,7 @@ def _gated_by(name: str, rounding: str, gate: Activation) -> Operation:
     def exact(gate: Tensor, up: Tensor) -> Tensor:
         return forward(gate) * up
 
-    return _operation(name, rounding, exact, partial(gated.coded_gate, exact=exact), gate)
+    return replace(_operation(name, rounding, exact, partial(gated.coded_gate, exact=exact), gate), inputs=2)
 
 
 def _glu(rounding: str, dim: int) -> Operation:

@@ -17,6 +17,7 @@ import torch
 from fewbit import activations, constants, resolve
 from fewbit.autograd import exact as exact_mode
 from fewbit.autograd import watched
+from fewbit.autograd.quantize import is_finite
 from fewbit.constants import DEFAULT_LAYER_BITS, MAX_BITS
 from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, InputError
@@ -25,6 +26,7 @@ from fewbit.record import Activation
 from fewbit.torch_internals import (
     constant_number,
     in_forward_mode,
+    is_empty,
     is_torchs_own,
     is_transformed,
     is_watched,
@@ -50,6 +52,7 @@ class Operation:
     table     the default table, used before `bits`
     values    whether the device table of a standard normal number is passed behind those of `channels`
     transforms  whether codes are kept under torch.func; if not, the operation is torch's own there
+    inputs    how many of the operands, the first ones, are coded
     """
 
     name: str
@@ -62,6 +65,7 @@ class Operation:
     table: CodeTable | None = None
     values: bool = False
     transforms: bool = False
+    inputs: int = 1
 
 
 def run(
@@ -148,7 +152,9 @@ def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Cal
             codable = codable and is_codable(each)
     if not needed or (codable and x.numel() == 0 and not operation.transforms):  # statistics of nothing would divide by zero
         return operation.exact
-    return operation.coded if codable else _exact_or_refused(operation, operands, by_name)
+    if not codable:
+        return _exact_or_refused(operation, operands, by_name)
+    return operation.coded if is_finite(*operands[: operation.inputs]) else operation.exact
 
 
 def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
@@ -161,7 +167,10 @@ def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool
     # exported programs hold torch's operation, since an exported graph keeps no autograd Function
     if torch.compiler.is_exporting() or not any(level.requires_grad for each in given for level in levels(each)):
         return operation.exact
-    return operation.watched if all(map(is_codable, given)) else _exact_or_refused(operation, given, by_name)
+    codable = all(map(is_codable, given))
+    if codable and not operation.transforms and is_empty(given[0]):
+        return operation.exact
+    return operation.watched if codable else _exact_or_refused(operation, given, by_name)
 
 
 def _exact_or_refused(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:

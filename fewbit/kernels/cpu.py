@@ -49,7 +49,7 @@ def encode(x: Tensor, table: DeviceTable) -> Tensor:
     n, bits, encoding = x.numel(), table.bits, _encoding(table, x.dtype)
     words = packing.words(n, bits)
     packed = x.new_empty(bits * words, dtype=torch.uint8)
-    encoding.kernel.run(loops.EncodeBlock(0, words, bits, packed.data_ptr(), n, x.data_ptr(), *encoding.block), n)
+    encoding.kernel.run(loops.EncodeBlock(0, 0, 0, 0, words, bits, packed.data_ptr(), n, x.data_ptr(), *encoding.block), n)
     return packed
 
 
@@ -73,7 +73,7 @@ def _decode(packed: Tensor, grad: int, product: Tensor, table: DeviceTable) -> T
     n, bits = product.numel(), table.bits
     levels = _padded_levels(table)  # by name: another thread may push it out of the cache meanwhile
     addresses = packed.data_ptr(), n, grad, levels.data_ptr(), product.data_ptr()
-    _decoder(product.dtype).run(loops.DecodeBlock(0, packed.numel() // bits, bits, *addresses), n)
+    _decoder(product.dtype).run(loops.DecodeBlock(0, 0, 0, 0, packed.numel() // bits, bits, *addresses), n)
     return product
 
 
@@ -127,9 +127,10 @@ def _padded_levels(table: DeviceTable) -> Tensor:
 
 @cache
 def _encoder(element: str, wide: bool) -> Kernel:
-    return Kernel(loops.encoder(element, wide))
+    return Kernel(loops.encoder(element, wide), loops.encoder_scratch(element, wide))
 
 
 @cache
 def _decoder(dtype: torch.dtype) -> Kernel:
-    return Kernel(loops.decoder(_HALVES.get(dtype) or str(dtype).removeprefix("torch.")))
+    element = _HALVES.get(dtype) or str(dtype).removeprefix("torch.")
+    return Kernel(loops.decoder(element), loops.decoder_scratch(element))

@@ -26,6 +26,12 @@ class DeviceTable:
     bits: int
 
     @cached_property
+    def at_zero(self) -> float:
+        """The level of the code of 0."""
+        interval = torch.searchsorted(self.thresholds, self.thresholds.new_zeros(1))
+        return self.levels[self.codes[interval].long()].item()
+
+    @cached_property
     def is_even(self) -> bool:
         """Whether the code of x depends on |x| alone, so that the upper half of the thresholds is enough."""
         thresholds, half = self.thresholds.cpu().numpy(), self.thresholds.numel() // 2

@@ -4,6 +4,9 @@ A kernel claims chunks of words from a counter in its block, atomically, until n
 threads, it splits the work between them, and the bytes do not depend on how. Blocks hold addresses and counts, so that a
 call costs little, and any runtime that can call a C function can run one.
 
+Kernels allocate nothing, since numba swallows what fails in a function called from C: the caller gives them memory to work in,
+and sees in the block how many words are done.
+
 Every loop over words is simple enough to be vectorised, which takes operations that keep the width of their operands: numba
 itself would widen shifts of int32 to int64, and halve the speed. Half-width floats are compared as integers, 16 bits wide:
 flipping the lower bits of the negative ones makes their order that of the floats.
@@ -26,13 +29,16 @@ CHUNK = 4096  # words: one lane of their inputs and its codes stay in the first-
 _inlined = njit(error_model="numpy")
 _intrinsic: Any = numba.extending.intrinsic  # what it decorates is called without the typing context
 _array: Any = numba.carray  # type: ignore[attr-defined]
-_COMMON = ("claimed", "words", "bits", "packed", "n", "x")
+_COUNTERS = ("claimed", "workers", "done")
+_COMMON = (*_COUNTERS, "scratch", "words", "bits", "packed", "n", "x")
+_CLAIMED, _WORKERS, _DONE = 0, 8, 16  # where they lie in a block
 
 
 class EncodeBlock(ctypes.Structure):
     """The arguments of an encoder: counts, and addresses of contiguous memory.
 
-    claimed     the words claimed so far: 0 at first
+    claimed     the words claimed so far, workers: the threads that have claimed some, done: the words done; 0 at first
+    scratch     memory to work in: for each thread that finds a chunk, `encoder_scratch` bytes for each word of a chunk
     x           n floats, or the patterns of half-width ones
     thresholds  4 * fours + 2 * twos, of x's type, and codes: one more, both as in `fewbit.kernels.cpu.Encoding`
     fold        whether to compare |x|
@@ -49,6 +55,16 @@ class DecodeBlock(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "levels", "product")]
 
 
+def encoder_scratch(element: str, wide: bool) -> int:
+    """Bytes of scratch memory that an encoder needs for each word of a chunk: two words, four codes and an element."""
+    return 2 * (4 if wide else 2) + 5 * np.dtype(element).itemsize
+
+
+def decoder_scratch(element: str) -> int:
+    """The same for a decoder: a word and an element."""
+    return 4 + np.dtype(element).itemsize
+
+
 def encoder(element: str, wide: bool) -> Any:
     """The compiled encoder of float32, float64, or, as int16, half-width floats.
 
@@ -57,6 +73,7 @@ def encoder(element: str, wide: bool) -> Any:
     """
     values, word, halves = np.dtype(element).type, np.int32 if wide else np.int16, element == "int16"
     code = np.dtype(f"int{8 * np.dtype(element).itemsize}").type
+    size_of_code, size_of_half, size_of_word = np.dtype(code).itemsize, np.dtype(word).itemsize, encoder_scratch(element, wide)
 
     def encode(address):
         block = _array(address, 1)[0]
@@ -65,9 +82,14 @@ def encoder(element: str, wide: bool) -> Any:
         packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
         thresholds = _array(_pointer(block.thresholds), 4 * block.fours + 2 * twos, values)
         table = _array(_pointer(block.codes), 4 * block.fours + 2 * twos + 1, code)
-        first = _claim(address)
-        chunk = min(CHUNK, word_count) if first < word_count else 0  # nothing is left for this thread
-        codes, scratch, words = np.empty((4, chunk), code), np.empty(chunk, values), np.empty((2, chunk), word)
+        first = _advance(address, _CLAIMED, CHUNK)
+        if first >= word_count:
+            return
+        chunk = min(CHUNK, word_count)
+        memory = block.scratch + _advance(address, _WORKERS, 1) * chunk * size_of_word
+        words = _array(_pointer(memory), (2, chunk), word)
+        codes = _array(_pointer(memory + 2 * chunk * size_of_half), (4, chunk), code)
+        scratch = _array(_pointer(memory + chunk * (2 * size_of_half + 4 * size_of_code)), chunk, values)
         while first < word_count:
             size = min(CHUNK, word_count - first)
             for lane in range(8):
@@ -86,7 +108,8 @@ def encoder(element: str, wide: bool) -> Any:
             for plane in range(bits):
                 begin = plane * word_count + first
                 _take_byte(words[0], words[1], 8 * plane, 4 * bits, packed[begin : begin + size])
-            first = _claim(address)
+            _advance(address, _DONE, size)
+            first = _advance(address, _CLAIMED, CHUNK)
 
     return _compile(encode, EncodeBlock, f"{element}_{'wide' if wide else 'narrow'}")
 
@@ -98,7 +121,7 @@ def decoder(element: str) -> Any:
     """
     values = np.dtype(element).type
     wide = np.float64 if element == "float64" else np.float32
-    one = values(_ONES.get(element, 1))
+    one, size_of_word = values(_ONES.get(element, 1)), decoder_scratch(element)
 
     def decode(address):
         block = _array(address, 1)[0]
@@ -108,9 +131,14 @@ def decoder(element: str) -> Any:
         product = _array(_pointer(block.product), n, values)
         packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
         levels = _array(_pointer(block.levels), 1 << bits, wide)
-        first = _claim(address)
-        chunk = min(CHUNK, word_count) if first < word_count else 0
-        words, ones = np.empty(chunk, np.int32), np.full(0 if has_grad else chunk, one, values)
+        first = _advance(address, _CLAIMED, CHUNK)
+        if first >= word_count:
+            return
+        chunk = min(CHUNK, word_count)
+        memory = block.scratch + _advance(address, _WORKERS, 1) * chunk * size_of_word
+        words, ones = _array(_pointer(memory), chunk, np.int32), _array(_pointer(memory + 4 * chunk), chunk, values)
+        if not has_grad:
+            ones[:] = one
         while first < word_count:
             size = min(CHUNK, word_count - first)
             for lane in range(8):
@@ -122,7 +150,8 @@ def decoder(element: str) -> Any:
                 begin, end = min(lane * word_count + first, n), min(lane * word_count + first + size, n)
                 factors = grad[begin:end] if has_grad else ones[: end - begin]
                 _multiply(words, lane % 4 * bits, bits, levels, factors, product[begin:end])
-            first = _claim(address)
+            _advance(address, _DONE, size)
+            first = _advance(address, _CLAIMED, CHUNK)
 
     return _compile(decode, DecodeBlock, element)
 
@@ -293,14 +322,15 @@ def _order(patterns, fold, infinity, ordered):
 
 
 @_intrinsic
-def _claim(typing_context, address):
-    """The first word of a chunk that is the caller's alone: the block's counter, advanced in one atomic operation."""
+def _advance(typing_context, address, offset, step):
+    """What the counter at that offset of the block was before it was advanced, in one atomic operation."""
 
     def generate(context, builder, signature, arguments):
-        counter = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), CHUNK), "monotonic")
+        counter = builder.gep(builder.bitcast(arguments[0], ir.IntType(8).as_pointer()), [arguments[1]])
+        counter = builder.bitcast(counter, ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, arguments[2], "monotonic")
 
-    return types.int64(address), generate
+    return types.int64(address, types.int64, types.int64), generate
 
 
 @_intrinsic

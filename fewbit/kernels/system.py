@@ -14,32 +14,45 @@ from typing import Any
 
 import torch
 
+from fewbit.kernels import loops
+
 _GRAIN = 1 << 15  # elements a thread at least, as in torch
 _HUGE = 1 << 25  # bytes from which on glibc maps memory anew for each tensor, of whose faults most of the time goes
 
 
 class Kernel:
-    """A compiled function of the address of a block, which any number of threads may call at once on the same block."""
+    """A compiled function of the address of a block, which any number of threads may call at once on the same block.
 
-    def __init__(self, compiled: Any):
-        self.compiled = compiled  # owns the machine code
+    scratch  bytes of memory that each thread needs for each word of a chunk
+    """
+
+    def __init__(self, compiled: Any, scratch: int):
+        self.compiled, self.scratch = compiled, scratch  # compiled owns the machine code
         self.address = compiled.address
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # which releases the GIL
         self.call_at_once = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # keeps it, for little work
 
-    def run(self, block: ctypes.Structure, n: int) -> None:
-        """Run on a block for n elements, in as many threads as torch would use."""
-        argument = ctypes.byref(block)
+    def run(self, block: Any, n: int) -> None:
+        """Run on a block of `fewbit.kernels.loops` for n elements, in as many threads as torch would use.
+
+        Raises RuntimeError where the kernel did not do all of its work: what it was to write is then not there.
+        """
+        threads = torch.get_num_threads() if n >= 2 * _GRAIN else 1
+        words = block.words
+        chunk = min(loops.CHUNK, words)
+        busy = 1 if threads == 1 else min(threads, -(-words // loops.CHUNK))
+        scratch = torch.empty(busy * chunk * self.scratch, dtype=torch.uint8, device="cpu")
+        block.scratch, argument = scratch.data_ptr(), ctypes.byref(block)
         if n < _GRAIN:
             self.call_at_once(argument)
-            return
-        threads = torch.get_num_threads() if n >= 2 * _GRAIN else 1
-        if threads < 2:
+        elif threads < 2:
             self.call(argument)
         elif (parallel := _openmp()) is not None:
             parallel(self.address, argument, threads, 0)  # all of them: a smaller team would end the threads left over
         else:
             self._run_in_pool(argument, min(threads, n // _GRAIN))
+        if block.done != words:
+            raise RuntimeError(f"a kernel of fewbit did {block.done} of {words} words; run it again")
 
     def _run_in_pool(self, argument: Any, threads: int) -> None:
         others: list[Future] = []

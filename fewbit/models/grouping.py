@@ -34,6 +34,15 @@ def _range(parts: Sequence[str]) -> str:
     return ",".join(map(str, numbers)) if len(numbers) <= 4 else "*"
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of the names, for a sentence.
+
+    >>> some(["a", "b"]), some(["", "a", "b", "c"])
+    ('a, b', 'the model itself, a, b, …')
+    """
+    return ", ".join(name or "the model itself" for name in names[:most]) + ", …" * (len(names) > most)
+
+
 def shortened(name: str, most: int = 30) -> str:
     """The name with what follows its first part left out, as much as makes it no longer than `most` characters.
 

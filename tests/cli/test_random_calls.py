@@ -75,7 +75,7 @@ def loops():
 
 square = lambda x: x * x
 def odd_name(x): return torch.tanh(x)
-odd_name.__name__ = "../../\\x1b[2J$a$"
+odd_name.__name__ = "../../outside\\x1b[2J$a$"
 def nan(x): return x / 0
 def inplace(x): return x.mul_(2)
 def ints(x): return x.long()
@@ -167,6 +167,7 @@ def folder(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FEWBIT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.delitem(sys.modules, "odd_models", raising=False)
     (tmp_path / "odd_models.py").write_text(MODULE)

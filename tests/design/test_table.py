@@ -1,7 +1,6 @@
 import copy
 import dataclasses
 import json
-import os
 import pickle
 
 import numpy as np
@@ -147,22 +146,6 @@ def test_a_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="folder"):
         simple().save(tmp_path / "folder")
     assert [file.name for file in tmp_path.iterdir()] == ["folder"]
-
-
-@pytest.mark.parametrize("culprit", ["fsync", "replace"])
-def test_a_save_that_breaks_off_keeps_the_old_file(tmp_path, monkeypatch, culprit):
-    path = tmp_path / "table.json"
-    simple().save(path)
-
-    def broken(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, culprit, broken)
-    with pytest.raises(OSError, match=r"No space left on device: .*table\.json"):
-        simple(bits=2).save(path)
-    monkeypatch.undo()
-    assert CodeTable.load(path) == simple()
-    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
 
 
 def text_of(**changes):

@@ -118,10 +118,10 @@ def test_non_finite_inputs(record):
     x = torch.tensor([1.0, float("nan"), 0.5, float("inf"), -0.25, -float("inf"), 0.0, -0.0, 2.0], requires_grad=True)
     y = drop_in(record)(x, bits=4)
     torch.testing.assert_close(y, record.forward(x), rtol=0, atol=0, equal_nan=True)
-    y.backward(torch.ones_like(y))
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    (exact,) = torch.autograd.grad(record.forward(x).sum(), x)
+    torch.testing.assert_close(grad, exact, rtol=0, atol=0, equal_nan=True)  # left to torch
     table = fewbit.load_table(record, 4)
-    assert x.grad is not None
-    np.testing.assert_array_equal(x.grad.numpy(), table(x.detach().numpy()).astype(np.float32))
     assert table(np.nan) == table(np.inf)
 
 

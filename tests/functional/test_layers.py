@@ -58,7 +58,7 @@ class TestForward:
             results.append((y.detach(), *torch.autograd.grad(y, leaf, grad)))
         (y, grad), (exact, exact_grad) = results
         assert torch.equal(y, exact)
-        if exact_grad.norm() > 1e-3:  # else 0: of rows that are all alike
+        if exact_grad.norm() > 1e-2:  # else 0: of rows that are all alike
             assert relative(grad, exact_grad) < (1e-6 if name in PRODUCTS else 0.3)
 
     @pytest.mark.parametrize("name", ["linear", "conv2d", "conv_transpose2d", "layer_norm", "rms_norm", "group_norm"])
@@ -214,9 +214,18 @@ class TestKept:
             x, parameters = case.make()
             assert bytes_kept(lambda case=case, x=x, parameters=parameters: case.coded(x, parameters)) == 0
 
-    def test_an_input_without_gradient_leaves_the_weight_out(self):
+    def test_an_input_without_gradient_is_kept_as_it_is(self):
+        """The caller holds a batch anyway. The weight is left out: no gradient goes through it."""
         x, weight = torch.randn(64, 512), torch.randn(8, 512, requires_grad=True)
-        assert bytes_kept(lambda: fewbit.functional.linear(x, weight, bits=4)) == 64 * 512 // 2 + 4 * (64 + 2 * 512)
+        assert bytes_kept(lambda: fewbit.functional.linear(x, weight, bits=4)) == 4 * 64 * 512
+        found, exact = (
+            torch.autograd.grad(f(x, weight).sum(), weight)[0] for f in (fewbit.functional.linear, functional.linear)
+        )
+        assert torch.equal(found, exact)
+
+    def test_an_input_smaller_than_its_codes_is_kept_as_it_is(self):
+        x, weight = torch.randn(2, 512, requires_grad=True), torch.randn(8, 512, requires_grad=True)
+        assert bytes_kept(lambda: fewbit.functional.linear(x, weight, bits=4), leave_out=(weight,)) == 4 * 2 * 512
 
     @pytest.mark.parametrize("function", ["layer_norm", "rms_norm"])
     def test_a_norm_keeps_codes_and_a_few_numbers_a_row_and_channel(self, function):
@@ -277,7 +286,8 @@ class TestArguments:
         assert [each.default for each in own.values()][:-3] == [each.default for each in torchs.values()]
 
     def test_own_tables(self):
-        x, grad = torch.randn(30, 8, dtype=torch.float64), torch.randn(30, 3, dtype=torch.float64)
+        x = torch.randn(90, 8, dtype=torch.float64, requires_grad=True)
+        grad = torch.randn(90, 3, dtype=torch.float64)
         weight = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
         table = fewbit.design("identity", 3, channels="value", coding="uniform")
         (found,) = torch.autograd.grad(fewbit.functional.linear(x, weight, table=table), weight, grad)

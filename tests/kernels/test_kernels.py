@@ -1,8 +1,12 @@
 """Every backend against naive code, bit by bit."""
 
+import ast
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numba
 import numpy as np
 import oracles
 import pytest
@@ -194,6 +198,63 @@ def test_negated_views_are_read_as_what_they_stand_for(backend):
     assert x.is_neg()
     device_table = DeviceTable(torch.tensor([0.0]), torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([5.0, 7.0]), 1)
     assert backend.decode(backend.encode(x, device_table), torch.ones(3), device_table).tolist() == [5.0, 7.0, 5.0]
+
+
+def test_a_kernel_that_does_not_finish_raises(monkeypatch):
+    table = DeviceTable(torch.tensor([0.0]), torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([5.0, 7.0]), 1)
+    x = torch.randn(9)
+    packed = cpu.encode(x, table)
+    monkeypatch.setattr(cpu._encoding(table, x.dtype).kernel, "call_at_once", lambda argument: None)
+    with pytest.raises(RuntimeError, match="a kernel of fewbit did 0 of 128 words"):
+        cpu.encode(x, table)
+    monkeypatch.setattr(cpu._decoder(x.dtype), "call_at_once", lambda argument: None)
+    with pytest.raises(RuntimeError, match="0 of 128 words"):
+        cpu.decode(packed, x, table)
+
+
+@pytest.mark.slow
+def test_kernels_allocate_nothing(monkeypatch):
+    """What fails in them is swallowed, and nothing else in them can fail."""
+    monkeypatch.setattr(loops, "callback", numba.cfunc)  # without a cache: what comes from there has no text to look at
+    compiled = [loops.encoder("int16", False), loops.encoder("float64", True), loops.decoder("uint16")]
+    assert not [kernel for kernel in compiled if "NRT_Allocate" in kernel.inspect_llvm()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the address space from Linux")
+def test_where_memory_runs_out_there_is_an_error_or_the_right_result():
+    code = """
+import resource, torch, fewbit
+from pathlib import Path
+from fewbit import activations, kernels, resolve
+torch.set_num_threads(1)
+[table] = resolve.shipped_tables(activations.IDENTITY, ("value",), 4, torch.float32, torch.device("cpu"))
+x = torch.linspace(-3, 3, 30_000)
+packed = kernels.encode(x, table)
+expected, counts = kernels.decode(packed, x, table), {"right": 0, "raised": 0, "wrong": 0}
+for call in (lambda: kernels.encode(x, table), lambda: kernels.decode(packed, x, table)):
+    for room in range(0, 1 << 19, 1 << 12):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room, -1))
+        try:
+            found = call()
+        except (MemoryError, RuntimeError):
+            found = None
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+        right = found is not None and torch.equal(found, packed if found.dtype == torch.uint8 else expected)
+        counts["raised" if found is None else "right" if right else "wrong"] += 1
+print(counts)
+"""
+    own_pages = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_MMAP_MAX_": "1000000"}  # so that each allocation meets the limit
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, **own_pages})
+    assert result.returncode == 0, result.stderr
+    counts = ast.literal_eval(result.stdout)
+    assert not counts["wrong"], counts
+    assert counts["right"], counts
+    assert counts["raised"], counts
+    assert "ignored" not in result.stderr
 
 
 @pytest.mark.slow

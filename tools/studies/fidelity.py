@@ -53,7 +53,7 @@ def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any
         of_weakest = (weakest.group, f"{weakest.share:.3f}") if weakest else ("–", "–")
         view.add_row(label, str(bits), *figures, *of_weakest, report.level, end_section=bits == 4)
         if (label, bits) == ("blocks", 4):
-            console.print(str(report), "", markup=False)
+            console.print(str(report), "")
             report.plot(common.RESULTS / "fidelity.png")
     console.print(view, "")
     return results
@@ -75,8 +75,8 @@ def drift(console: Console, model: demo.GPT, steps: int = 30, every: int = 5) ->
         results[label] = {"scaled_after": steps // 2, "every": every, "warnings": found, **report.to_dict()}
         console.print(f"{label}: weights of {SCALED} times {TIMES:g} after step {steps // 2}, checked every {every} steps")
         for step, message in seen or [(None, "no warning")]:
-            console.print(f"  step {step}: {message}" if step else f"  {message}", markup=False)
-        console.print("", str(report), "", markup=False)
+            console.print(f"  step {step}: {message}" if step else f"  {message}")
+        console.print("", str(report), "")
         if seen:
             report.plot(common.RESULTS / "fidelity-drift.png")
     return results

@@ -44,7 +44,7 @@ def inputs() -> dict[str, tuple[Tensor, Tensor]]:
 def ours(x: Tensor) -> Tensor:
     """What a coded linear layer makes its weight's gradient of: its own gradient for a unit matrix."""
     weight = torch.zeros(ROWS, CHANNELS, requires_grad=True)
-    output = fewbit.functional.linear(x, weight, bits=BITS)
+    output = fewbit.functional.linear(x.clone().requires_grad_(), weight, bits=BITS)  # a batch would be kept as it is
     (seen,) = torch.autograd.grad(output, weight, torch.eye(ROWS))
     return seen
 

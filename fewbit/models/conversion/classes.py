@@ -32,7 +32,7 @@ _ATTRIBUTES = {"bits", "table", "shared", "rounding"}  # what coded modules hold
 _FINDERS = (other_activations.activation_class, gated_mlp.gated_mlp_class, own_forwards.own_forward_class)
 _OPEN = {"extra_repr"}  # what both may define
 _FORMER = "_before_fewbit"  # of a class that was made anew: the one before
-_OF_ONE_CLASS = {"__dict__", "__weakref__", "__signature__", _FORMER}  # what such classes do not hand on
+_OF_ONE_CLASS = {"__dict__", "__weakref__", "__signature__", _FORMER}  # entries that a class made anew does not take over
 
 
 class Twin:

@@ -17,6 +17,7 @@ from fewbit.errors import ConversionWarning
 from fewbit.models.arguments import Filter, check_filter, check_model
 from fewbit.models.conversion.engine import Converted, convert_modules, left_exact, revert_modules
 from fewbit.models.conversion.setting import Bits, Setting
+from fewbit.models.grouping import some
 from fewbit.nn.activations import CodedActivation
 from fewbit.record import plural
 
@@ -118,8 +119,7 @@ def _left_exact(model: nn.Module, setting: Setting) -> str:
     """What to say of modules that stay exact for what others, or they themselves, have made of them."""
     text = ""
     for reason, names in left_exact(model, setting).items():
-        some = ", ".join(name or "the model itself" for name in names[:3]) + ", …" * (len(names) > 3)
-        text += f"; left exact: {some} ({plural(len(names), 'module')}), since {reason}"
+        text += f"; left exact: {some(names)} ({plural(len(names), 'module')}), since {reason}"
     return text
 
 

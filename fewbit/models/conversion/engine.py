@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,18 +77,19 @@ def is_converted(module: nn.Module) -> bool:
 
 def left_exact(model: nn.Module, setting: Setting) -> dict[str, list[str]]:
     """Names of the modules of a class that can be converted with this setting but that are not, by the reason."""
-    twins, found = classes.torch_twins(), {}
+    twins, found = classes.torch_twins(), defaultdict(list)
     for name, module in model.named_modules():
         own = classes.own_class(module)
         coded = classes.coded_class(own, twins)
-        if coded is not None and setting.bits_of(kind := coded.coded_kind) is not None:  # type: ignore[attr-defined]
-            if not classes.runs_its_forward(module, own):
-                found.setdefault("others have replaced the forward; convert before that", []).append(name)
-            elif _has_a_table(module, coded) and (
-                used := _uses_names_of_ours(module, own, coded, _attributes(module, coded, kind, setting))
-            ):
-                reason = f"they use names of fewbit's, {', '.join(sorted(used))}; rename those attributes"
-                found.setdefault(reason, []).append(name)
+        kind = getattr(coded, "coded_kind", "")
+        if coded is None or setting.bits_of(kind) is None:
+            continue
+        if not classes.runs_its_forward(module, own):
+            found["others have replaced the forward; convert before that"].append(name)
+        elif _has_a_table(module, coded):
+            used = _names_in_use(module, own, coded, _attributes(module, coded, kind, setting))
+            if used:
+                found[f"they use names of fewbit's, {', '.join(sorted(used))}; rename those attributes"].append(name)
     return found
 
 
@@ -133,7 +135,7 @@ def _changes(
         kind = "product" if id(module) in gates else coded.coded_kind  # type: ignore[attr-defined]
         if setting.bits_of(kind) is not None and _has_a_table(module, coded):
             attributes = _attributes(module, coded, kind, setting)
-            if not _uses_names_of_ours(module, own, coded, attributes):
+            if not _names_in_use(module, own, coded, attributes):
                 changes[id(module)] = _Change(name, module, kind, own, coded, attributes)
     installed = [each for each in installed if id(each[1]) in changes]
     return installed, [each for each in changes.values() if _has_its_gate(each, changes)]
@@ -187,13 +189,11 @@ def _is_finite(record: Activation) -> bool:
     return True
 
 
-def _uses_names_of_ours(
-    module: nn.Module, own: type[nn.Module], coded: type[nn.Module], attributes: Collection[str]
-) -> set[str]:
-    """The names for which the module has a use of its own, of attributes that it would get, or that fewbit's class has."""
+def _names_in_use(module: nn.Module, own: type[nn.Module], coded: type[nn.Module], attributes: Collection[str]) -> set[str]:
+    """Names of attributes that the module would get, or that fewbit's class has, and that the module itself uses otherwise."""
     ours = {name for each in coded.__mro__ if each not in own.__mro__ for name in vars(each) if not name.startswith("__")}
     ours.update(attributes)
-    # but for what torch's modules have, what is read of the class, and what others put before its method
+    # torch's modules have `inplace`, `name` and `record` are read from the class, and others may wrap `forward`
     plain = vars(module).keys() - {"inplace", "name", "record", "forward"}
     return ours & {*plain, *(name for entries in registered(module).values() for name in entries)}
 

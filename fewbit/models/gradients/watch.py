@@ -213,7 +213,7 @@ def _gate(module: nn.Module) -> tuple[Activation, CodeTable] | None:
 def _has_its_sign_from_before(module: nn.Module, x: Tensor) -> bool:
     """Whether an activation of two straight lines reads the codes of the norm before it, and none by its table."""
     recipe = sharing.find(x)
-    return isinstance(module, CodedActivation) and recipe is not None and recipe.keeps_sign and bool(module.shared)
+    return isinstance(module, CodedActivation) and recipe is not None and recipe.signs is not None and bool(module.shared)
 
 
 def _check(layer: Layer, x: Array, record: Activation, table: CodeTable, factor: float) -> Check:

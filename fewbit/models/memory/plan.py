@@ -20,7 +20,7 @@ from fewbit.models.grouping import label, shortened
 from fewbit.models.memory import advice, trials
 from fewbit.models.memory.forward import Forward
 from fewbit.models.memory.saved import Storage
-from fewbit.models.memory.storages import bars_of, kept_by, total, untold_note
+from fewbit.models.memory.storages import bars_of, kept_by, note_on_workspaces, total
 from fewbit.models.preserve import preserved_structure
 from fewbit.models.report import Report
 from fewbit.terminal import bytes_label
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("fewbit")
 _LEGEND = "saves: what the conversion saves beside the others that pay; modules that let go of a tensor together each count it."
-# by how much of what the converted model keeps fake tensors may err on what was measured, or else the model itself runs
-_AGREEMENT = 0.01
+_AGREEMENT = 0.01  # of fake tensors with what was measured, beside what is reported; or else the model itself runs
 
 
 @dataclass(repr=False)
@@ -163,7 +162,7 @@ def plan(forward: Forward, measured: list[Storage] | None, setting: Setting, fil
 
         after = run(candidates)
         if fake and measured is not None and abs(total(before) - total(measured)) > _AGREEMENT * total(after):
-            fake, how, before = False, _really(_difference(before, measured)), _attributed(measured, installed)
+            fake, how, before = False, _by_running(_difference(before, measured)), _attributed(measured, installed)
             after = run(candidates)
         was_converted = any(is_converted(module) for module in model.modules())
         before = run(()) if was_converted else before
@@ -220,17 +219,17 @@ def _baseline(forward: Forward, measured: list[Storage] | None) -> tuple[list[St
         else:
             if measured is None or abs(total(found) - total(measured)) <= _AGREEMENT * total(measured):
                 how = "The converted model ran on fake tensors, for its sizes alone."
-                return found, True, f"{how} {untold_note(found)}".strip()
+                return found, True, f"{how} {note_on_workspaces(found)}".strip()
             reason = _difference(found, measured)
     found = forward.saved(fake=False) if measured is None else measured
-    return found, False, _really(reason)
+    return found, False, _by_running(reason)
 
 
 def _difference(fake: list[Storage], measured: list[Storage]) -> str:
     return f"they keep {bytes_label(total(fake))} where {bytes_label(total(measured))} were measured"
 
 
-def _really(reason: str) -> str:
+def _by_running(reason: str) -> str:
     return f"The converted model itself ran, since fake tensors do not serve ({reason})."
 
 

@@ -21,7 +21,7 @@ from fewbit.models.memory.forward import Forward
 from fewbit.models.memory.page import page
 from fewbit.models.memory.plan import Plan, plan
 from fewbit.models.memory.saved import ACTIVATIONS, Storage
-from fewbit.models.memory.storages import NOTE, ROLES, bars_of, kept_by, repeated, saver_label, total, untold_note
+from fewbit.models.memory.storages import NOTE, ROLES, bars_of, kept_by, note_on_workspaces, repeated, saver_label, total
 from fewbit.models.report import Report
 from fewbit.terminal import bytes_label
 
@@ -57,7 +57,7 @@ def memory(model: nn.Module, batch: Any, *, fake: bool = False) -> MemoryReport:
     forward = Forward.of(model, batch)
     with terminal.progress(f"running the {type(model).__name__}"):
         storages = forward.saved(fake)
-    if fake and (note := untold_note(storages)):
+    if fake and (note := note_on_workspaces(storages)):
         warnings.warn(note, UserWarning, stacklevel=2)
     return MemoryReport(forward, storages, fake)
 
@@ -78,7 +78,7 @@ class MemoryReport(Report):
     @property
     def note(self) -> str:
         """What a run on fake tensors could not tell; nothing if it told all."""
-        return untold_note(self.storages) if self.fake else ""
+        return note_on_workspaces(self.storages) if self.fake else ""
 
     def by_module(self) -> dict[str, int]:
         """Bytes of activations by dotted name of the module that keeps them; what is shared counts for the first."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fewbit.models.grouping import label, pattern, shortened
+from fewbit.models.grouping import label, pattern, shortened, some
 from fewbit.models.memory.saved import ACTIVATIONS, Saver, Storage
 
 ROLES = (ACTIVATIONS, "parameters", "buffers", "inputs", "tables")
@@ -21,17 +21,12 @@ def total(storages: Iterable[Storage], role: str = ACTIVATIONS) -> int:
     return sum(storage.bytes for storage in storages if storage.role == role)
 
 
-def untold(storages: Iterable[Storage]) -> list[str]:
-    """The modules whose operations keep a workspace of bytes to which fake tensors give no size, as those of an LSTM do."""
+def note_on_workspaces(storages: Iterable[Storage]) -> str:
+    """What to say of modules that keep a workspace of bytes to which fake tensors give no size, as an LSTM does; nothing if
+    there are none."""
     found = (each for each in storages if (each.role, each.dtype, each.bytes) == (ACTIVATIONS, "uint8", 0))
-    return list(dict.fromkeys(each.savers[0].module for each in found))
-
-
-def untold_note(storages: Iterable[Storage]) -> str:
-    """What to say of them; nothing if there are none."""
-    names = untold(storages)
-    some = ", ".join(name or "the model itself" for name in names[:3]) + ", …" * (len(names) > 3)
-    return f"More is kept: fake tensors tell no size of the workspaces of {some}. Only real ones do." if names else ""
+    names = list(dict.fromkeys(each.savers[0].module for each in found))
+    return f"More is kept: fake tensors tell no size of the workspaces of {some(names)}. Only real ones do." if names else ""
 
 
 def kept_by(storages: Iterable[Storage]) -> dict[str, int]:

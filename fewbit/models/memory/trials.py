@@ -44,7 +44,7 @@ class _Component:
 
 def choose(run: Run, candidates: Sequence[str], before: list[Storage], after: list[Storage]) -> Outcome:
     """A local search: from all or none of a component, whichever keeps less, single conversions are taken back or added as long
-    as that keeps fewer bytes.
+    as that keeps fewer bytes, or taken back where that keeps as many.
 
     before, after  what is kept with none and with all converted
     """
@@ -55,7 +55,7 @@ def choose(run: Run, candidates: Sequence[str], before: list[Storage], after: li
         proposals = {}
         for i, each in enumerate(components):
             if not each.settled:
-                better = [name for name in each.members if toggled[name] < each.kept]
+                better = [name for name in each.members if toggled[name] < each.kept + (name in each.chosen)]
                 saved.update((name, (toggled[name] - each.kept) * (1 if name in each.chosen else -1)) for name in each.members)
                 each.settled = not better
                 if better:
@@ -74,7 +74,7 @@ def all_or_none(candidates: Sequence[str], before: list[Storage], after: list[St
 def _start(linked: set[Node], candidates: Sequence[str], before: list[Storage], after: list[Storage]) -> _Component:
     members = [name for name in candidates if name in linked]
     none, every = _kept(before, linked), _kept(after, linked)
-    return _Component(members, linked, set(members) if every <= none else set(), min(none, every))
+    return _Component(members, linked, set(members) if every < none else set(), min(none, every))
 
 
 def _toggled(run: Run, components: Sequence[_Component]) -> dict[str, int]:

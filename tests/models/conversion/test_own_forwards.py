@@ -153,7 +153,7 @@ class TestConv1D:
         coded = fewbit.convert(copy.deepcopy(exact), bits=3)
         linear = fewbit.nn.Linear(32, 48, bits=3)
         linear.weight.data, linear.bias.data = exact.weight.data.t(), exact.bias.data
-        for x in (torch.randn(5, 7, 32), torch.randn(32), torch.randn(9, 32, dtype=torch.bfloat16)):
+        for x in (torch.randn(5, 7, 32), torch.randn(32), torch.randn(99, 32, dtype=torch.bfloat16)):
             for each in (exact, coded, linear):
                 each.to(x.dtype)
             grad = torch.randn(*x.shape[:-1], 48)
@@ -162,7 +162,8 @@ class TestConv1D:
             assert torch.equal(ours[1], true[1])
             assert torch.equal(ours[3], true[3])
             torch.testing.assert_close(ours[2], theirs[2].t())
-            assert 0 < relative(ours[2], true[2]) < 0.3
+            assert relative(ours[2], true[2]) < 0.3
+            assert relative(ours[2], true[2]) > 0 or x.dim() == 1  # one row is kept as it is
         with torch.autocast("cpu", torch.bfloat16):
             x, grad = torch.randn(5, 32), torch.randn(5, 48)
             ours, true = (all_gradients(each.float(), x, grad) for each in (coded, exact))
@@ -171,7 +172,7 @@ class TestConv1D:
         assert type(fewbit.revert(coded)) is type(exact)
 
     def test_what_is_kept(self, transformers):
-        x, codes = torch.randn(1024, 32), 1024 * 32 // 2
+        x, codes = torch.randn(1024, 32, requires_grad=True), 1024 * 32 // 2
         coded = fewbit.convert(conv1d(transformers), bits=4)
         assert codes < bytes_kept(coded, x) < 1.4 * codes  # a scale a row, and two a channel, besides
 

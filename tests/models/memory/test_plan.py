@@ -114,7 +114,7 @@ def test_what_pays_only_together():
     found = advice_of(plan)
     assert found["1"][0] == found["2"][0] == "code"
     assert "together with 2 (Addmm)" in found["1"][1]
-    assert found["0"] == ("leave", "reads the model's input, which is there anyway, and codes would add 1.50 KiB")
+    assert found["0"] == ("leave", "reads the model's input, which is there anyway")
     assert plan.outcome.saved["2"] == ROWS * HIDDEN * 4  # alone left exact, it keeps the tensor and the tanh its code
 
 
