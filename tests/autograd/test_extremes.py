@@ -75,8 +75,11 @@ def hidden_or_lost(exact, found, exactly=False):
     return wrong
 
 
-@pytest.mark.parametrize("all_bits", [(4,), pytest.param((1, 2, 8), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "all_bits"),
+    [(torch.float16, (4,)), *(pytest.param(dtype, (1, 2, 4, 8), marks=pytest.mark.slow) for dtype in DTYPES)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", CASES)
 def test_finite_where_torchs_are(name, dtype, all_bits):
     case, wrong = CASES[name], []
@@ -139,7 +142,10 @@ def masked_gradients(module, data, place):
     return dict(zip(["x", *own], grads, strict=True))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+NOT_FINITE = [float("nan"), *(pytest.param(value, marks=pytest.mark.slow) for value in (float("inf"), -float("inf")))]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("name", [*LAYERS, *IMAGE_LAYERS])
 class TestOneThatIsNotFinite:
     """One element that is not finite, in a row that has no part in the loss."""
