@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 import signal
 
 import pytest
@@ -10,9 +9,8 @@ import torch
 from torch import nn
 
 from fewbit.autograd import product
-from tools.fuzz import __main__ as command
 from tools.fuzz import census
-from tools.fuzz.account import account, shrunk
+from tools.fuzz.account import Account, account, shrunk
 from tools.fuzz.check import Judge, Way
 from tools.fuzz.isolated import Death, isolated
 from tools.fuzz.networks import Chain, Network, network
@@ -111,14 +109,20 @@ def test_ten_networks(seed):
     assert account(seed, shrink=False).failures == []
 
 
+# What still fails, each to be mended and taken out: nothing else may
+KNOWN = {
+    **dict.fromkeys((1000245, 1000321, 1000353, 1000371), "inputs of standard deviation 30, which tables for 1 cut off"),
+    1000271: "bfloat16 gradients of a convolution differ from run to run, without codes too",
+    1000518: "a weight's gradient near the largest float16 overflows",
+}
+
+
 @pytest.mark.slow
-def test_a_thousand_networks(capsys):
-    """Not yet all of them: six of these err beyond the bound or overflow, on inputs thirty times the size of tables."""
-    command.main(["1000", "--first", "1000000", "--processes", "2"])
-    told = capsys.readouterr().out
-    failed = re.search(r"(\d+) of 1000 networks failed", told)
-    assert failed is not None, told
-    assert int(failed[1]) <= 6, told
+def test_a_thousand_networks():
+    results = dict(isolated(account, range(1000000, 1001000), 2))
+    assert len(results) == 1000
+    failed = {seed: result for seed, result in results.items() if not isinstance(result, Account) or result.failures}
+    assert {seed: result for seed, result in failed.items() if seed not in KNOWN} == {}
 
 
 @pytest.mark.slow
