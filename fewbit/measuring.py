@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from fewbit.errors import InputError
+from fewbit.torch_internals import allocations
 
 Tensor = torch.Tensor
 Key = tuple[str, str]  # (phase, label)
@@ -60,6 +62,22 @@ def kept_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, in
         y = function(x)
     shared = {tensor.untyped_storage().data_ptr() for tensor in (x, y)}
     return sum(seen.values()), sum(number for address, number in seen.items() if address not in shared)
+
+
+def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes that torch's allocator held on the device during step(), beyond what it held before.
+
+    Memory is followed on the CPU and on CUDA devices; InputError for others.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        raise InputError(f"torch follows the memory of the CPU and of CUDA devices, not of {device.type!r}; measure there")
+    return max(itertools.accumulate(allocations(step), initial=0))
 
 
 @dataclass(frozen=True)

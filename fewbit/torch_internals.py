@@ -9,9 +9,10 @@ up, so that a release of torch that drops one is noticed at once.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -234,6 +235,39 @@ def keeps_its_output(node: type) -> bool:
 def has_hook_on_accumulated_gradient(parameter: Tensor) -> bool:
     """Whether something waits for the parameter's gradient, such as an optimizer that steps within backward."""
     return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+# What runs: operators and allocations
+
+
+def each_operator(look: Callable[[Any, tuple, dict[str, Any], Any], None]) -> AbstractContextManager[Any]:
+    """A context in which look(operator, args, kwargs, output) is called after each operator, those of backward included."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Looking(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            look(func, args, kwargs or {}, output)
+            return output
+
+    return Looking()
+
+
+def writes_into_arguments(operator: Any) -> bool:
+    """Whether an operator, as `each_operator` shows it, changes tensors that it is called with: what it returns is no view."""
+    return operator._schema.is_mutable
+
+
+def allocations(action: Callable[[], Any]) -> list[int]:
+    """Bytes that each allocation on the CPU in action() took, or gave back as a negative number, in order.
+
+    What is public of a profile tells of sums alone, from which no peak follows.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to stderr when it begins and ends
+    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
+        action()
+    ended: Any = profile
+    return [event.nbytes() for event in ended.kineto_results.events() if event.name() == "[memory]"]
 
 
 # Modules: their tables of state, which have no public form that can be written back

@@ -132,3 +132,17 @@ def test_threads_are_set_back():
 def test_devices_that_are_not_there(name):
     with pytest.raises(InputError, match=f"torch has no device '{name}' here"):
         measuring.find_device(name)
+
+
+def test_peak_counts_what_is_gone_at_the_end():
+    def step():
+        for _ in range(3):
+            torch.empty(1 << 20, dtype=torch.uint8)
+
+    assert 1 << 20 <= measuring.peak_bytes(step, CPU) < 2 << 20
+    assert measuring.peak_bytes(lambda: None, CPU) == 0
+
+
+def test_peak_of_a_device_whose_memory_nobody_follows():
+    with pytest.raises(InputError, match="torch follows the memory of the CPU and of CUDA devices, not of 'meta'"):
+        measuring.peak_bytes(lambda: None, torch.device("meta"))

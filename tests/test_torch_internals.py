@@ -209,6 +209,35 @@ class TestBackward:
         assert internals.has_hook_on_accumulated_gradient(x)
 
 
+class TestWhatRuns:
+    def test_operators(self):
+        seen, x = [], torch.ones(3, requires_grad=True)
+        with internals.each_operator(lambda operator, args, kwargs, output: seen.append((str(operator), args, output))):
+            y = x.mul(2.0)
+            y.sum().backward()
+        assert [name for name, *_ in seen][:2] == ["aten.mul.Tensor", "aten.sum.default"]
+        assert seen[0][1][0] is x
+        assert seen[0][2].tolist() == [2.0] * 3
+        assert any(name == "aten.mul.Tensor" for name, *_ in seen[2:])  # of backward
+        assert not internals.is_dispatched()
+
+    def test_operators_that_write_into_arguments(self):
+        aten = torch.ops.aten
+        for writes in (aten.mul_.Tensor, aten.mul.out, aten.copy_.default):
+            assert internals.writes_into_arguments(writes)
+        for leaves_them in (aten.mul.Tensor, aten.view.default, aten.convolution.default):
+            assert not internals.writes_into_arguments(leaves_them)
+
+    def test_allocations(self, capfd):
+        def act():
+            held = torch.empty(1000, dtype=torch.uint8)
+            torch.empty(3000, dtype=torch.uint8)
+            del held
+
+        assert internals.allocations(act) == [1000, 3000, -3000, -1000]
+        assert capfd.readouterr().err == ""
+
+
 def test_what_torchs_layers_leave_to_subclasses():
     """fewbit/nn/layers.py overrides or calls these."""
     assert callable(nn.Conv2d._conv_forward)

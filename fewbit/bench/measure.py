@@ -7,21 +7,18 @@ small tensors lie in a cache (on CUDA in the second-level one), for the copy as 
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fewbit import __version__, kernels, resolve
-from fewbit.constants import DEFAULT_BITS, DTYPES
+from fewbit import kernels, resolve
+from fewbit.bench.environment import device_name, dtype_name, first_line, now, parse_dtype, versions
+from fewbit.constants import DEFAULT_BITS
 from fewbit.design.table import check_bits
 from fewbit.errors import DesignError, FewbitError, InputError
 from fewbit.functional.activations import function
@@ -84,7 +81,7 @@ class Case:
     device: torch.device
 
     def __str__(self) -> str:
-        return f"{self.record}, {_name(self.dtype)}, {plural(self.elements, 'element')} on {self.device}"
+        return f"{self.record}, {dtype_name(self.dtype)}, {plural(self.elements, 'element')} on {self.device}"
 
 
 @dataclass(frozen=True)
@@ -187,22 +184,15 @@ def parse_size(text: str) -> int:
     return elements
 
 
-def parse_dtype(text: str) -> torch.dtype:
-    """The dtype of that name; InputError for one that activations are not coded for."""
-    if text not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {text!r}")
-    return getattr(torch, text)
-
-
 def run(settings: Settings, track: Callable[[Sequence[Case]], Iterable[Case]] = iter) -> Report:
     """Measure every case; `track` may show how far it is.
 
     Raises FewbitError, naming the case, where torch cannot compute it: too little memory, an operation without this dtype.
     """
     report = Report(
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        dict(_versions()),
-        {str(device): _device_name(device) for device in settings.devices},
+        now(),
+        dict(versions()),
+        {str(device): device_name(device) for device in settings.devices},
         settings.threads,
         settings.repeats,
     )
@@ -211,7 +201,7 @@ def run(settings: Settings, track: Callable[[Sequence[Case]], Iterable[Case]] = 
             try:
                 report.cases.append(measure(case, settings, report.notes))
             except RuntimeError as error:
-                raise FewbitError(f"cannot measure {case}: {_first_line(error)}") from error
+                raise FewbitError(f"cannot measure {case}: {first_line(error)}") from error
     report.notes = list(dict.fromkeys(report.notes))
     return report
 
@@ -236,7 +226,7 @@ def measure(case: Case, settings: Settings, notes: list[str]) -> CaseResult:
     return CaseResult(
         activation=case.record.name,
         parameters=dict(case.record.parameters),
-        dtype=_name(case.dtype),
+        dtype=dtype_name(case.dtype),
         elements=case.elements,
         device=str(case.device),
         copy_bytes=2 * x.nbytes,
@@ -273,7 +263,7 @@ def _compiled(case: Case, x: Tensor, grad: Tensor, notes: list[str]) -> list[Run
     try:
         torch.autograd.grad(function(x), x, grad)
     except Exception as error:  # whatever the compilers behind it raise
-        notes.append(f"torch.compile left out for {case.record} on {case.device}: {_first_line(error)}")
+        notes.append(f"torch.compile left out for {case.record} on {case.device}: {first_line(error)}")
         return []
     return [Run("compiled", function)]
 
@@ -298,31 +288,3 @@ def _part_result(part: str, each: Run, kept: int, copy_bytes: int, samples: Samp
     own, moved = samples[part, each.label], kept + (copy_bytes // 2 if part == "encode" else copy_bytes)
     share = moved / copy_bytes * samples[_COPY] / own
     return PartResult(part, each.bits or 0, moved, quantiles(own), quantiles(share))
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "fewbit", __version__
-    yield "python", platform.python_version()
-    for name in ("torch", "numpy", "numba", "triton"):
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo")
-    if device.type != "cpu" or not information.exists():
-        return platform.processor() or platform.machine()
-    model = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
-    return model[1] if model else platform.machine()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -95,7 +95,7 @@ def run(model: Callable[..., Any], batch: Any) -> Any:
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The `loss` of what the model returns for a batch; InputError if it has none."""
-    loss = _loss_in(run(model, batch))
+    loss = loss_in(run(model, batch))
     if loss is None:
         raise InputError("what the model returns has no `loss`; give loss_fn, a function of the model and a batch")
     return loss
@@ -104,7 +104,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 def surrogate_loss(model: nn.Module, batch: Any) -> Tensor:
     """The `loss` of what the model returns; without one, all that it returns times normal numbers, the same at each call."""
     output = run(model, batch)
-    loss = _loss_in(output)
+    loss = loss_in(output)
     if loss is not None:
         return loss
     tensors = [each for each in leaves(output) if isinstance(each, Tensor) and each.requires_grad]
@@ -127,7 +127,8 @@ def check_loss(loss: Any) -> Tensor:
     return loss
 
 
-def _loss_in(output: Any) -> Tensor | None:
+def loss_in(output: Any) -> Tensor | None:
+    """The `loss` of what a model returned, if it has one."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 

@@ -59,14 +59,6 @@ def test_gradients_are_grouped_in_order():
         torch.testing.assert_close(groups[group].float(), torch.cat([each.grad.flatten() for each in module.parameters()]))
 
 
-def test_peak_counts_what_is_gone_at_the_end():
-    def step():
-        for _ in range(3):
-            torch.empty(1 << 20, dtype=torch.uint8)
-
-    assert 1 << 20 <= common.peak_bytes(step) < 2 << 20
-
-
 class TestMinMax:
     def test_error_is_at_most_half_a_step(self):
         x = torch.randn(5, 128)

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import fewbit
 from fewbit import files, resolve, terminal
-from fewbit.measuring import Task, quantiles, saved_storages, time_rounds
+from fewbit.measuring import Task, peak_bytes, quantiles, saved_storages, time_rounds
 from fewbit.models.arguments import arguments_of
 
 Tensor = torch.Tensor
@@ -62,16 +61,6 @@ def kept_bytes(model: nn.Module, batch: Any) -> int:
     total = sum(seen.values())
     del output  # which held all that was counted, so that no address was used twice
     return total
-
-
-def peak_bytes(step: Callable[[], Any]) -> int:
-    """The most that torch's allocator held on the CPU during step(), beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    assert record.profiler is not None  # of a profile that has ended
-    assert record.profiler.kineto_results is not None
-    events: list[Any] = record.profiler.kineto_results.events()
-    return int(np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"]).max(initial=0))
 
 
 def gradients(model: nn.Module, loss: Callable[[], Tensor], group_of: Callable[[str], str]) -> Gradients:
@@ -128,8 +117,8 @@ def compare_steps(
     results: dict[str, dict[str, Any]] = {}
     for label, run in steps.items():
         ratios = {base: quantiles(samples[label] / samples[base]) for base in ("exact", "checkpoint")}
-        results[label] = {"seconds": quantiles(samples[label]), "ratios": ratios, "peak_bytes": peak_bytes(run)}
-        peak = results[label]["peak_bytes"]
+        peak = peak_bytes(run, torch.device("cpu"))
+        results[label] = {"seconds": quantiles(samples[label]), "ratios": ratios, "peak_bytes": peak}
         cells = [f"{each['median']:.2f} ({each['p25']:.2f}–{each['p75']:.2f})" for each in ratios.values()]
         share = peak / results["exact"]["peak_bytes"]
         view.add_row(label, f"{1e3 * results[label]['seconds']['median']:.1f}", *cells, f"{peak / 2**20:.1f}", f"{share:.2f}")
