@@ -18,7 +18,8 @@ PACKAGE = Path(fewbit.__file__).parent
 RANKS = [
     {"__main__"},
     {"cli"},
-    {"demo", "bench"},
+    {"bench"},
+    {"demo"},
     {"models"},
     {"plots", "terminal", "measuring"},
     {"nn"},

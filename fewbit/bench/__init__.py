@@ -1,1 +1,1 @@
-"""`fewbit bench`: activations exact and coded, timed side by side. measure.py times, report.py shows."""
+"""`fewbit bench`: activations, and training steps of models, exact and coded side by side."""

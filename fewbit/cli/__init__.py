@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fewbit import interrupt
-from fewbit.cli import memory, pictures, tables, training
+from fewbit.cli import bench, memory, pictures, tables, training
 from fewbit.constants import CHANNELS
 from fewbit.errors import ActivationError, DesignError, FewbitError
 from fewbit.text import cut, plain
@@ -29,7 +29,7 @@ app.command()(tables.table)
 tables_app.command("build")(tables.build)
 app.command()(pictures.plot)
 app.command()(training.demo)
-app.command()(training.bench)
+app.command()(bench.bench)
 app.command()(memory.memory)
 
 # the base of all usage errors, which typer exports under no name of its own in some versions

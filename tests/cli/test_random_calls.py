@@ -150,6 +150,8 @@ def random_call(draw):
         given += [pick(NAMES), *option("--bits", NUMBERS), *option("--dtype", ["int8", "float32", ""]), "--repeats", "1"]
         given += ["--size", pick(["16", "0", "2^99", "x", "", "2^4"]), *option("--json", FILES), *option("--plot", FILES)]
         given += option("--device", ["cpu", "meta", "abacus", "cuda:99", ""]) + option("--threads", ["0", "1", "x", "9" * 30])
+        given += option("--model", ["gptt", "", "odd_models", *(f"odd_models:{part}" for part in PARTS)], 0.2)
+        given += option("--blocks", NUMBERS, 0.1) + ["--operators"] * (draw.random() < 0.1)
     elif command == "demo":
         given += ["--steps", draw.choice(["0", "x", "-1"]), *option("--bits", NUMBERS), *option("--output", FILES)]
     if draw.random() < 0.1:

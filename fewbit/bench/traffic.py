@@ -1,0 +1,117 @@
+"""Which operators run, and how many bytes they move: a count that needs no clock and no GPU.
+
+What operators outside of matrix products, convolutions and attention cost on a GPU are the bytes that they read and write, and
+their calls. A CPU counts the same, but for the few operators that torch has for one of both alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from fewbit.torch_internals import each_operator, leaves, parts_of, storage_key, writes_into_arguments
+
+Tensor = torch.Tensor
+
+
+class Use(NamedTuple):
+    """Calls of an operator, and the bytes of all that they read and wrote."""
+
+    calls: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Traffic:
+    """What ran, by the operator's name without its overload, such as "aten.add".
+
+    products  matrix products, convolutions and attention
+    others    all the rest that moves bytes: neither views nor allocations
+    """
+
+    products: dict[str, Use] = field(default_factory=dict)
+    others: dict[str, Use] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Use:
+        """Of all operators that are no products."""
+        return Use(sum(use.calls for use in self.others.values()), sum(use.bytes for use in self.others.values()))
+
+
+def traffic(function: Callable[[], Any]) -> Traffic:
+    """The operators that function() runs, backward passes in it included, as eager code runs them.
+
+    A tensor counts with its elements, not with the memory it lies in: an expanded one is read as often as it has elements. One
+    that an operator is given twice counts once; one that it changes in place counts as read and as written.
+
+    >>> x = torch.ones(4)
+    >>> traffic(lambda: x.view(2, 2).t().add(1).mul_(x[:2])).others
+    {'aten.add': Use(calls=1, bytes=32), 'aten.mul_': Use(calls=1, bytes=40)}
+    """
+    found = Traffic()
+
+    def look(operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        given, returned = _tensors((args, kwargs)), _tensors(output)
+        if _moves_nothing(operator, given, returned):
+            return
+        read = given if torch.Tag.out not in operator.tags else [each for each in given if not _is_in(each, returned)]
+        uses = found.products if _is_product(operator.overloadpacket) else found.others
+        name = str(operator.overloadpacket)
+        before = uses.get(name, Use())
+        uses[name] = Use(before.calls + 1, before.bytes + _bytes(read) + _bytes(returned))
+
+    with each_operator(look):
+        function()
+    return found
+
+
+def _tensors(thing: Any) -> list[Tensor]:
+    """Each tensor in nested containers once."""
+    return list({id(each): each for each in leaves(thing) if isinstance(each, Tensor)}.values())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def _moves_nothing(operator: Any, given: list[Tensor], returned: list[Tensor]) -> bool:
+    """Whether a call looked at no numbers: it allocated, or made views, or answered from sizes and dtypes alone."""
+    if torch.Tag.inplace_view in operator.tags or "empty" in operator.overloadpacket.__name__.split("_"):
+        return True
+    if writes_into_arguments(operator):
+        return False
+    return _memory(returned) <= _memory(given) if returned else not given
+
+
+def _memory(tensors: Iterable[Tensor]) -> set[int]:
+    """Where they lie."""
+    return {storage_key(part.untyped_storage()) for each in tensors for part in parts_of(each)}
+
+
+def _is_in(tensor: Tensor, others: list[Tensor]) -> bool:
+    return any(tensor is other for other in others)
+
+
+@lru_cache(maxsize=1024)
+def _is_product(operator: Any) -> bool:
+    """Whether torch counts the operator's flops, or those of one whose name is in its name.
+
+    The registry of torch's flop counter lists matrix products, convolutions and attention, but not all their variants, such as
+    attention's `_scaled_dot_product_flash_attention_for_cpu`.
+    """
+    if operator in flop_registry:
+        return True
+    home, _, name = str(operator).partition(".")
+    return home == "aten" and re.search(_names_of_products(), name) is not None
+
+
+@lru_cache(maxsize=1)
+def _names_of_products() -> str:
+    names = {each.__name__.strip("_") for each in flop_registry}
+    return rf"(^|_)({'|'.join(sorted(names))})(_|$)"
