@@ -12,7 +12,8 @@ from torch import nn
 
 import fewbit
 from fewbit import demo
-from tools.studies import baselines, calibration, common, gpt, huggingface, pictures, planner, resnet, swiglu
+from fewbit.bench.step import Step, blocks
+from tools.studies import baselines, calibration, common, gpt, huggingface, pictures, planner, resnet, swiglu, working_sizes
 
 
 @pytest.fixture
@@ -207,3 +208,23 @@ def test_the_planner_is_studied_where_codes_do_not_pay():
     units = planner.study(planner.NETWORKS["ReLU MLP"], True, False, {"activation": 3})["units"]
     assert units["exact"] == units["pays, predicted"] == units["pays, measured"] == 1
     assert units["measured"] == 1.09375 == pytest.approx(units["predicted"], rel=1e-4)
+
+
+class TestWorkingSizes:
+    @pytest.mark.parametrize("name", working_sizes.CASES)
+    def test_models_of_hugging_face(self, name, monkeypatch):
+        monkeypatch.setattr(working_sizes, "BATCH", 1)
+        monkeypatch.setattr(working_sizes, "TOKENS", 8)
+        subject = getattr(working_sizes, name)()
+        levels = {"resnet18": [4, 8, 16], "convnext": [4, 18]}.get(name, [6])
+        assert [len(level) for level in blocks(subject.model)] == levels
+        assert min(each.size(-1) for each in subject.batch.values()) in (8, 128, 224)
+        Step(subject)()
+        assert all(each.grad is not None for each in subject.model.parameters())
+
+    def test_digits(self):
+        subject = working_sizes.digits()
+        assert [each.shape[0] for each in subject.batch] == [resnet.BATCH] * 2
+        assert [len(level) for level in blocks(subject.model)] == [9]
+        (loss,) = Step(subject).forward()
+        assert 2 < loss < 3  # near log 10
