@@ -11,9 +11,21 @@ from rich.console import Console
 from torch import nn
 
 import fewbit
-from fewbit import demo
+from fewbit import demo, terminal
 from fewbit.bench.step import Step, blocks
-from tools.studies import baselines, calibration, common, gpt, huggingface, pictures, planner, resnet, swiglu, working_sizes
+from tools.studies import (
+    baselines,
+    calibration,
+    common,
+    final_loss,
+    gpt,
+    huggingface,
+    pictures,
+    planner,
+    resnet,
+    swiglu,
+    working_sizes,
+)
 
 
 @pytest.fixture
@@ -106,7 +118,7 @@ class TestQuantizedBatchNorm:
         torch.testing.assert_close(gradients[0], gradients[1])
 
 
-@pytest.mark.parametrize("module", [baselines, gpt], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [baselines, final_loss, gpt], ids=lambda module: module.__name__)
 def test_examples(module):
     failed, attempted = doctest.testmod(module)
     assert attempted > 0 == failed
@@ -228,3 +240,39 @@ class TestWorkingSizes:
         assert [len(level) for level in blocks(subject.model)] == [9]
         (loss,) = Step(subject).forward()
         assert 2 < loss < 3  # near log 10
+
+
+class TestFinalLoss:
+    def test_the_rate_rises_and_falls(self):
+        rates = [final_loss.rate(step, 120) for step in range(120)]
+        assert rates[:10] == sorted(rates[:10])
+        assert rates[9:] == sorted(rates[9:], reverse=True)
+        assert (max(rates), rates[-1]) == (1e-3, pytest.approx(2e-5, rel=0.02))
+
+    def test_starts_differ_by_a_hundredth(self):
+        first, second = (final_loss.start(number).head.weight.detach() for number in (0, 1))
+        assert float((second - first).std() / first.std()) == pytest.approx(0.01, rel=0.02)
+
+    def test_finished_runs_are_not_run_again(self, screen, tmp_path, monkeypatch):
+        runs = final_loss.run_all(screen, ["exact", "2"], starts=1, orders=1, steps=2, directory=tmp_path)
+        exact, coded = runs
+        assert exact["means"][0] == coded["means"][0]  # forward is exact
+        assert exact["loss"] == exact["means"][-1] != coded["loss"]
+        monkeypatch.setattr(final_loss, "train", lambda model, steps, order: [1.0] * steps)
+        runs = final_loss.run_all(screen, ["exact", "2"], starts=2, orders=1, steps=2, directory=tmp_path)
+        assert runs == [exact, coded, *(each for each in runs if each["start"] == 1)]
+        assert [each["loss"] for each in runs[2:]] == [1.0, 1.0]
+        assert json.loads((tmp_path / "final_loss.json").read_text())["results"]["runs"] == runs
+
+    def test_distance_is_that_of_means_by_order(self):
+        losses = {("exact", 0): [1.0, 1.2], ("exact", 1): [2.0, 2.2], ("4", 0): [1.3], ("4", 1): [2.1, 2.3]}
+        runs = [
+            {"label": label, "order": order, "start": start, "steps": 9, "loss": loss, "held_out": loss}
+            for (label, order), each in losses.items()
+            for start, loss in enumerate(each)
+        ]
+        found, error = final_loss.distance(runs, "4") or (None, None)
+        assert found == pytest.approx((1.3 - 1.1 + 2.2 - 2.1) / 2 / 1.6)
+        assert error == pytest.approx((0.02 * (1 / 2 + 1 + 1 / 2 + 1 / 2)) ** 0.5 / 2 / 1.6)
+        assert final_loss.distance(runs, "exact") is None
+        assert "9.38%" in terminal.text(final_loss.table(runs, 9), 100)
