@@ -17,6 +17,7 @@ from tools.studies import (
     baselines,
     calibration,
     common,
+    fidelity,
     final_loss,
     gpt,
     huggingface,
@@ -176,6 +177,13 @@ class TestTinyStudies:
         errors = {label: each[common.ALL] for label, each in results["errors"].items()}
         assert errors["joint codes, 5 bits"] < errors["joint codes, 4 bits"] < errors["joint codes, 3 bits"] < 0.5
         pictures.plot_errors_beside_noise(results["noise"], results["errors"], gpt.GROUPS).savefig(io.BytesIO())
+
+    def test_systematic_part(self, screen):
+        torch.manual_seed(0)
+        results = fidelity.systematic(screen, demo.GPT(None), batches=4, bits=(1, 4))
+        assert results["4 bits"].keys() >= {"head", "blocks.*.norm1", common.ALL}
+        assert results["4 bits"][common.ALL] < results["1 bits"][common.ALL] < 1
+        assert "blocks.*.norm1" in printed(screen)
 
     def test_gpt_times(self, screen):
         results = gpt.times(screen, repeats=2, widths=(64,))
