@@ -119,9 +119,9 @@ def run_all(
     """All runs of these labels, starts and orders, those that are not in the file added to it one by one."""
     wanted = [(label, order, number, steps) for number in range(starts) for order in range(orders) for label in labels]
     for each in wanted:
-        runs = finished(directory)  # each time, since another process may have added some
-        if each not in map(_identity, runs):
-            common.write(NAME, {"runs": [*runs, run(*each)]}, directory)
+        if each not in map(_identity, finished(directory)):  # read each time, since another process may have added some
+            found = run(*each)
+            common.write(NAME, {"runs": [*finished(directory), found]}, directory)
             console.print(table(finished(directory), steps), "")
     return [each for each in finished(directory) if _identity(each) in wanted]
 
