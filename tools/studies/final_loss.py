@@ -4,7 +4,7 @@ The demo's GPT is trained to the end of a schedule, exact and with everything co
 weights that differ by a hundredth of themselves) and on several orders of batches. The spread between starts tells which
 differences between losses mean something. Each run is written to tools/results/ as soon as it is finished, and runs that stand
 there are not run again: the study may be stopped at any time, and goes on with the same command. Each start is finished for all
-settings before the next one begins, so that the table is a fair one at any time.
+settings before the next one begins, so that the table is a fair one at any time. Where codes change, remove the file first.
 """
 
 from __future__ import annotations
