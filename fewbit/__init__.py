@@ -29,6 +29,7 @@ _HOMES = {  # all public names but `design`, and where they come from on first u
     "exact": "fewbit.autograd.exact",
     "fidelity": "fewbit.models.gradients.fidelity",
     "functional": "fewbit",
+    "load_ladder": "fewbit.store",
     "load_table": "fewbit.store",
     "memory": "fewbit.models.memory.report",
     "nn": "fewbit",

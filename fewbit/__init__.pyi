@@ -68,6 +68,7 @@ from fewbit.nn import SwiGLU as SwiGLU
 from fewbit.nn import Tanh as Tanh
 from fewbit.nn import Tanhshrink as Tanhshrink
 from fewbit.nn import Threshold as Threshold
+from fewbit.store import load_ladder as load_ladder
 from fewbit.store import load_table as load_table
 
 __version__: str

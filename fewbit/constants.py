@@ -14,5 +14,6 @@ DEFAULT_DOMAIN = (-10.0, 10.0)
 CHANNELS = ("derivative", "value")
 CODINGS = ("level", "interval", "uniform")
 WEIGHTS = ("student", "normal", "uniform")
+RUNGS = tuple(2.0**k for k in range(-4, 5))  # standard deviations of the pre-activations that a ladder has tables for
 SHIPPED_BITS = (1, 2, 3, 4)
 SHIPPED_CODINGS = ("level", "interval")

@@ -1,4 +1,4 @@
-"""Where tables come from: the shipped files, then the user's cache, then a design.
+"""Where tables and ladders of tables come from: the shipped files, then the user's cache, then a design.
 
 `shipped_requests` says what the shipped files hold: every built-in activation at its default parameters, and the identity. The
 cache lies in `FEWBIT_CACHE_DIR`, or where the platform keeps a user's caches.
@@ -11,19 +11,21 @@ import hashlib
 import json
 import os
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fewbit import activations, files
-from fewbit.constants import CHANNELS, DEFAULT_BITS, MAX_BITS, SHIPPED_BITS, SHIPPED_CODINGS, WEIGHTS
+from fewbit.constants import CHANNELS, DEFAULT_BITS, MAX_BITS, RUNGS, SHIPPED_BITS, SHIPPED_CODINGS, WEIGHTS
 from fewbit.design.evaluate import check_errors
 from fewbit.design.request import Request
-from fewbit.design.table import VERSION, CodeTable, dump_tables, read_tables
-from fewbit.errors import TableError, TableFileError
+from fewbit.design.table import VERSION, CodeTable, check_channels, dump_tables, read_tables
+from fewbit.errors import DesignError, TableError, TableFileError
 from fewbit.record import Activation
 from fewbit.text import file_name, plain
 
@@ -55,11 +57,65 @@ def load_table(
     return _load(request) if request.weight.reusable else _search(request)
 
 
+def load_ladder(
+    activation: str | Activation | Callable[..., Any],
+    bits: int = DEFAULT_BITS,
+    *,
+    channels: str | tuple[str, ...] = ("derivative",),
+    **parameters: Any,
+) -> tuple[CodeTable, ...]:
+    """The tables of which the spread of an input chooses one: each is the best for normal pre-activations of one standard
+    deviation, in the order of `fewbit.constants.RUNGS`. Each is found as `load_table` finds its table.
+
+    One table alone where that is exact, as for ReLU's derivative. Where the activation is not finite, or beyond float32, as far
+    out as the inputs of a rung reach, the next rung towards 1 stands in for it.
+
+    Raises what `load_table` raises.
+
+    >>> [table.weight for table in load_ladder("gelu", bits=3)][3:6]
+    ['normal(std=0.5)', 'normal', 'normal(std=2)']
+    """
+    record = activations.get(activation, **parameters)
+    channels = check_channels((channels,) if isinstance(channels, str) else channels, DesignError)
+    single = load_table(record, bits, channels=channels)
+    if _is_exact(single):
+        return (single,)
+    middle = RUNGS.index(1.0)
+    below = above = [_rung(record, bits, channels, 1.0) or single]
+    for std in reversed(RUNGS[:middle]):
+        below = [_rung(record, bits, channels, std) or below[0], *below]
+    for std in RUNGS[middle + 1 :]:
+        above = [*above, _rung(record, bits, channels, std) or above[-1]]
+    return (*below[:-1], *above)
+
+
+def rung_for(ladder: tuple[CodeTable, ...], spread: float) -> CodeTable:
+    """The table of a ladder for inputs of this spread: the standard deviation of normal numbers of the same fourth moment."""
+    first, *others = ladder
+    return ladder[bisect_left(_BETWEEN, spread)] if others else first
+
+
+_BETWEEN = [(low * high) ** 0.5 for low, high in pairwise(RUNGS)]
+
+
+def _is_exact(table: CodeTable) -> bool:
+    return table.errors is not None and not any(table.errors)
+
+
+def _rung(record: Activation, bits: int, channels: tuple[str, ...], std: float) -> CodeTable | None:
+    """The table of a rung, if there is one."""
+    try:
+        table = _load(Request.rung(record, bits, channels, std))
+    except DesignError:
+        return None
+    return table if np.abs(table.levels).max() <= np.finfo(np.float32).max else None
+
+
 @lru_cache(maxsize=1024)
 def _load(request: Request) -> CodeTable:
     if request.activation == activations.SHIPPED.get(request.activation.name):
         for table in _shipped(request.activation.name):
-            if request.answered_by(table):
+            if table.bits == request.bits and request.answered_by(table):
                 return table
     return _from_cache(request)
 
@@ -140,8 +196,8 @@ def _warn_once(message: str) -> None:
 def shipped_requests(name: str) -> Iterator[Request]:
     """What the shipped file of a name answers, in the file's order.
 
-    For an activation: tables of the derivative under every named weight, in both optimal codings, then the joint tables. For
-    the identity: the quantizers of a unit normal. All else at its default.
+    For an activation: tables of the derivative under every named weight, in both optimal codings, then the joint tables, then
+    the other rungs of the ladders of both. For the identity: the quantizers of a unit normal. All else at its default.
     """
     record = activations.SHIPPED[name]
     if record == activations.IDENTITY:
@@ -151,6 +207,10 @@ def shipped_requests(name: str) -> Iterator[Request]:
         for coding in SHIPPED_CODINGS:
             yield from (Request.of(record, bits, weight=weight, coding=coding) for bits in SHIPPED_BITS)
     yield from (Request.of(record, bits, channels=CHANNELS) for bits in SHIPPED_BITS)
+    for channels in (("derivative",), CHANNELS):
+        for bits in SHIPPED_BITS:
+            if not _is_exact(_search(Request.of(record, bits, channels=channels))):  # else it is the ladder
+                yield from (Request.rung(record, bits, channels, std) for std in RUNGS if std != 1)
 
 
 def shipped_text(name: str) -> str:

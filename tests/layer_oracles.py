@@ -158,20 +158,35 @@ def standards(x, channel, table):
     return row, center * magnitude, spread * magnitude
 
 
+def of_gain_one(u, q, spread, zero=None):
+    """The spread by which spread * q has gain one against u, about the means, or about 0 where zeros have the level `zero`."""
+    d, e = (u - u.mean(), q - q.mean()) if zero is None else (u, q - zero)
+    gain = (d.square().sum() / (d * e).sum() / spread).item()
+    return spread * gain if 0.7 <= gain <= 2 else spread
+
+
 def scaled_values(table, x, channel):
     """What codes with these standards stand for, with the mean of each channel; x itself if it is a single row, of which codes
     and statistics would take more."""
     if x.dim() == 1:
         return x.detach().double()
     wide, (row, center, spread) = x.detach().double(), standards(x, channel, table)
-    values = (lookup(table, (wide / row - center) / spread) * spread + center) * row
+    levels, values = lookup(table, (wide / row - center) / spread), torch.empty_like(wide)
     for place in range(wide.shape[channel]):
-        of_x, found = wide.select(channel, place), values.select(channel, place)  # a view
-        magnitude, own_row = of_x.abs().mean().clamp_min(1e-19), row.expand_as(wide).select(channel, place)
-        true, mean, doubt = of_x.mean() / magnitude, found.mean() / magnitude, 2.72 * 0.25**table.bits + 1 / of_x.numel()
-        if (of_x == 0).any():
+        of_x, q, found = (each.select(channel, place) for each in (wide, levels, values))  # the last, a view
+        own_row, own_center, own_spread = (each.expand_as(wide).select(channel, place) for each in (row, center, spread))
+        own_center, own_spread = own_center.flatten()[0], own_spread.flatten()[0]
+        magnitude = of_x.abs().mean().clamp_min(1e-19)
+        zero = -own_center / own_spread
+        is_sparse = bool((of_x == 0).any()) and bool((zero - torch.tensor(table.levels[0])).abs().min() < 1e-9)
+        own_spread = of_gain_one(of_x / own_row, q, own_spread, zero if is_sparse else None)
+        if is_sparse:
+            found.copy_((q - zero) * own_spread * own_row)
+            true, mean = of_x.mean() / magnitude, found.mean() / magnitude
+            doubt = 2.72 * 0.25**table.bits + 1 / of_x.numel()
             found.mul_((true * mean + doubt) / (mean * mean + doubt))
         else:
+            found.copy_(q * own_spread * own_row)
             found.add_((of_x.mean() - found.mean()) / own_row.mean() * own_row)
     return values
 
@@ -260,9 +275,14 @@ def norm_gradients(case, x, parameters, grad, table):
         if weight is not None:
             factor, offset = weight * spread, weight * center + parameters["bias"].detach().double().view_as(weight)
         shrink, shift = moves_to_thresholds(factor, offset, table.thresholds)
-    x_hat = (lookup(table, (x_hat - center) / spread * shrink + shift) - shift) / shrink * spread + center
-    if channel:  # each channel keeps its mean
-        x_hat = x_hat + (back((grouped - mean) * scale) - x_hat).mean(channel, keepdim=True)
+    exact, x_hat = x_hat, lookup(table, (x_hat - center) / spread * shrink + shift)
+    if channel:  # each channel has gain one, and keeps its mean
+        d, e = exact - exact.mean(channel, keepdim=True), x_hat - x_hat.mean(channel, keepdim=True)
+        usual = spread / shrink
+        gain = d.square().sum(channel, keepdim=True) / (d * e).sum(channel, keepdim=True)
+        x_hat = e * torch.where((gain > 0.7 * usual) & (gain < 2 * usual), gain, usual) + exact.mean(channel, keepdim=True)
+    else:
+        x_hat = (x_hat - shift) / shrink * spread + center
     inner = (grad if weight is None else grad * weight).reshape(grouped.shape)
     values = x_hat.reshape(grouped.shape)
     grad_x = inner - values * (inner * values).mean(dims, keepdim=True)

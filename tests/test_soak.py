@@ -76,10 +76,10 @@ def one_call(seed):
     (found,) = torch.autograd.grad(y, target, grad)
     if inplace:
         reference = LAYOUTS[layout](leaf)
-        expected_x = oracles.expected_gradient(fewbit.load_table(name, bits), reference, grad * scale)
+        expected_x = oracles.expected_gradient(fewbit.load_ladder(name, bits), reference, grad * scale)
         (expected,) = torch.autograd.grad(reference, leaf, expected_x)
     else:
-        expected = oracles.expected_gradient(fewbit.load_table(name, bits), before, grad * scale)
+        expected = oracles.expected_gradient(fewbit.load_ladder(name, bits), before, grad * scale)
     assert torch.equal(found, expected), (seed, name, bits, layout, inplace, tuple(x.shape), x.dtype)
 
 

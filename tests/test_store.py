@@ -4,14 +4,16 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
+import oracles
 import pytest
 import torch
 
 import fewbit
 from fewbit import activations, files, store
-from fewbit.constants import SHIPPED_BITS, SHIPPED_CODINGS, WEIGHTS
+from fewbit.constants import CHANNELS, RUNGS, SHIPPED_BITS, SHIPPED_CODINGS, WEIGHTS
 from fewbit.design.request import Request
 from fewbit.errors import ActivationError, DesignError, TableFileError
 from fewbit.weights import Weight
@@ -71,7 +73,77 @@ def test_everything_promised_is_shipped(record, empty_cache):
         table = fewbit.load_table(record, bits, channels=("derivative", "value"))
         assert (table.bits, table.weight, table.coding, table.balance) == (bits, "normal", "interval", 1.0)
         assert table.channels == ("derivative", "value")
+    for channels in (("derivative",), ("derivative", "value")):
+        for bits in SHIPPED_BITS:
+            for rung in store.load_ladder(record, bits, channels=channels):
+                assert (rung.activation, rung.bits, rung.channels) == (record.name, bits, channels)
     assert not empty_cache.exists()
+
+
+class TestLadders:
+    @pytest.mark.parametrize(("name", "bits"), [("gelu", 3), ("tanh", 2), ("softsign", 4)])
+    @pytest.mark.parametrize("channels", [("derivative",), ("derivative", "value")])
+    def test_each_rung_is_the_design_for_its_standard_deviation(self, name, bits, channels):
+        ladder = store.load_ladder(name, bits, channels=channels)
+        for k, rung in zip(range(-4, 5), ladder, strict=True):
+            reach, balance = max(10.0, 6 * 2.0**k), 4.0**-k if len(channels) > 1 else 1.0
+            request = {"weight": f"normal(std={2.0**k})", "domain": (-reach, reach), "balance": balance}
+            assert rung == fewbit.design(name, bits, channels=channels, **request)
+
+    def test_each_rung_is_better_than_its_neighbours_under_its_own_weight(self, record):
+        ladder = store.load_ladder(record, 3)
+        for i, rung in enumerate(ladder if len(ladder) > 1 else ()):
+
+            def density(x, std=RUNGS[i]):
+                return np.exp(-0.5 * (x / std) ** 2)
+
+            error, *others = (
+                oracles.dense_mse(replace(each, domain=rung.domain), record.df, density, 400_001)
+                for each in (rung, *ladder[max(i - 1, 0) : i], *ladder[i + 1 : i + 2])
+            )
+            assert error == pytest.approx(rung.mse, rel=1e-3)
+            assert error < min(others)
+
+    def test_where_one_table_is_exact_it_is_all(self):
+        for name in ("relu", "hardtanh", "threshold", "softshrink"):
+            assert store.load_ladder(name, 2) == (fewbit.load_table(name, 2),)
+        assert len(store.load_ladder("relu", 2, channels=("derivative", "value"))) == 9
+
+    def test_rungs_of_straight_lines_are_scaled_copies(self):
+        for name in ("relu", "leaky_relu"):
+            ladder = store.load_ladder(name, 3, channels=("derivative", "value"))
+            for std, rung in zip(RUNGS, ladder, strict=True):
+                np.testing.assert_allclose(rung.levels[0], ladder[4].levels[0], atol=1e-8)
+                np.testing.assert_allclose(rung.levels[1], std * ladder[4].levels[1], rtol=1e-6, atol=1e-8)
+
+    @pytest.mark.parametrize("name", [name for name in activations.names() if activations.get(name).derivative_shape.even])
+    def test_even_derivatives_have_even_rungs(self, name):
+        assert all(rung.even for bits in SHIPPED_BITS for rung in store.load_ladder(name, bits))
+
+    def test_is_designed_and_cached_where_it_is_not_shipped(self, empty_cache, monkeypatch):
+        ladder = store.load_ladder("elu", 2, alpha=0.5)
+        assert [rung.parameters["alpha"] for rung in ladder] == [0.5] * 9
+        assert len(list(empty_cache.glob("*.json"))) == 10  # and the table of load_table, which may have been exact
+        store._load.cache_clear()
+        monkeypatch.setattr(store, "_search", lambda request: pytest.fail("designed again"))
+        assert store.load_ladder("elu", 2, alpha=0.5) == ladder
+
+    def test_where_the_activation_leaves_the_range_of_floats_the_next_rung_stands_in(self, empty_cache):
+        def explosive(x):
+            return torch.exp(2 * x)
+
+        ladder = store.load_ladder(explosive, 2, channels=("derivative", "value"))
+        assert ladder[:6] == tuple(store._load(Request.rung(activations.get(explosive), 2, CHANNELS, s)) for s in RUNGS[:6])
+        assert ladder[7] == ladder[8] != ladder[5]
+        assert np.abs(ladder[8].levels).max() < 3e38
+
+    def test_errors_are_those_of_load_table(self):
+        with pytest.raises(DesignError, match="got 9"):
+            store.load_ladder("gelu", 9)
+        with pytest.raises(ActivationError, match="alpha"):
+            store.load_ladder("gelu", 2, alpha=1.0)
+        with pytest.raises(DesignError, match="channels must be some of"):
+            store.load_ladder("gelu", 2, channels="slope")
 
 
 def test_quantizers_are_shipped(empty_cache):

@@ -63,8 +63,8 @@ def report(kernel: str, activation: str, dtype: str, bits: int, arch: int, n_div
     """Compile a kernel for that architecture and read what came out. `n_divides`: tell the compiler that 16 divides n."""
     whole = _disassemble(kernel, activation, dtype, bits, arch, n_divides, body=False)
     body = _disassemble(kernel, activation, dtype, bits, arch, n_divides, body=True)
-    opcodes = _opcodes(whole.sass)
-    body_opcodes = _opcodes(body.sass)
+    opcodes = opcodes_of(whole.sass)
+    body_opcodes = opcodes_of(body.sass)
     constants = _source(kernel, activation, dtype, bits, body=True)[2]
     lanes = 1 if "search" in constants and constants["search"].depth else packing.LANES
     elements = lanes * constants["block"] // (32 * cuda.OPTIONS["num_warps"])
@@ -76,10 +76,10 @@ def report(kernel: str, activation: str, dtype: str, bits: int, arch: int, n_div
         arch,
         registers=whole.registers,
         spills=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
-        wide_loads=_widths(opcodes, "LDG").get(128, 0),
-        wide_stores=_widths(opcodes, "STG").get(128, 0),
-        loads=_widths(body_opcodes, "LDG"),
-        stores=_widths(body_opcodes, "STG"),
+        wide_loads=widths_of(opcodes, "LDG").get(128, 0),
+        wide_stores=widths_of(opcodes, "STG").get(128, 0),
+        loads=widths_of(body_opcodes, "LDG"),
+        stores=widths_of(body_opcodes, "STG"),
         instructions=round(len(body_opcodes) / elements, 2),
         lanes=lanes,
         scalars=_scalars(constants),
@@ -113,9 +113,14 @@ def _disassemble(kernel: str, activation: str, dtype: str, bits: int, arch: int,
         file.write(compiled.asm["cubin"])
         file.flush()
         listing = subprocess.run([tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return _Compiled(listing, registers_of(listing))
+
+
+def registers_of(listing: str) -> int:
+    """Registers a thread takes, from what cuobjdump prints."""
     usage = re.search(r"REG:(\d+)", listing)
     assert usage, f"cuobjdump names the registers; got {listing!r}"
-    return _Compiled(listing, int(usage[1]))
+    return int(usage[1])
 
 
 def _source(kernel: str, activation: str, dtype: str, bits: int, body: bool) -> tuple[Any, dict[str, str], dict[str, Any]]:
@@ -137,6 +142,8 @@ def _source(kernel: str, activation: str, dtype: str, bits: int, body: bool) -> 
         constants |= {"formula": formulas.FORMULAS[activation], "count": count}
     if body:
         signature["first"], constants["masked"] = "i64", False
+    elif kernel == "decode":
+        constants["ladder"] = False
     function = getattr(programs, ("decode" if kernel == "decode" else "encode") + "_block" * body)
     return function, signature, constants
 
@@ -152,13 +159,13 @@ def _search(activation: str, dtype: str, bits: int) -> cuda.Search:
     return cuda.ProgramTable.of(device_tables(load_table(activation, bits), wide, torch.device("cpu"))[0]).search
 
 
-def _opcodes(sass: str) -> list[str]:
+def opcodes_of(sass: str) -> list[str]:
     """Opcodes in order, without predicates, operands and padding."""
     instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
     return [opcode for opcode in instructions if opcode != "NOP"]
 
 
-def _widths(opcodes: list[str], family: str) -> dict[int, int]:
+def widths_of(opcodes: list[str], family: str) -> dict[int, int]:
     """Number of global loads (LDG) or stores (STG) by width in bits."""
     counts = Counter()
     for opcode in opcodes:

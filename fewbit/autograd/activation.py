@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from fewbit import kernels, torch_internals
 from fewbit.autograd import sharing, watched
 from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.layout import Layout
-from fewbit.autograd.quantize import times, values
-from fewbit.autograd.sharing import Recipe
+from fewbit.autograd.quantize import has_many_zeros, times, values
+from fewbit.autograd.sharing import BySign, Recipe
 from fewbit.errors import OverwriteError
 from fewbit.kernels import DeviceTable, Formula
 
@@ -21,7 +22,13 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def coded_activation(
-    x: Tensor, table: DeviceTable, value_table: DeviceTable | None = None, *, forward: Forward, formula: Formula | None = None
+    x: Tensor,
+    table: DeviceTable,
+    value_table: DeviceTable | None = None,
+    *,
+    forward: Forward,
+    formula: Formula | None = None,
+    keeps_zeros: bool = False,
 ) -> Tensor:
     """forward(x), whose backward multiplies by the level of each x's code instead of by f'(x).
 
@@ -30,28 +37,46 @@ def coded_activation(
     value_table  the same codes with the levels of f: given, layers that read the result find its recipe
     forward      the exact operation
     formula      the operation's, where it has one, so that a backend may compute it and the codes in one pass
+    keeps_zeros  whether f(0) = 0: then zeros are rebuilt as zeros where there are many
     Returns      what the operation returns. Kept for backward: packed codes of ceil(n·bits/8) bytes plus at most 512.
 
     The gradient can be taken once: differentiating it again raises InputError, since codes carry no second derivative.
     """
-    if value_table is None:
-        return _CodedActivation.apply(x, forward, table, None, formula, False)[0]  # type: ignore[index]
-    y, _, packed = _CodedActivation.apply(x, forward, table, None, formula, True)  # type: ignore[misc]
-    return sharing.attach(y, value_recipe(packed, Layout.of(x), value_table))
+    if formula is not None and x.is_contiguous() and kernels.has_formula(x, formula):
+        y, _, packed = _CodedActivation.apply(x, None, table, partial(kernels.forward, table=table, formula=formula))  # type: ignore[misc]
+    else:
+        packed, finite = _encode(x, table)
+        if not finite:
+            return forward(x)
+        y, *_ = _CodedActivation.apply(x, packed, table, forward)  # type: ignore[misc]
+    return y if value_table is None else sharing.attach(y, value_recipe(packed, Layout.of(x), value_table, keeps_zeros))
 
 
 def overwriting_activation(
-    x: Tensor, table: DeviceTable, value_table: DeviceTable | None = None, *, forward: Forward, forward_inplace: Forward
+    x: Tensor,
+    table: DeviceTable,
+    value_table: DeviceTable | None = None,
+    *,
+    forward: Forward,
+    forward_inplace: Forward,
+    keeps_zeros: bool = False,
 ) -> Tensor:
     """The same, written into x, which backward does not need.
 
     forward_inplace  overwrites its argument and returns it
     """
+    layout, (packed, finite) = Layout.of(x), _encode(x, table)
+    if not finite:
+        return overwritten(x, forward(x.clone()))
     if torch_internals.is_view(x):  # torch lets no Function with two outputs overwrite a view
-        return overwritten(x, coded_activation(x, table, value_table, forward=forward))
-    layout = Layout.of(x)
-    y, _, packed = _CodedActivation.apply(x, forward, table, forward_inplace, None, True)  # type: ignore[misc]
-    return y if value_table is None else sharing.attach(y, value_recipe(packed, layout, value_table))
+        y = overwritten(x, _CodedActivation.apply(x, packed, table, forward)[0])  # type: ignore[index]
+    else:
+        y = _CodedActivation.apply(x, packed, table, forward_inplace, True)[0]  # type: ignore[index]
+    return y if value_table is None else sharing.attach(y, value_recipe(packed, layout, value_table, keeps_zeros))
+
+
+def _encode(x: Tensor, table: DeviceTable) -> tuple[Tensor, bool]:
+    return kernels.encode_checked(x if x.is_contiguous() else Layout.of(x).flatten(x.detach()), table)
 
 
 def watched_activation(x: Tensor, table: DeviceTable, value_table: DeviceTable | None = None, *, forward: Forward) -> Tensor:
@@ -62,10 +87,13 @@ def watched_activation(x: Tensor, table: DeviceTable, value_table: DeviceTable |
     return sharing.attach(y, value_recipe(packed, Layout.of(x), value_table))
 
 
-def value_recipe(packed: Tensor, layout: Layout, table: DeviceTable) -> Recipe:
-    """The recipe of a tensor whose values are the levels of packed codes."""
-    of_zero = None if torch_internals.is_watched(packed) else table.at_zero
-    return Recipe((packed,), lambda kept, dtype: values(kept[0], layout, dtype, table), of_zero=of_zero)
+def value_recipe(packed: Tensor, layout: Layout, table: DeviceTable, keeps_zeros: bool = False) -> Recipe:
+    """The recipe of a tensor whose values are the levels of packed codes; keeps_zeros as in `coded_activation`, on the CPU
+    alone, since for other devices the process would wait."""
+    recipe = Recipe((packed,), lambda kept, dtype: values(kept[0], layout, dtype, table), hides=True)
+    if not keeps_zeros or packed.device.type != "cpu" or torch_internals.is_watched(packed) or table.with_zeros is table:
+        return recipe
+    return recipe._replace(with_zeros=lambda x: value_recipe(packed, layout, table.with_zeros) if has_many_zeros(x) else recipe)
 
 
 def overwritten(x: Tensor, y: Tensor) -> Tensor:
@@ -94,49 +122,43 @@ def activation_by_sign(x: Tensor, forward: Forward, slopes: tuple[float, float])
     Keeps what the recipe keeps and no more: one code for what made x, for f and for the readers of f(x).
     """
     recipe = None if torch_internals.is_transformed() else sharing.find(x)
-    if recipe is None or recipe.signs is None:
+    if recipe is None or recipe.by_sign is None:
         return None
-    y, _ = _ActivationBySign.apply(x, recipe, forward, slopes)  # type: ignore[misc]
-    rebuild, signs = recipe.rebuild, recipe.signs if slopes[0] >= 0 < slopes[1] else None
-    return sharing.attach(y, Recipe(recipe.kept, lambda kept, dtype: forward(rebuild(kept, dtype)), signs))
+    y, _ = _ActivationBySign.apply(x, recipe.kept, recipe.by_sign, forward, slopes)  # type: ignore[misc]
+    (below, above), (rebuild, times) = slopes, recipe.by_sign
+    by_sign = None
+    if below >= 0 < above:
+        by_sign = BySign(lambda kept, dtype, low, high: rebuild(kept, dtype, below * low, above * high), times)
+    return sharing.attach(
+        y, Recipe(recipe.kept, lambda kept, dtype: rebuild(kept, dtype, *slopes), by_sign, hides=recipe.hides)
+    )
 
 
 class _CodedActivation(torch.autograd.Function):
-    """Its second output, the anchor, is empty: it ties a second backward to this node, for `differentiable_once`. A third, if
-    asked for, is the codes."""
+    """Its second output, the anchor, is empty: it ties a second backward to this node, for `differentiable_once`. The third is
+    the codes, where `forward` makes them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        forward: Forward,
-        table: DeviceTable,
-        forward_inplace: Forward | None,
-        formula: Formula | None,
-        with_codes: bool,
-    ) -> tuple[Tensor, ...]:
-        contiguous = x.is_contiguous()
-        if forward_inplace is None and contiguous:
-            y, packed = kernels.forward(x, table, forward, formula)
-        else:
-            packed = kernels.encode(x if contiguous else Layout.of(x).flatten(x), table)
-            y = (forward_inplace or forward)(x)
-            if forward_inplace is not None:
-                ctx.mark_dirty(x)
-        y, anchor = torch_internals.not_a_view(y) if forward_inplace is None else y, x.new_empty(0)
-        ctx.save_for_backward(packed, anchor)
+    def forward(ctx: Any, x: Tensor, packed: Tensor | None, table: DeviceTable, forward: Any, inplace: bool = False) -> tuple:
+        anchor = x.new_empty(0)
         ctx.set_materialize_grads(False)
-        ctx.coded = table, x.dtype, None if contiguous else Layout.of(x)
-        if not with_codes:
-            return y, anchor
-        ctx.mark_non_differentiable(packed)
-        return y, anchor, packed
+        ctx.coded = table, x.dtype, None if x.is_contiguous() else Layout.of(x)
+        if packed is None:
+            y, packed = forward(x)
+            ctx.save_for_backward(packed, anchor)
+            ctx.mark_non_differentiable(packed)
+            return y, anchor, packed
+        ctx.save_for_backward(packed, anchor)
+        if inplace:
+            ctx.mark_dirty(x)
+            return forward(x), anchor
+        return torch_internals.not_a_view(forward(x)), anchor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
-            return (None,) * 6
+            return (None,) * 5
         packed, anchor = ctx.saved_tensors
         table, dtype, layout = ctx.coded
         if layout is None and grad.is_contiguous() and not torch_internals.is_watched(grad):
@@ -145,7 +167,7 @@ class _CodedActivation(torch.autograd.Function):
             grad_x = times(packed, grad, table, layout or Layout.contiguous(grad.shape))
         if grad_x.dtype != dtype:
             grad_x = grad_x.to(dtype)
-        return differentiable_once(grad_x, grad, anchor), None, None, None, None, None
+        return differentiable_once(grad_x, grad, anchor), None, None, None, None
 
 
 class _ActivationBySign(torch.autograd.Function):
@@ -153,25 +175,23 @@ class _ActivationBySign(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        recipe: Recipe,
+        kept: tuple[Tensor, ...],
+        by_sign: BySign,
         forward: Forward,
         slopes: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
         y = forward(x)
         anchor = x.new_empty(0)
-        ctx.save_for_backward(anchor, *recipe.kept)
+        ctx.save_for_backward(anchor, *kept)
         ctx.set_materialize_grads(False)
-        ctx.coded = recipe.signs, x.dtype, slopes
+        ctx.coded = by_sign.times, x.dtype, slopes
         return y, anchor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
-            return (None,) * 4
+            return (None,) * 5
         anchor, *kept = ctx.saved_tensors
-        signs, dtype, (below, above) = ctx.coded
-        # above times leaky_relu's backward with the slope below / above
-        grad_x = torch.ops.aten.leaky_relu_backward(grad, signs(kept, grad.dtype), below / above, False)
-        grad_x = (grad_x if above == 1 else above * grad_x).to(dtype)
-        return differentiable_once(grad_x, grad, anchor), None, None, None
+        times, dtype, slopes = ctx.coded
+        return differentiable_once(times(kept, grad, *slopes).to(dtype), grad, anchor), None, None, None, None

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from fewbit.autograd.double_backward import differentiable_once
-from fewbit.autograd.layout import Layout
-from fewbit.autograd.quantize import Quantizer, at_least_float32, encode, narrowed, scaled, times, values
+from fewbit.autograd.layout import Arrangement
+from fewbit.autograd.quantize import Quantizer, at_least_float32, encode_checked, narrowed, of_layers, scaled, times, values
 from fewbit.autograd.sharing import Recipe, attach
 from fewbit.kernels import DeviceTable
 from fewbit.torch_internals import not_a_view
@@ -42,50 +42,73 @@ def coded_gate(
     """
     if gate.shape != up.shape:
         gate, up = torch.broadcast_tensors(gate, up)
-    of_up = scaled(up.detach(), Quantizer(normal, stochastic), channel)
-    y, _, packed, layout = _CodedGate.apply(gate, up, of_up, (derivative, value), exact)  # type: ignore[misc]
+    of_up = scaled(up.detach(), Quantizer(normal, stochastic), channel, marks=False)
+    arrangement = Arrangement.of(up, channel % up.dim())
+    packed, finite = encode_checked(arrangement.layout.flatten(gate.detach()), derivative)
+    if of_up is None or not finite:
+        return exact(gate, up)
+    codes = _Codes(arrangement, (derivative, value, normal), of_up)
+    kept = packed, *of_up.kept
+    y, _ = _CodedGate.apply(gate, up, kept, codes, exact)  # type: ignore[misc]
+    return attach(y, Recipe(kept, codes.product, hides=True))
 
-    rebuild_up = of_up.rebuild
 
-    def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+class _Codes:
+    """What is made of the codes of gate and up, which are kept as (packed, *what up's recipe keeps)."""
+
+    def __init__(self, arrangement: Arrangement, tables: tuple[DeviceTable, DeviceTable, DeviceTable], of_up: Recipe):
+        self.arrangement, self.tables = arrangement, tables
+        self.up = of_up._replace(kept=())  # none of the tensors, which saved-tensor hooks may free
+
+    def product(self, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """f(gate) * up."""
+        (layout, grid), (_, value, normal) = self.arrangement, self.tables
+        packed, *of_up = kept
+        if not self.up.is_exact:
+            packed_up, row, vectors = of_up
+            flat = of_layers(packed).gate_value(packed, packed_up, grid, vectors, row, value, normal, dtype)
+            return layout.unflatten(flat)
         wide = at_least_float32(dtype)
-        return narrowed(values(kept[0], layout, wide, value).mul_(rebuild_up(kept[1:], wide)), dtype)
+        return narrowed(values(packed, layout, wide, value).mul_(self.up.rebuild(of_up, wide)), dtype)
 
-    return attach(y, Recipe((packed, *of_up.kept), rebuild))
+    def backward(self, kept: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of gate and up."""
+        (layout, grid), (derivative, value, normal) = self.arrangement, self.tables
+        packed, *of_up = kept
+        if not self.up.is_exact:
+            packed_up, row, vectors = of_up
+            given = grad.permute(layout.order).reshape(grid[:3])
+            found = of_layers(grad).gate_backward(packed, packed_up, given, grid, vectors, row, derivative, value, normal)
+            return layout.unflatten(found[0]), layout.unflatten(found[1])
+        wide = grad.to(at_least_float32(grad.dtype))
+        by_up = self.up.rebuild(of_up, wide.dtype) * wide  # grad may be a batch of gradients
+        found = times(packed, by_up, derivative, layout), times(packed, wide, value, layout)
+        return narrowed(found[0], grad.dtype), narrowed(found[1], grad.dtype)
 
 
 class _CodedGate(torch.autograd.Function):
-    """Its second output is the anchor of `differentiable_once`; then come the codes of gate and their layout."""
+    """Its second output is the anchor of `differentiable_once`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         gate: Tensor,
         up: Tensor,
-        of_up: Recipe,
-        tables: tuple[DeviceTable, DeviceTable],
+        kept: tuple[Tensor, ...],
+        codes: _Codes,
         exact: Callable[[Tensor, Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Layout]:
-        layout = Layout.of(gate)
-        packed, anchor = encode(layout.flatten(gate), tables[0]), gate.new_empty(0)
-        ctx.save_for_backward(anchor, packed, *of_up.kept)
+    ) -> tuple[Tensor, Tensor]:
+        anchor = gate.new_empty(0)
+        ctx.save_for_backward(anchor, *kept)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(packed)
-        ctx.coded = tables, layout, of_up.rebuild
-        return not_a_view(exact(gate, up)), anchor, packed, layout
+        ctx.codes = codes
+        return not_a_view(exact(gate, up)), anchor
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
             return (None,) * 5
-        anchor, packed, *kept = ctx.saved_tensors
-        (derivative, value), layout, rebuild = ctx.coded
-        grad_gate, grad_up, wide = None, None, grad.to(at_least_float32(grad.dtype))
-        if ctx.needs_input_grad[0]:
-            by_up = rebuild(kept, wide.dtype) * wide  # grad may be a batch of gradients
-            grad_gate = narrowed(times(packed, by_up, derivative, layout), grad.dtype)
-            grad_gate = differentiable_once(grad_gate, grad, anchor)
-        if ctx.needs_input_grad[1]:
-            grad_up = differentiable_once(narrowed(times(packed, wide, value, layout), grad.dtype), grad, anchor)
-        return grad_gate, grad_up, None, None, None
+        anchor, *kept = ctx.saved_tensors
+        found = zip(ctx.codes.backward(kept, grad), ctx.needs_input_grad, strict=False)
+        return *(differentiable_once(each, grad, anchor) if needed else None for each, needed in found), None, None, None

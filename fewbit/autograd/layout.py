@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
+
+from fewbit.kernels.grid import Grid
 
 Tensor = torch.Tensor
 
@@ -34,6 +37,34 @@ class Layout(NamedTuple):
     def unflatten(self, flat: Tensor) -> Tensor:
         """What `flatten` made (n,) of, without a copy."""
         return flat.view([self.shape[dim] for dim in self.order]).permute(inverse(self.order))
+
+
+class Arrangement(NamedTuple):
+    """In which order the elements of a tensor are packed, and which channels and rows they belong to."""
+
+    layout: Layout
+    grid: Grid
+
+    @classmethod
+    def of(cls, x: Tensor, channel: int, groups: int = 1) -> Arrangement:
+        """Channels in one dimension, in `groups`. Each place in the dimensions before it, with each group, is a row; all that
+        lies behind it belongs to the row. The channels of images may lie last in memory."""
+        layout, shape = Layout.of(x), x.shape
+        if channel == 1 and x.dim() > 2 and (layout.order[0], layout.order[-1]) == (0, 1):
+            places = prod(shape[2:])
+            return cls(layout, Grid(shape[0] * places, shape[1], 1, places, groups))
+        if layout.order[: channel + 1] != tuple(range(channel + 1)):
+            layout = Layout.contiguous(shape)
+        return cls(layout, Grid(prod(shape[:channel]), shape[channel], prod(shape[channel + 1 :]), 1, groups))
+
+    @classmethod
+    def of_last(cls, shape: torch.Size, dims: int) -> Arrangement:
+        """Each element of that many last dimensions is a channel, each place in the others a row."""
+        return cls(Layout.contiguous(shape), Grid(prod(shape[: len(shape) - dims]), prod(shape[len(shape) - dims :])))
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """(outer, channels, inner); a copy only of a tensor that lies otherwise."""
+        return tensor.permute(self.layout.order).reshape(self.grid[:3])
 
 
 def memory_order(strides: Sequence[int]) -> list[int]:

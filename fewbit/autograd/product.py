@@ -14,7 +14,7 @@ import torch
 
 from fewbit.autograd import sharing, watched
 from fewbit.autograd.double_backward import differentiable_once
-from fewbit.autograd.quantize import Quantizer, nan_if_not_finite, scaled, with_zeros
+from fewbit.autograd.quantize import Quantizer, nan_if_not_finite, scaled
 from fewbit.autograd.sharing import Recipe
 from fewbit.errors import InputError
 from fewbit.kernels import DeviceTable
@@ -136,7 +136,8 @@ def coded_product(
 
     The codes are those that x brings along from the layer that made it, or from one that read it before; or none, but x itself,
     where it needs no gradient, as a batch, or where the operation that made it keeps it anyway; or codes of its own, with
-    scales, which x brings along from then on. Nothing of x is kept if the weight needs no gradient.
+    scales, which x brings along from then on. Nothing of x is kept if the weight needs no gradient. An x that is seen not to be
+    finite is left to torch.
 
     table       of a standard normal number, for codes of its own
     product     the operation
@@ -145,22 +146,25 @@ def coded_product(
     recipe, lost = None, None
     if weight.requires_grad:
         recipe = _recipe_of(x, Quantizer(table, stochastic), product.channel)
-        lost = None if recipe.is_exact else nan_if_not_finite(x.detach(), product.channel)
+        if recipe is None:
+            return product(x, weight, bias)
+        lost = nan_if_not_finite(x.detach(), product.channel) if recipe.hides else None
     dtype = _autocast_dtype(x, weight, bias) if watched.is_autocast(x) else None
     y, _ = _CodedProduct.apply(x, weight, bias, product, recipe, lost, dtype)  # type: ignore[misc]
     return y
 
 
-def _recipe_of(x: Tensor, quantizer: Quantizer, channel: int) -> Recipe:
+def _recipe_of(x: Tensor, quantizer: Quantizer, channel: int) -> Recipe | None:
+    """What to keep of x; None where it is seen not to be finite, so that what is lost of a gradient is what torch loses."""
     recipe, table, stochastic = sharing.find(x), quantizer.table, quantizer.stochastic
     if recipe is not None and recipe.bits is not None and (stochastic or recipe.bits < table.bits):
         recipe = None  # codes that another reader made, of less than is asked for here
     if recipe is not None:
-        return with_zeros(recipe, x.detach(), channel)
+        return recipe if recipe.with_zeros is None else recipe.with_zeros(x.detach())
     if not x.requires_grad or sharing.is_kept_exactly(x):  # what needs no gradient is a batch, which the caller holds anyway
         return sharing.as_it_is(x)
     recipe = scaled(x.detach(), quantizer, channel)
-    if x.grad_fn is not None and not stochastic:  # a leaf may outlive this pass, and its codes with it
+    if recipe is not None and x.grad_fn is not None and not stochastic:  # a leaf may outlive this pass, and its codes with it
         sharing.attach(x, recipe._replace(bits=table.bits))
     return recipe
 

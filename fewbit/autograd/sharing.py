@@ -24,25 +24,52 @@ Tensor = torch.Tensor
 Value = TypeVar("Value")
 
 
+class BySign(NamedTuple):
+    """What codes that tell the sign of a tensor x exactly give besides. Both take what is kept, as saved.
+
+    rebuild  of these, a dtype, and two slopes: x, nearly, times the slope `above` where it is positive, else times `below`
+    times    of these, a gradient of x's shape, and two slopes: the gradient times them, likewise
+    """
+
+    rebuild: Callable[[Sequence[Tensor], torch.dtype, float, float], Tensor]
+    times: Callable[[Sequence[Tensor], Tensor, float, float], Tensor]
+
+
 class Recipe(NamedTuple):
     """How to make a tensor anew, nearly, from what is kept.
 
     kept        tensors to save for backward
     rebuild     of these, as saved, and a dtype: the tensor, of its shape and that dtype. It holds none of them itself, so that
                 hooks on saved tensors (checkpointing, offloading) can free them.
-    signs       makes of the same what is positive where the tensor is, and nowhere else; None where codes do not tell
+    by_sign     more of the same; None where codes do not tell the sign
     bits        of codes that a reader made for itself, for readers that want no more; None for those of what made the tensor
     is_exact    whether it is the tensor itself that is kept
-    of_zero     what is rebuilt where the tensor is 0, as an activation's output where its input is 0; None if that differs, or
-                where it is not asked for
+    hides       whether it gives ordinary numbers for what is not finite
+    with_zeros  of the tensor: a recipe that gives zeros as zeros, nearly, if many of its numbers are; None where this one does
     """
 
     kept: tuple[Tensor, ...]
     rebuild: Callable[[Sequence[Tensor], torch.dtype], Tensor]
-    signs: Callable[[Sequence[Tensor], torch.dtype], Tensor] | None = None
+    by_sign: BySign | None = None
     bits: int | None = None
     is_exact: bool = False
-    of_zero: float | None = None
+    hides: bool = False
+    with_zeros: Callable[[Tensor], Recipe] | None = None
+
+    def viewed(self, shape: torch.Size, view: torch.Size) -> Recipe:
+        """The recipe of the tensor, of that shape, as a view of another."""
+        rebuild, by_sign, with_zeros = self.rebuild, self.by_sign, self.with_zeros
+        viewed = self._replace(rebuild=lambda kept, dtype: rebuild(kept, dtype).reshape(view))
+        if by_sign is not None:
+            viewed = viewed._replace(
+                by_sign=BySign(
+                    lambda kept, dtype, *slopes: by_sign.rebuild(kept, dtype, *slopes).reshape(view),
+                    lambda kept, grad, *slopes: by_sign.times(kept, grad.reshape(shape), *slopes).reshape(view),
+                )
+            )
+        if with_zeros is not None:
+            viewed = viewed._replace(with_zeros=lambda x: with_zeros(x.reshape(shape)).viewed(shape, view))
+        return viewed
 
 
 class ByTensor(Generic[Value]):
@@ -108,8 +135,7 @@ def find(tensor: Tensor) -> Recipe | None:
         return None
     if storage_key(tensor.untyped_storage()) != storage_key(base.untyped_storage()):  # after `tensor.data = ...`
         return None
-    rebuild, shape = recipe.rebuild, tensor.shape
-    return recipe._replace(rebuild=lambda kept, dtype: rebuild(kept, dtype).reshape(shape))
+    return recipe.viewed(base.shape, tensor.shape)
 
 
 def as_it_is(tensor: Tensor) -> Recipe:

@@ -35,26 +35,17 @@ def check_no_tangent(x: Tensor, name: str) -> None:
 
 def activation(x: Tensor, forward: Callable[[Tensor], Tensor], table: DeviceTable) -> tuple[Tensor, Tensor]:
     """forward(x) and the packed codes of x, differentiable by every reverse-mode transform."""
-    return _Activation.apply(x, x.reshape(-1)[:0].clone(), forward, *_constants(table), table.bits)  # type: ignore[return-value]
+    return _Activation.apply(x, x.reshape(-1)[:0].clone(), forward, *ops.constants(table), table.bits)  # type: ignore[return-value]
 
 
 def encode(x: Tensor, table: DeviceTable) -> Tensor:
     """As `fewbit.kernels.encode` of (n,), as an operator."""
-    return torch.ops.fewbit.encode(x, *_constants(table), table.bits)
+    return torch.ops.fewbit.encode(x, *ops.constants(table), table.bits)
 
 
 def decode(packed: Tensor, grad: Tensor, table: DeviceTable) -> Tensor:
     """As `fewbit.kernels.decode` of (n,), as an operator."""
-    return torch.ops.fewbit.decode(packed, grad, *_constants(table), table.bits)
-
-
-def _constants(table: DeviceTable) -> tuple[Tensor, ...]:
-    return tuple(_as_constant(tensor) for tensor in (table.thresholds, table.codes, table.levels))
-
-
-def _as_constant(tensor: Tensor) -> Tensor:
-    """The tensor as fake-tensor modes and tracers take a constant. A compiler has replaced it by an input of its graph."""
-    return torch.ops.aten.lift_fresh(tensor) if torch_internals.is_dispatched() and type(tensor) is Tensor else tensor
+    return torch.ops.fewbit.decode(packed, grad, *ops.constants(table), table.bits)
 
 
 class _Activation(torch.autograd.Function):

@@ -101,6 +101,15 @@ class TableOptions:
             domain=self.domain,
         )
 
+    def find_ladder(self, record: Activation, bits: int) -> tuple[CodeTable, ...]:
+        """The ladder of the activation, whose tables differ in all that is not named by bits, channels and parameters."""
+        from fewbit.store import load_ladder
+
+        if self != TableOptions(channels=self.channels, parameters=self.parameters):
+            raise typer.BadParameter("--ladder goes with --bits, --channels and --param alone: each of its tables has a weight")
+        record = record.with_parameters(**_parse_parameters(self.parameters))
+        return load_ladder(record, bits, channels=tuple(self.channels) or ("derivative",))
+
 
 def find_activation(name: str) -> Activation:
     """The record of a registered name or of `package.module:function`, imported with the working folder on the path."""

@@ -56,11 +56,17 @@ def table(
     samples: Samples = None,
     output: Annotated[Path | None, file_option("--output", "-o", help="Write the table to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    ladder: Annotated[bool, typer.Option(help="Show instead which tables serve inputs of which standard deviation.")] = False,
 ) -> None:
     """Show the optimal code table of an activation, and write it where --output says."""
     from fewbit import terminal
 
     options = TableOptions(weight, coding, channels or (), balance, domain, param or (), samples)
+    if ladder:
+        if output or as_json:
+            raise typer.BadParameter("--ladder shows several tables; name one by --weight to print or write it")
+        _print_ladder(options.find_ladder(find_activation(name), bits))
+        return
     found = options.find(find_activation(name), bits)
     if output:
         found.save(output)
@@ -93,6 +99,22 @@ def build(
         )
     state = "are as a new design makes them" if not changed else f"written; changed: {', '.join(changed)}"
     print(f"{len(activations.SHIPPED)} files in {directory} {state}")
+
+
+def _print_ladder(found: tuple[CodeTable, ...]) -> None:
+    import numpy as np
+
+    from fewbit import terminal
+    from fewbit.constants import RUNGS
+    from fewbit.record import label, plural
+
+    first, *others = found
+    view = terminal.table((), ("std", "intervals", "levels", *(f"rms of {channel}" for channel in first.channels)))
+    for std, each in zip(RUNGS if others else ["any"], found, strict=True):
+        errors = (f"{error:.4f}" for error in np.atleast_1d(each.relative_rms))
+        view.add_row(f"{std}".removesuffix(".0"), str(each.codes.size), str(each.levels.shape[1]), *errors)
+    title = f"{label(first.activation or 'custom', first.parameters)}: {plural(first.bits, 'bit')}"
+    terminal.console().print(f"{title}, by standard deviation of the input; relative rms errors\n", view, sep="\n")
 
 
 def _print_table(found: CodeTable) -> None:

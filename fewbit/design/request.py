@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from fewbit import activations
-from fewbit.constants import CODINGS, DEFAULT_BITS, DEFAULT_WEIGHT, MAX_BITS, VALUE_WEIGHT
+from fewbit.constants import CHANNELS, CODINGS, DEFAULT_BITS, DEFAULT_DOMAIN, DEFAULT_WEIGHT, MAX_BITS, VALUE_WEIGHT
 from fewbit.design.table import CodeTable, check_bits, check_channels
 from fewbit.errors import DesignError
 from fewbit.record import Activation, as_float
 from fewbit.text import shown
-from fewbit.weights import Weight, as_weight
+from fewbit.weights import Normal, Weight, as_weight
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,18 @@ class Request:
         density = as_weight(_default_weight(channels) if weight is None else weight)
         domain = _reaching(density.domain, record) if domain is None else _domain(domain)
         return cls(record, bits, levels, density, coding, channels, _balance(balance), domain, _cells(cells))
+
+    @classmethod
+    def rung(cls, activation: Activation, bits: int, channels: tuple[str, ...], std: float) -> Request:
+        """What a ladder asks for at one of its rungs: the best table for normal pre-activations of this standard deviation.
+
+        Values are measured in standard deviations, so that beside those of f' their errors count alike on every rung. The
+        domain reaches six standard deviations out, and nowhere less far than by default.
+        """
+        reach = max(*DEFAULT_DOMAIN, 6 * std)
+        balance = std**-2 if channels == CHANNELS else 1.0
+        domain = _reaching((-reach, reach), activation)
+        return cls.of(activation, bits, weight=Normal(std=std), channels=channels, balance=balance, domain=domain)
 
     def describe(self) -> dict[str, Any]:
         """What a table of this request says of itself: the entries of CodeTable, other than its arrays and errors."""

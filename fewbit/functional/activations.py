@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cache, lru_cache, partial
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 
 from fewbit import activations
@@ -18,14 +19,15 @@ from fewbit.autograd.activation import (
     overwritten,
     watched_activation,
 )
-from fewbit.constants import DEFAULT_BITS, SHIPPED_BITS
+from fewbit.constants import DEFAULT_BITS, RUNGS, SHIPPED_BITS
 from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError
 from fewbit.functional.operation import Operation, run
 from fewbit.kernels import DeviceTable, Formula
+from fewbit.kernels.device_table import SAMPLE
 from fewbit.record import Activation, finite_number
 from fewbit.resolve import JOINT
-from fewbit.store import load_table
+from fewbit.store import load_ladder, load_table
 from fewbit.torch_internals import is_transformed
 
 Tensor = torch.Tensor
@@ -103,10 +105,13 @@ def activation_operation(
         given = bind(inspect.signature(function(source)), source.name, None, *args, **given)
     inplace = bool(given.pop("inplace", False))
     record = bound_record(source, given) if isinstance(source, Activation) else source.record_at(given)
-    coded = partial(coded_activation, forward=record.forward, formula=None if inplace else formula(record))
+    with np.errstate(all="ignore"):
+        keeps_zeros = float(record.f(np.zeros(1))[0]) == 0
+    coded = partial(coded_activation, forward=record.forward, formula=formula(record), keeps_zeros=keeps_zeros)
     watched = partial(watched_activation, forward=record.forward)
     if inplace:
         coded = partial(overwriting_activation, forward=record.forward, forward_inplace=record.forward_inplace)
+        coded = partial(coded, keeps_zeros=keeps_zeros)
     if joint or inplace:
         coded, watched = (partial(_shared_or_in_place, each, record, inplace) for each in (coded, watched))
     return Operation(
@@ -223,9 +228,21 @@ def docstring_of(record: Activation, summary: str, module: bool = False) -> str:
 
 
 def _describe_table(record: Activation) -> str:
-    text = f"    Table used: fewbit.load_table({record.name!r}, bits), weight student, level coding"
+    text = f"""    Tables used: those of fewbit.load_ladder({record.name!r}, bits). The spread of the input, told from up to
+    {SAMPLE} of its elements, chooses one: inputs of every scale from {RUNGS[0]:g} to {RUNGS[-1]:g} are served alike"""
     if activations.BUILT_IN.get(record.name) != record:
         return text + "."
-    tables = [load_table(record, bits) for bits in SHIPPED_BITS]
-    rows = (f"      {table.bits:4}  {table.thresholds.size + 1:9}  {table.relative_rms:18.4f}" for table in tables)
-    return text + ":\n      bits  intervals  relative rms error\n" + "\n".join(rows)
+    ladders = [load_ladder(record, bits) for bits in SHIPPED_BITS]
+    if all(len(ladder) == 1 for ladder in ladders):
+        return f"    Table used: that of fewbit.load_table({record.name!r}, bits), which is exact."
+    head = " bits" + "".join(f"{f'std {std:g}':>12}" for std in _TOLD)
+    rows = (f"{ladder[0].bits:5}" + _errors_of(ladder) for ladder in ladders)
+    return text + ". Relative rms error on\n    normal inputs:\n" + "\n".join(f"     {line}" for line in (head, *rows))
+
+
+_TOLD = (RUNGS[0], 0.25, 1.0, 4.0, RUNGS[-1])  # standard deviations of which docstrings tell the error
+
+
+def _errors_of(ladder: tuple[CodeTable, ...]) -> str:
+    by_std = dict(zip(RUNGS, ladder if len(ladder) > 1 else ladder * len(RUNGS), strict=True))
+    return "".join(f"{by_std[std].relative_rms:12.4f}" for std in _TOLD)

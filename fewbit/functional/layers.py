@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -385,7 +384,7 @@ def _gated_by(name: str, rounding: str, gate: Activation) -> Operation:
     def exact(gate: Tensor, up: Tensor) -> Tensor:
         return forward(gate) * up
 
-    return replace(_operation(name, rounding, exact, partial(gated.coded_gate, exact=exact), gate), inputs=2)
+    return _operation(name, rounding, exact, partial(gated.coded_gate, exact=exact), gate)
 
 
 def _glu(rounding: str, dim: int) -> Operation:

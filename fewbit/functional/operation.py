@@ -17,7 +17,6 @@ import torch
 from fewbit import activations, constants, resolve
 from fewbit.autograd import exact as exact_mode
 from fewbit.autograd import watched
-from fewbit.autograd.quantize import is_finite
 from fewbit.constants import DEFAULT_LAYER_BITS, MAX_BITS
 from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, InputError
@@ -49,10 +48,9 @@ class Operation:
     record    of the activation that its table is for; the identity for what codes values
     channels  of its table
     bits      the default where neither bits nor a table is given
-    table     the default table, used before `bits`
+    table     the default table, used before `bits`; without one the ladder of an activation is, and the table of values
     values    whether the device table of a standard normal number is passed behind those of `channels`
     transforms  whether codes are kept under torch.func; if not, the operation is torch's own there
-    inputs    how many of the operands, the first ones, are coded
     """
 
     name: str
@@ -65,7 +63,6 @@ class Operation:
     table: CodeTable | None = None
     values: bool = False
     transforms: bool = False
-    inputs: int = 1
 
 
 def run(
@@ -154,7 +151,7 @@ def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Cal
         return operation.exact
     if not codable:
         return _exact_or_refused(operation, operands, by_name)
-    return operation.coded if is_finite(*operands[: operation.inputs]) else operation.exact
+    return operation.coded
 
 
 def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 
@@ -11,26 +11,32 @@ import torch
 from fewbit.kernels import reference
 from fewbit.kernels.device_table import DeviceTable
 
-__all__ = ["DeviceTable", "Formula", "decode", "encode", "forward", "values"]
+__all__ = ["DeviceTable", "Formula", "decode", "encode", "encode_checked", "forward", "has_formula", "values"]
 
 Formula = tuple[str, Mapping[str, float]]  # name and parameters of a built-in activation, for backends that compute it
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def encode(x: torch.Tensor, table: DeviceTable) -> torch.Tensor:
-    """Packed codes (packed_bytes(n, bits),) uint8 of the n elements of x; see `fewbit.kernels.reference.encode`."""
+    """Packed codes (table.packed_bytes(n),) uint8 of the n elements of x; see `fewbit.kernels.reference.encode`."""
     return _backend(x).encode(x, table)
 
 
-def forward(
-    x: torch.Tensor, table: DeviceTable, exact: Callable[[torch.Tensor], torch.Tensor], formula: Formula | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """exact(x) and the packed codes of a contiguous x: in one pass where there is a formula and the backend can compute it."""
+def encode_checked(x: torch.Tensor, table: DeviceTable) -> tuple[torch.Tensor, bool]:
+    """The same, and whether all of x is finite, as far as that can be told in the same pass: on the CPU; elsewhere True."""
     backend = _backend(x)
-    if formula is not None and hasattr(backend, "forward") and backend.has_formula(formula[0]):
-        return backend.forward(x, table, *formula)
-    packed = backend.encode(x, table)
-    return exact(x), packed
+    return backend.encode_checked(x, table) if hasattr(backend, "encode_checked") else (backend.encode(x, table), True)
+
+
+def has_formula(x: torch.Tensor, formula: Formula) -> bool:
+    """Whether `forward` can compute the activation of a contiguous x."""
+    backend = _backend(x)
+    return hasattr(backend, "forward") and backend.has_formula(formula[0])
+
+
+def forward(x: torch.Tensor, table: DeviceTable, formula: Formula) -> tuple[torch.Tensor, torch.Tensor]:
+    """The activation of a contiguous x, within one unit in the last place, and its packed codes, in one pass."""
+    return _backend(x).forward(x, table, *formula)
 
 
 def decode(packed: torch.Tensor, grad: torch.Tensor, table: DeviceTable) -> torch.Tensor:

@@ -25,32 +25,47 @@ from fewbit.torch_internals import is_zero
 Tensor = torch.Tensor
 Array = np.ndarray
 _HALVES = {torch.bfloat16: "uint16", torch.float16: "int16"}  # how their patterns are told apart
-_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 class Encoding(NamedTuple):
     """A table as an encoder of one dtype takes it.
 
     kernel  the compiled encoder
-    block   its arguments, the last ones of an EncodeBlock: addresses of both arrays, passes of four and of two thresholds,
-            whether |x| is compared, and the pattern of infinity
+    block   its arguments, among the last ones of an EncodeBlock: the address of `tables`, and the pattern of an infinity
+    tables  (rungs, 5) int64: for each rung the addresses of both its arrays, passes of four and of two thresholds, and whether
+            |x| is compared
     arrays  what they point to: thresholds in the order of `_sortable`, four or two a pass, the smallest first and padded by
             repetition, and the codes of their intervals
     """
 
     kernel: Kernel
-    block: tuple[int, ...]
-    arrays: tuple[Array, ...]
+    block: tuple[int, int]
+    tables: Array
+    arrays: list[Array]
 
 
 def encode(x: Tensor, table: DeviceTable) -> Tensor:
     """As `fewbit.kernels.reference.encode`, for x on the CPU."""
+    return _encode(x, table, False)[0]
+
+
+def encode_checked(x: Tensor, table: DeviceTable) -> tuple[Tensor, bool]:
+    """The packed codes, and whether all of x is finite."""
+    return _encode(x, table, True)
+
+
+def _encode(x: Tensor, table: DeviceTable, checked: bool) -> tuple[Tensor, bool]:
     x = _in_memory(x)
     n, bits, encoding = x.numel(), table.bits, _encoding(table, x.dtype)
+    rungs = len(encoding.tables)
+    if n == 0 and rungs > 1:  # kernels write nothing where there are no words
+        return reference.encode(x, table), True
     words = packing.words(n, bits)
-    packed = x.new_empty(bits * words, dtype=torch.uint8)
-    encoding.kernel.run(loops.EncodeBlock(0, 0, 0, 0, words, bits, packed.data_ptr(), n, x.data_ptr(), *encoding.block), n)
-    return packed
+    packed = x.new_empty(bits * words + (rungs > 1), dtype=torch.uint8)
+    addresses = packed.data_ptr(), n, x.data_ptr()
+    block = loops.EncodeBlock(0, 0, 0, 0, 0, words, bits, *addresses, rungs, *encoding.block, checked)
+    encoding.kernel.run(block, n)
+    return packed, not block.infinite
 
 
 def decode(packed: Tensor, grad: Tensor, table: DeviceTable) -> Tensor:
@@ -71,9 +86,11 @@ def values(packed: Tensor, n: int, table: DeviceTable, dtype: torch.dtype) -> Te
 def _decode(packed: Tensor, grad: int, product: Tensor, table: DeviceTable) -> Tensor:
     """Fill the product; grad is an address, or 0 for ones."""
     n, bits = product.numel(), table.bits
-    levels = _padded_levels(table)  # by name: another thread may push it out of the cache meanwhile
-    addresses = packed.data_ptr(), n, grad, levels.data_ptr(), product.data_ptr()
-    _decoder(product.dtype).run(loops.DecodeBlock(0, 0, 0, 0, packed.numel() // bits, bits, *addresses), n)
+    levels = padded_levels(table)  # by name: another thread may push it out of the cache meanwhile
+    rungs = len(levels)
+    words = (packed.numel() - (rungs > 1)) // bits
+    addresses = packed.data_ptr(), n, grad, rungs, levels.data_ptr(), product.data_ptr()
+    _decoder(product.dtype).run(loops.DecodeBlock(0, 0, 0, 0, 0, words, bits, *addresses), n)
     return product
 
 
@@ -92,6 +109,15 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 
 @lru_cache(maxsize=512)
 def _encoding(table: DeviceTable, dtype: torch.dtype) -> Encoding:
+    described, arrays = zip(*(_rung(each, dtype) for each in table.rungs), strict=True)
+    tables, arrays = np.array(described, np.int64), [array for pair in arrays for array in pair]
+    wide = arrays[0].itemsize > 2 or table.bits > 4
+    block = tables.ctypes.data, loops.INFINITY[str(dtype).removeprefix("torch.")]
+    return Encoding(_encoder(arrays[0].dtype.name, wide), block, tables, arrays)
+
+
+def _rung(table: DeviceTable, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[Array, Array]]:
+    """What describes a single table, and its arrays."""
     thresholds, codes, fold = table.thresholds.cpu(), table.codes.cpu(), table.is_even
     if fold:
         thresholds, codes = thresholds[thresholds.numel() // 2 :], codes[codes.numel() // 2 :]
@@ -101,9 +127,7 @@ def _encoding(table: DeviceTable, dtype: torch.dtype) -> Encoding:
     # what is repeated comes first and gives the code of the first interval once more
     ordered = np.concatenate([np.repeat(ordered[:1], padding), ordered])
     of_intervals = np.concatenate([np.repeat(codes.numpy()[:1], padding), codes.numpy()]).astype(f"int{8 * ordered.itemsize}")
-    block = (ordered.ctypes.data, of_intervals.ctypes.data, fours, twos, fold, _INFINITY.get(dtype, 0))
-    wide = ordered.itemsize > 2 or table.bits > 4
-    return Encoding(_encoder(ordered.dtype.name, wide), block, (ordered, of_intervals))
+    return (ordered.ctypes.data, of_intervals.ctypes.data, fours, twos, fold), (ordered, of_intervals)
 
 
 def _sortable(thresholds: Tensor, dtype: torch.dtype) -> Array:
@@ -120,9 +144,10 @@ def _sortable(thresholds: Tensor, dtype: torch.dtype) -> Array:
 
 
 @lru_cache(maxsize=256)
-def _padded_levels(table: DeviceTable) -> Tensor:
+def padded_levels(table: DeviceTable) -> Tensor:
+    """(rungs, 2**bits), those past a table's own zero."""
     levels = table.levels.cpu()
-    return torch.cat([levels, levels.new_zeros(2**table.bits - levels.numel())])
+    return torch.nn.functional.pad(levels, (0, 2**table.bits - levels.shape[-1])).view(len(table.rungs), -1)
 
 
 @cache

@@ -5,6 +5,9 @@ one interval to the next the code rises, or falls, by one. On a run the number o
 from intervals to codes is needed; the few thresholds outside the longest run are compared one by one (`Search`). Other tables
 stay in memory and are searched there.
 
+All rungs of a ladder are searched in the same way. A first, tiny program finds the rung of an input, and writes its number
+behind the packed codes, from where all others read it: nothing waits for the device.
+
 This module can be imported without Triton, which it loads on first use.
 """
 
@@ -21,14 +24,14 @@ import torch
 
 from fewbit import packing
 from fewbit.constants import DTYPES
-from fewbit.kernels.device_table import DeviceTable
+from fewbit.kernels.device_table import BOUNDS, MIDDLE, SAMPLE, DeviceTable
 
 Tensor = torch.Tensor
 _DTYPES = tuple(getattr(torch, name) for name in DTYPES)
-_WARPS = 4
+WARPS = 4
 # of compilation: subnormal numbers are kept, as torch keeps them. No limit of registers: with maxnreg=128 the assembler takes
 # that many (for GELU's forward at 3 bits 128 where it takes 72 by itself), and saves no instructions by it.
-OPTIONS = {"num_warps": _WARPS, "enable_reflect_ftz": False}
+OPTIONS = {"num_warps": WARPS, "enable_reflect_ftz": False}
 _BYTES = 16  # of each lane in a thread: one 128-bit access
 _MAX_HEIGHT = 5  # of a search by selections: 31 thresholds
 _MAX_EXTRAS = 6
@@ -42,6 +45,7 @@ class Search(NamedTuple):
     extras      for each threshold outside the run, by how much the code of an x up to it differs from that of an x above
     start       the word whose codes are those of an x above no threshold of the run and above all others
     depth       instead of all these, of the search in memory: 2**depth - 1 thresholds; else 0
+    ladder      whether there are rungs: then start and extras, here 0, are read from memory
     """
 
     bits: int
@@ -51,11 +55,22 @@ class Search(NamedTuple):
     extras: tuple[int, ...] = ()
     start: int = 0
     depth: int = 0
+    ladder: bool = False
 
     @property
     def scalars(self) -> int:
         """Number of thresholds that a program keeps in registers."""
         return 0 if self.depth else 2**self.height - 1 + len(self.extras)
+
+    @property
+    def changes(self) -> int:
+        """Number of words and differences of codes that a program reads of a rung."""
+        return 1 + len(self.extras) if self.ladder and not self.depth else 0
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Thresholds and codes of a rung in memory."""
+        return (2**self.depth - 1, 2**self.depth) if self.depth else (self.scalars, self.changes)
 
     @property
     def all_ones(self) -> int:
@@ -64,10 +79,12 @@ class Search(NamedTuple):
 
 
 class ProgramTable(NamedTuple):
-    """A DeviceTable in the form of the programs.
+    """A DeviceTable in the form of the programs; of a ladder, with a row for each rung.
 
-    thresholds  those of the run, then the others; or, in memory, all, padded with infinity to 2**depth - 1
-    codes       (2**depth,) uint8 for the search in memory; else unused
+    thresholds  those of the run, filled up with NaN from below, which all x are above; then the others; or, in memory, all,
+                filled up with infinity to 2**depth - 1
+    codes       (2**depth,) uint8 for the search in memory; in a ladder that is searched in registers int64: the start, and the
+                differences of the others; else unused
     levels      (2**bits,), those past the table's own zero
     """
 
@@ -79,53 +96,68 @@ class ProgramTable(NamedTuple):
     @classmethod
     @lru_cache(maxsize=256)
     def of(cls, table: DeviceTable) -> ProgramTable:
-        thresholds, codes = table.thresholds.cpu().numpy(), table.codes.cpu().numpy().astype(np.int64)
+        rungs = [(each.thresholds.cpu().numpy(), each.codes.cpu().numpy().astype(np.int64)) for each in table.rungs]
         if table.is_even:
-            thresholds, codes = thresholds[thresholds.size // 2 :], codes[codes.size // 2 :]
-        search, order = _plan(codes, table.bits, table.is_even)
-        if search.depth:
-            padding = 2**search.depth - codes.size
-            thresholds, codes = np.append(thresholds, [np.inf] * padding), np.append(codes, [codes[-1]] * padding)
-        else:
-            thresholds = thresholds[order]
+            rungs = [(thresholds[thresholds.size // 2 :], codes[codes.size // 2 :]) for thresholds, codes in rungs]
+        search = _plan([codes for _, codes in rungs], table.bits, table.is_even)
+        rows = [(_in_memory if search.depth else _in_registers)(*each, search) for each in rungs]
+        thresholds, codes = (np.stack(each) if search.ladder else each[0] for each in zip(*rows, strict=True))
+        if not (search.depth or search.ladder):  # compared with constants
+            start, *extras = codes.view(np.uint64).tolist()
+            search = search._replace(start=start, extras=tuple(extras))
+        levels = torch.nn.functional.pad(table.levels.cpu(), (0, 2**table.bits - table.levels.shape[-1]))
         device = table.thresholds.device
         with torch.inference_mode(False):
             return cls(
                 search,
                 torch.as_tensor(thresholds, dtype=table.thresholds.dtype, device=device),
-                torch.as_tensor(codes.astype(np.uint8), device=device),
-                torch.nn.functional.pad(table.levels.cpu(), (0, 2**table.bits - table.levels.numel())).to(device),
+                torch.as_tensor(codes, device=device),
+                levels.to(device),
             )
 
 
-def _plan(codes: np.ndarray, bits: int, fold: bool) -> tuple[Search, np.ndarray]:
-    """The cheapest search for these codes, and the order of its thresholds."""
-    differences = codes[:-1] - codes[1:]
+def _plan(rungs: list[np.ndarray], bits: int, fold: bool) -> Search:
+    """The cheapest search for the codes of all rungs; start and extras are not known yet."""
+    most = max(codes.size - 1 for codes in rungs)
     best = None
     for step in (1, -1):
-        first, length = _longest_run(differences == -step)
-        for height in range(min(_MAX_HEIGHT, (length + 1).bit_length() - 1) + 1):
+        for height in range(min(_MAX_HEIGHT, most.bit_length()) + 1):
             inside = 2**height - 1
+            others = max(codes.size - 1 - min(_longest_run(codes, step)[1], inside) for codes in rungs)
             # instructions: a comparison and an addition a level, 2**height - 1 - height selections, two for each other one
-            cost = inside + height + 2 * (differences.size - inside)
+            cost = inside + height + 2 * others
             if best is None or cost < best[0]:
-                best = cost, step, first, height
+                best = cost, step, height, others
     assert best is not None, "height 0 is always possible"
-    _, step, first, height = best
-    run = np.arange(first, first + 2**height - 1)
-    others = np.setdiff1d(np.arange(differences.size), run)
-    if others.size > _MAX_EXTRAS:
-        return Search(bits, fold, depth=max(1, int(codes.size - 1).bit_length())), run
-    code = int(codes[-1]) - step * run.size
-    word = Search(bits, fold)
-    start = sum(code << (lane * bits) for lane in range(packing.LANES)) & word.all_ones
-    extras = tuple(differences[others].tolist())
-    return Search(bits, fold, height, step, extras, start), np.append(run, others)
+    _, step, height, others = best
+    if others > _MAX_EXTRAS:
+        return Search(bits, fold, depth=max(1, int(most).bit_length()), ladder=len(rungs) > 1)
+    return Search(bits, fold, height, step, (0,) * others, ladder=len(rungs) > 1)
 
 
-def _longest_run(members: np.ndarray) -> tuple[int, int]:
-    """Start and length of the longest stretch of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], members.astype(np.int8), [0]])))
+def _in_memory(thresholds: np.ndarray, codes: np.ndarray, search: Search) -> tuple[np.ndarray, np.ndarray]:
+    padding = 2**search.depth - codes.size
+    return np.append(thresholds, [np.inf] * padding), np.append(codes, [codes[-1]] * padding).astype(np.uint8)
+
+
+def _in_registers(thresholds: np.ndarray, codes: np.ndarray, search: Search) -> tuple[np.ndarray, np.ndarray]:
+    """Thresholds in the order of the search; the start, and the differences of codes at the thresholds outside the run."""
+    inside = 2**search.height - 1
+    first, length = _longest_run(codes, search.step)
+    run = np.arange(first, first + min(length, inside))
+    others = np.setdiff1d(np.arange(thresholds.size), run)
+    padding = len(search.extras) - others.size
+    code = int(codes[-1]) - search.step * inside
+    start = sum(code << (lane * search.bits) for lane in range(packing.LANES)) & search.all_ones
+    differences = np.append((codes[:-1] - codes[1:])[others], [0] * padding)
+    ordered = np.concatenate([[np.nan] * (inside - run.size), thresholds[run], thresholds[others], [np.inf] * padding])
+    return ordered, np.array([start, *(int(each) & search.all_ones for each in differences)], np.uint64).view(np.int64)
+
+
+def _longest_run(codes: np.ndarray, step: int) -> tuple[int, int]:
+    """First threshold and length of the longest stretch of thresholds at which the code changes by `step`."""
+    members = (np.diff(codes) == step).astype(np.int8)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], members, [0]])))
     starts, ends = edges[::2], edges[1::2]
     if not starts.size:
         return 0, 0
@@ -175,7 +207,7 @@ def has_formula(name: str) -> bool:
 
 def block_size(dtype: torch.dtype) -> int:
     """Words of a program: each thread has 128 bits of every lane."""
-    return 32 * _WARPS * _BYTES // dtype.itemsize
+    return 32 * WARPS * _BYTES // dtype.itemsize
 
 
 def encode(x: Tensor, table: DeviceTable) -> Tensor:
@@ -190,7 +222,7 @@ def forward(x: Tensor, table: DeviceTable, name: str, parameters: Mapping[str, f
     table       as for `fewbit.kernels.reference.encode`
     name        of a built-in activation that `has_formula`
     parameters  as in its record, all of them, in the record's order
-    Returns     (*) of x's shape and dtype, at most one unit in the last place from torch's; (packed_bytes(n, bits),) uint8
+    Returns     (*) of x's shape and dtype, at most one unit in the last place from torch's; (table.packed_bytes(n),) uint8
     """
     from fewbit.kernels import formulas
 
@@ -214,9 +246,10 @@ def _decode(packed: Tensor, grad: Tensor | None, product: Tensor, table: DeviceT
     """Fill the product; ones where there is no grad."""
     from fewbit.kernels import programs
 
-    words, block = packed.numel() // table.bits, block_size(product.dtype)
-    levels = ProgramTable.of(table).levels
-    _launch(programs.decode, words, block, packed, grad, levels, product, product.numel(), words, table.bits, block)
+    n, block, tables = product.numel(), block_size(product.dtype), ProgramTable.of(table)
+    words = packing.words(n, table.bits)
+    tensors = packed, grad, tables.levels, product
+    launch(programs.decode, (-(-words // block),), *tensors, n, words, table.bits, table.is_ladder, block)
     return product
 
 
@@ -226,19 +259,36 @@ def _encode(x: Tensor, y: Tensor, table: DeviceTable, formula: Any = None, const
     x = x.detach().resolve_neg().contiguous()
     n, block, (search, thresholds, codes, _) = x.numel(), block_size(x.dtype), ProgramTable.of(table)
     words = packing.words(n, table.bits)
-    packed = torch.empty(table.bits * words, dtype=torch.uint8, device=x.device)
+    packed = torch.empty(table.packed_bytes(n), dtype=torch.uint8, device=x.device)
+    if table.is_ladder:
+        _tell_rung(x, packed, table)
     count = 0 if constants is None else constants.numel()
     tensors = x, y, packed, thresholds, codes, thresholds if constants is None else constants
-    _launch(programs.encode, words, block, *tensors, n, words, search, formula, count, block)
+    # thresholds and changes of a rung crowd the registers: left alone, the assembler takes 209, for eight warps a processor
+    options = {"maxnreg": 168} if search.changes and search.scalars > 16 else {}
+    launch(programs.encode, (-(-words // block),), *tensors, n, words, search, formula, count, block, **options)
     return packed
 
 
-def _launch(program: Any, words: int, block: int, *arguments: Any) -> None:
-    """Run the program over all words, on the device and the current stream of its first argument."""
-    if words == 0:
+def _tell_rung(x: Tensor, packed: Tensor, table: DeviceTable) -> None:
+    """Write the number of the rung of x behind the packed codes."""
+    from fewbit.kernels import sample_programs
+
+    n = x.numel()
+    if not n:
+        packed.fill_(MIDDLE)
         return
-    with torch.cuda.device_of(arguments[0]):
-        program[(-(-words // block),)](*arguments, **OPTIONS)
+    size = min(n, SAMPLE)
+    sizes = packed.numel() - 1, size, n // size, n % size
+    choices = BOUNDS, MIDDLE, table.thresholds.dtype == torch.float64
+    launch(sample_programs.tell_rung, (1,), x, packed, *sizes, *choices, num_warps=1, enable_fp_fusion=False)
+
+
+def launch(program: Any, programs: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run so many programs, or none, on the device and the current stream of the first argument."""
+    if all(programs):
+        with torch.cuda.device_of(arguments[0]):
+            program[programs](*arguments, **OPTIONS | options)
 
 
 @lru_cache(maxsize=256)

@@ -19,38 +19,56 @@ from typing import Any
 
 import numba.extending
 import numpy as np
-from llvmlite import ir
 from numba import from_dtype, njit, types
 
 from fewbit.compiling import callback
+from fewbit.kernels import device_table
+from fewbit.kernels.llvm import (
+    advance,
+    bits_and,
+    bits_or,
+    float_of,
+    is_negative,
+    narrow,
+    pointer,
+    shift_left,
+    shift_right,
+    widen,
+)
 
+INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF0 << 48}  # patterns
+_BFLOAT16_INFINITY = INFINITY["bfloat16"]
 _ONES = {"uint16": 0x3F80, "int16": 0x3C00}  # the pattern of 1 in bfloat16 and float16
 CHUNK = 4096  # words: one lane of their inputs and its codes stay in the first-level cache or close to it
 _inlined = njit(error_model="numpy")
-_intrinsic: Any = numba.extending.intrinsic  # what it decorates is called without the typing context
 _array: Any = numba.carray  # type: ignore[attr-defined]
-_COUNTERS = ("claimed", "workers", "done")
-_COMMON = (*_COUNTERS, "scratch", "words", "bits", "packed", "n", "x")
-_CLAIMED, _WORKERS, _DONE = 0, 8, 16  # where they lie in a block
+_COUNTERS = ("claimed", "workers", "done", "infinite")
+_COMMON = (*_COUNTERS, "scratch", "words", "bits", "packed", "n", "x", "rungs")
+_CLAIMED, _WORKERS, _DONE, _INFINITE = 0, 8, 16, 24  # where they lie in a block
+_LANES = 16  # accumulators of a sample's sum
+_SAMPLE, _MIDDLE, _BOUNDS = device_table.SAMPLE, device_table.MIDDLE, device_table.BOUNDS
+TABLE = 5  # numbers that describe a table to an encoder
 
 
 class EncodeBlock(ctypes.Structure):
     """The arguments of an encoder: counts, and addresses of contiguous memory.
 
-    claimed     the words claimed so far, workers: the threads that have claimed some, done: the words done; 0 at first
-    scratch     memory to work in: for each thread that finds a chunk, `encoder_scratch` bytes for each word of a chunk
-    x           n floats, or the patterns of half-width ones
-    thresholds  4 * fours + 2 * twos, of x's type, and codes: one more, both as in `fewbit.kernels.cpu.Encoding`
-    fold        whether to compare |x|
-    infinity    the pattern of a half-width infinity
+    claimed   the words claimed so far, workers: the threads that have claimed some, done: the words done; 0 at first
+    infinite  chunks in which an x is not finite, counted where `checked`
+    scratch   memory to work in: for each thread that finds a chunk, `encoder_scratch` bytes for each word of a chunk
+    x         n floats, or the patterns of half-width ones
+    rungs     of the table; behind the codes of several comes a byte with the number of that which was taken
+    tables    for each rung `TABLE` int64: the addresses of its thresholds, 4 * fours + 2 * twos, of x's type, and of its codes,
+              one more, both as in `fewbit.kernels.cpu.Encoding`; fours, twos, and whether to compare |x|
+    infinity  the pattern of an infinity
     """
 
-    _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "thresholds", "codes", "fours", "twos", "fold", "infinity")]
+    _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "tables", "infinity", "checked")]
 
 
 class DecodeBlock(ctypes.Structure):
     """The arguments of a decoder: x is the incoming gradient, of n elements as the product is, or 0, for ones; levels are
-    (2**bits,)."""
+    (rungs, 2**bits)."""
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "levels", "product")]
 
@@ -72,32 +90,42 @@ def encoder(element: str, wide: bool) -> Any:
     Returns  a numba CFunc of the address of an EncodeBlock
     """
     values, word, halves = np.dtype(element).type, np.int32 if wide else np.int16, element == "int16"
-    code = np.dtype(f"int{8 * np.dtype(element).itemsize}").type
+    code = pattern = np.dtype(f"int{8 * np.dtype(element).itemsize}").type
+    widened = np.float64 if element == "float64" else np.float32
     size_of_code, size_of_half, size_of_word = np.dtype(code).itemsize, np.dtype(word).itemsize, encoder_scratch(element, wide)
 
     def encode(address):
         block = _array(address, 1)[0]
-        n, word_count, bits, twos = block.n, block.words, block.bits, block.twos
-        x = _array(_pointer(block.x), n, values)
-        packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
-        thresholds = _array(_pointer(block.thresholds), 4 * block.fours + 2 * twos, values)
-        table = _array(_pointer(block.codes), 4 * block.fours + 2 * twos + 1, code)
-        first = _advance(address, _CLAIMED, CHUNK)
+        n, word_count, bits = block.n, block.words, block.bits
+        x, patterns = _array(pointer(block.x), n, values), _array(pointer(block.x), n, pattern)
+        packed = _array(pointer(block.packed), bits * word_count + 1, np.uint8)
+        first = advance(address, _CLAIMED, CHUNK)
         if first >= word_count:
             return
         chunk = min(CHUNK, word_count)
-        memory = block.scratch + _advance(address, _WORKERS, 1) * chunk * size_of_word
-        words = _array(_pointer(memory), (2, chunk), word)
-        codes = _array(_pointer(memory + 2 * chunk * size_of_half), (4, chunk), code)
-        scratch = _array(_pointer(memory + chunk * (2 * size_of_half + 4 * size_of_code)), chunk, values)
+        memory = block.scratch + advance(address, _WORKERS, 1) * chunk * size_of_word
+        rung = 0
+        if block.rungs > 1:
+            sums, sample = _array(pointer(memory), _LANES, widened), min(n, _SAMPLE)
+            _sum_fourth_powers(x, sample, block.infinity, sums)
+            rung = _rung(sums, sample)
+            packed[bits * word_count] = rung  # by each thread, and by each the same
+        of_rung = _array(pointer(block.tables), (block.rungs, TABLE), np.int64)[rung]
+        size, twos, fold = 4 * of_rung[2] + 2 * of_rung[3], of_rung[3], of_rung[4]
+        thresholds, table = _array(pointer(of_rung[0]), size, values), _array(pointer(of_rung[1]), size + 1, code)
+        words = _array(pointer(memory), (2, chunk), word)
+        codes = _array(pointer(memory + 2 * chunk * size_of_half), (4, chunk), code)
+        scratch = _array(pointer(memory + chunk * (2 * size_of_half + 4 * size_of_code)), chunk, values)
         while first < word_count:
             size = min(CHUNK, word_count - first)
             for lane in range(8):
                 begin, end = min(lane * word_count + first, n), min(lane * word_count + first + size, n)
+                if block.checked and _is_infinite(patterns[begin:end], pattern(block.infinity)):
+                    advance(address, _INFINITE, 1)
                 if halves:
-                    _order(x[begin:end], block.fold, block.infinity, scratch)
+                    _order(x[begin:end], fold, block.infinity, scratch)
                     _encode_lane(scratch[: end - begin], thresholds, table, twos, codes[lane % 4])
-                elif block.fold:
+                elif fold:
                     _magnitudes(x[begin:end], scratch)
                     _encode_lane(scratch[: end - begin], thresholds, table, twos, codes[lane % 4])
                 else:
@@ -108,8 +136,8 @@ def encoder(element: str, wide: bool) -> Any:
             for plane in range(bits):
                 begin = plane * word_count + first
                 _take_byte(words[0], words[1], 8 * plane, 4 * bits, packed[begin : begin + size])
-            _advance(address, _DONE, size)
-            first = _advance(address, _CLAIMED, CHUNK)
+            advance(address, _DONE, size)
+            first = advance(address, _CLAIMED, CHUNK)
 
     return _compile(encode, EncodeBlock, f"{element}_{'wide' if wide else 'narrow'}")
 
@@ -127,16 +155,17 @@ def decoder(element: str) -> Any:
         block = _array(address, 1)[0]
         n, word_count, bits = block.n, block.words, block.bits
         has_grad = block.x != 0
-        grad = _array(_pointer(block.x), n if has_grad else 0, values)
-        product = _array(_pointer(block.product), n, values)
-        packed = _array(_pointer(block.packed), bits * word_count, np.uint8)
-        levels = _array(_pointer(block.levels), 1 << bits, wide)
-        first = _advance(address, _CLAIMED, CHUNK)
+        grad = _array(pointer(block.x), n if has_grad else 0, values)
+        product = _array(pointer(block.product), n, values)
+        packed = _array(pointer(block.packed), bits * word_count + 1, np.uint8)
+        first = advance(address, _CLAIMED, CHUNK)
         if first >= word_count:
             return
+        rung = min(packed[bits * word_count], block.rungs - 1) if block.rungs > 1 else 0
+        levels = _array(pointer(block.levels), (block.rungs, 1 << bits), wide)[rung]
         chunk = min(CHUNK, word_count)
-        memory = block.scratch + _advance(address, _WORKERS, 1) * chunk * size_of_word
-        words, ones = _array(_pointer(memory), chunk, np.int32), _array(_pointer(memory + 4 * chunk), chunk, values)
+        memory = block.scratch + advance(address, _WORKERS, 1) * chunk * size_of_word
+        words, ones = _array(pointer(memory), chunk, np.int32), _array(pointer(memory + 4 * chunk), chunk, values)
         if not has_grad:
             ones[:] = one
         while first < word_count:
@@ -150,8 +179,8 @@ def decoder(element: str) -> Any:
                 begin, end = min(lane * word_count + first, n), min(lane * word_count + first + size, n)
                 factors = grad[begin:end] if has_grad else ones[: end - begin]
                 _multiply(words, lane % 4 * bits, bits, levels, factors, product[begin:end])
-            _advance(address, _DONE, size)
-            first = _advance(address, _CLAIMED, CHUNK)
+            advance(address, _DONE, size)
+            first = advance(address, _CLAIMED, CHUNK)
 
     return _compile(decode, DecodeBlock, element)
 
@@ -162,6 +191,66 @@ def _compile(kernel: Any, block: type[ctypes.Structure], variant: str) -> Any:
     kernel.__qualname__ += f".{variant}"
     signature = types.void(types.CPointer(from_dtype(np.dtype(block))))
     return callback(signature, error_model="numpy")(kernel)
+
+
+@_inlined
+def _sum_fourth_powers(x, sample, infinity, sums):
+    """The sums (16,) from which the rung is told, as `fewbit.kernels.reference` specifies, over so many elements of x."""
+    sums[:] = 0
+    step, rest, at, behind = x.size // sample, x.size % sample, 0, 0
+    for k in range(sample):
+        value = _finite(x[at], infinity)
+        square = value * value
+        sums[k % _LANES] += square * square
+        at, behind = at + step, behind + rest
+        if behind >= sample:
+            at, behind = at + 1, behind - sample
+
+
+def _finite(value: Any, infinity: Any) -> Any:
+    """The float, 0 if it is not finite; of the pattern of a half-width one its magnitude."""
+
+
+@numba.extending.overload(_finite)
+def _finite_by_type(value, infinity):
+    zero = np.float64(0) if value == types.float64 else np.float32(0)
+
+    def of_float(value, infinity):
+        return value if abs(value) < np.inf else zero
+
+    def of_pattern(value, infinity):  # without operations on half-width floats, which not all processors have
+        magnitude = np.int32(value & 0x7FFF) if value & 0x7FFF < infinity else np.int32(0)
+        shift, scale = (16, np.float32(1.0)) if infinity == _BFLOAT16_INFINITY else (13, np.float32(2.0**112))
+        return float_of(np.int32(magnitude << shift)) * scale
+
+    return of_float if isinstance(value, types.Float) else of_pattern
+
+
+@_inlined
+def _rung(sums, sample):
+    """The number of the rung that these sums, which are overwritten, tell."""
+    pairs = _LANES // 2
+    while pairs:
+        for i in range(pairs):
+            sums[i] = sums[2 * i] + sums[2 * i + 1]
+        pairs //= 2
+    if not sums[0] > 0:
+        return _MIDDLE
+    rung = 0
+    for bound in _BOUNDS:
+        rung += sample * bound < sums[0]
+    return rung
+
+
+@_inlined
+def _is_infinite(patterns, infinity):
+    """Whether one of the floats that the patterns stand for is not finite: as a maximum, which vectorises."""
+    number = patterns.dtype.type
+    largest, mask = number(0), shift_right(number(-1), number(1))
+    for i in range(np.uintp(patterns.size)):
+        magnitude = bits_and(patterns[i], mask)
+        largest = magnitude if magnitude > largest else largest
+    return largest >= infinity
 
 
 @_inlined
@@ -205,9 +294,9 @@ def _join(codes0, codes1, codes2, codes3, bits, words):
     word = words.dtype.type
     shift1, shift2, shift3 = word(bits), word(2 * bits), word(3 * bits)
     for i in range(np.uintp(words.size)):
-        low = _or(word(codes0[i]), _left(word(codes1[i]), shift1))
-        high = _or(_left(word(codes2[i]), shift2), _left(word(codes3[i]), shift3))
-        words[i] = _or(low, high)
+        low = bits_or(word(codes0[i]), shift_left(word(codes1[i]), shift1))
+        high = bits_or(shift_left(word(codes2[i]), shift2), shift_left(word(codes3[i]), shift3))
+        words[i] = bits_or(low, high)
 
 
 @_inlined
@@ -217,15 +306,15 @@ def _take_byte(low, high, shift, split, plane):
     if shift + 8 <= split:
         right = word(shift)
         for i in range(np.uintp(plane.size)):
-            plane[i] = np.uint8(_right(low[i], right))
+            plane[i] = np.uint8(shift_right(low[i], right))
     elif shift >= split:
         right = word(shift - split)
         for i in range(np.uintp(plane.size)):
-            plane[i] = np.uint8(_right(high[i], right))
+            plane[i] = np.uint8(shift_right(high[i], right))
     else:
         right, left = word(shift), word(split - shift)
         for i in range(np.uintp(plane.size)):
-            plane[i] = np.uint8(_or(_right(low[i], right), _left(high[i], left)))
+            plane[i] = np.uint8(bits_or(shift_right(low[i], right), shift_left(high[i], left)))
 
 
 @_inlined
@@ -235,11 +324,11 @@ def _put_byte(plane, shift, width, words):
     if 0 <= shift < width:
         left = word(shift)
         for i in range(np.uintp(plane.size)):
-            words[i] = _or(words[i], _left(word(plane[i]), left))
+            words[i] = bits_or(words[i], shift_left(word(plane[i]), left))
     elif -8 < shift < 0:
         right = word(-shift)
         for i in range(np.uintp(plane.size)):
-            words[i] = _or(words[i], _right(word(plane[i]), right))
+            words[i] = bits_or(words[i], shift_right(word(plane[i]), right))
 
 
 @_inlined
@@ -249,7 +338,7 @@ def _multiply(words, shift, bits, levels, grad, product):
         mask = (1 << bits) - 1
         for i in range(np.uintp(grad.size)):
             level = levels[np.uintp((words[i] >> shift) & mask)]
-            product[i] = _narrow(_widen(grad[i]) * level, grad[i])
+            product[i] = narrow(widen(grad[i]) * level, grad[i])
     elif bits == 4:
         _multiply_by_tree4(words, shift, levels, grad, product)
     elif bits == 3:
@@ -263,8 +352,8 @@ def _multiply_by_tree2(words, shift, bits, levels, grad, product):
     left0, left1 = np.int32(31 - shift), np.int32(32 - shift - bits)  # for 1 bit, the same bit twice
     l0, l1, l2, l3 = levels[0], levels[bits - 1], levels[2 * (bits - 1)], levels[2 * bits - 1]
     for i in range(np.uintp(grad.size)):
-        bit0, bit1 = _is_negative(_left(words[i], left0)), _is_negative(_left(words[i], left1))
-        product[i] = _narrow(_widen(grad[i]) * _one_of_four(bit0, bit1, l0, l1, l2, l3), grad[i])
+        bit0, bit1 = is_negative(shift_left(words[i], left0)), is_negative(shift_left(words[i], left1))
+        product[i] = narrow(widen(grad[i]) * _one_of_four(bit0, bit1, l0, l1, l2, l3), grad[i])
 
 
 @_inlined
@@ -272,10 +361,10 @@ def _multiply_by_tree3(words, shift, levels, grad, product):
     left0, left1, left2 = np.int32(31 - shift), np.int32(30 - shift), np.int32(29 - shift)
     l0, l1, l2, l3, l4, l5, l6, l7 = levels[0], levels[1], levels[2], levels[3], levels[4], levels[5], levels[6], levels[7]
     for i in range(np.uintp(grad.size)):
-        bit0, bit1 = _is_negative(_left(words[i], left0)), _is_negative(_left(words[i], left1))
+        bit0, bit1 = is_negative(shift_left(words[i], left0)), is_negative(shift_left(words[i], left1))
         low, high = _one_of_four(bit0, bit1, l0, l1, l2, l3), _one_of_four(bit0, bit1, l4, l5, l6, l7)
-        level = high if _is_negative(_left(words[i], left2)) else low
-        product[i] = _narrow(_widen(grad[i]) * level, grad[i])
+        level = high if is_negative(shift_left(words[i], left2)) else low
+        product[i] = narrow(widen(grad[i]) * level, grad[i])
 
 
 @_inlined
@@ -285,12 +374,12 @@ def _multiply_by_tree4(words, shift, levels, grad, product):
     h0, h1, h2, h3, h4, h5, h6 = levels[8], levels[9], levels[10], levels[11], levels[12], levels[13], levels[14]
     h7 = levels[15]
     for i in range(np.uintp(grad.size)):
-        bit0, bit1 = _is_negative(_left(words[i], left0)), _is_negative(_left(words[i], left1))
-        bit2 = _is_negative(_left(words[i], left2))
+        bit0, bit1 = is_negative(shift_left(words[i], left0)), is_negative(shift_left(words[i], left1))
+        bit2 = is_negative(shift_left(words[i], left2))
         low = _one_of_four(bit0, bit1, l4, l5, l6, l7) if bit2 else _one_of_four(bit0, bit1, l0, l1, l2, l3)
         high = _one_of_four(bit0, bit1, h4, h5, h6, h7) if bit2 else _one_of_four(bit0, bit1, h0, h1, h2, h3)
-        level = high if _is_negative(_left(words[i], left3)) else low
-        product[i] = _narrow(_widen(grad[i]) * level, grad[i])
+        level = high if is_negative(shift_left(words[i], left3)) else low
+        product[i] = narrow(widen(grad[i]) * level, grad[i])
 
 
 @_inlined
@@ -316,89 +405,3 @@ def _order(patterns, fold, infinity, ordered):
             pattern = patterns[i]
             ascending = pattern ^ flip if pattern < 0 else pattern
             ordered[i] = largest if negative_infinity < pattern < 0 else ascending
-
-
-# Operations of LLVM that numba has no name for, or widens.
-
-
-@_intrinsic
-def _advance(typing_context, address, offset, step):
-    """What the counter at that offset of the block was before it was advanced, in one atomic operation."""
-
-    def generate(context, builder, signature, arguments):
-        counter = builder.gep(builder.bitcast(arguments[0], ir.IntType(8).as_pointer()), [arguments[1]])
-        counter = builder.bitcast(counter, ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, arguments[2], "monotonic")
-
-    return types.int64(address, types.int64, types.int64), generate
-
-
-@_intrinsic
-def _pointer(typing_context, address):
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), generate
-
-
-@_intrinsic
-def _left(typing_context, number, shift):
-    return number(number, number), lambda context, builder, signature, arguments: builder.shl(*arguments)
-
-
-@_intrinsic
-def _right(typing_context, number, shift):
-    return number(number, number), lambda context, builder, signature, arguments: builder.lshr(*arguments)
-
-
-@_intrinsic
-def _or(typing_context, a, b):
-    return a(a, a), lambda context, builder, signature, arguments: builder.or_(*arguments)
-
-
-@_intrinsic
-def _is_negative(typing_context, number):
-    def generate(context, builder, signature, arguments):
-        return builder.icmp_signed("<", arguments[0], ir.Constant(arguments[0].type, 0))
-
-    return types.boolean(number), generate
-
-
-@_intrinsic
-def _widen(typing_context, value):
-    """The float that `value` stands for: float32 for uint16 (bfloat16) and int16 (float16), else value itself."""
-
-    def generate(context, builder, signature, arguments):
-        (bits,) = arguments
-        if value == types.uint16:
-            return builder.bitcast(
-                builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), ir.FloatType()
-            )
-        if value == types.int16:
-            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
-        return bits
-
-    return (types.float32 if value in (types.uint16, types.int16) else value)(value), generate
-
-
-@_intrinsic
-def _narrow(typing_context, value, like):
-    """`value`, a float, rounded to nearest even to what `like` is: bfloat16 for uint16, float16 for int16, else unchanged."""
-
-    def generate(context, builder, signature, arguments):
-        number, _ = arguments
-        if like == types.int16:
-            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
-        if like != types.uint16:
-            return number
-        integer = ir.IntType(32)
-        bits = builder.bitcast(number, integer)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(integer, 16)), ir.Constant(integer, 1))
-        rounded = builder.add(bits, builder.add(odd, ir.Constant(integer, 0x7FFF)))
-        nan = builder.fcmp_unordered("uno", number, number)
-        return builder.trunc(
-            builder.lshr(builder.select(nan, ir.Constant(integer, 0x7FC00000), rounded), ir.Constant(integer, 16)),
-            ir.IntType(16),
-        )
-
-    return (like if like in (types.uint16, types.int16) else value)(value, like), generate

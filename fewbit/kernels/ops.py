@@ -7,20 +7,24 @@ generated rules do, would get gradients of other samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from fewbit import kernels, packing
+from fewbit import kernels
+from fewbit.constants import RUNGS
 from fewbit.errors import InputError
 from fewbit.kernels.device_table import DeviceTable
-from fewbit.torch_internals import versions_of
+from fewbit.torch_internals import is_dispatched, versions_of
 
 Tensor = torch.Tensor
 _TABLE = "Tensor thresholds, Tensor codes, Tensor levels, int bits"
 # torch.library.custom_op would do, at more than twice the overhead, for checks of what is known here: nothing is mutated
-_library = torch.library.Library("fewbit", "DEF")
+library = torch.library.Library("fewbit", "DEF")
 _known: dict[tuple, DeviceTable] = {}
-_library.define(f"encode(Tensor x, {_TABLE}) -> Tensor")
-_library.define(f"decode(Tensor packed, Tensor grad, {_TABLE}) -> Tensor")
+library.define(f"encode(Tensor x, {_TABLE}) -> Tensor")
+library.define(f"decode(Tensor packed, Tensor grad, {_TABLE}) -> Tensor")
 
 
 def encode(x: Tensor, thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
@@ -28,12 +32,12 @@ def encode(x: Tensor, thresholds: Tensor, codes: Tensor, levels: Tensor, bits: i
 
     x        (*, n), float16, bfloat16, float32 or float64
     others   as in `fewbit.kernels.DeviceTable`
-    Returns  (*, packed_bytes(n, bits)) uint8
+    Returns  (*, packed_bytes(n)) uint8, `packed_bytes` of the DeviceTable; of a ladder each row takes a rung of its own
     """
-    table = _device_table(thresholds, codes, levels, bits)
+    table = device_table(thresholds, codes, levels, bits)
     if x.dim() == 1:
         return kernels.encode(x.contiguous(), table)
-    packed = x.new_empty((*x.shape[:-1], packing.packed_bytes(x.shape[-1], bits)), dtype=torch.uint8)
+    packed = x.new_empty((*x.shape[:-1], table.packed_bytes(x.shape[-1])), dtype=torch.uint8)
     for source, target in zip(_rows(x.contiguous()), _rows(packed), strict=True):
         target.copy_(kernels.encode(source, table))
     return packed
@@ -42,13 +46,13 @@ def encode(x: Tensor, thresholds: Tensor, codes: Tensor, levels: Tensor, bits: i
 def decode(packed: Tensor, grad: Tensor, thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> Tensor:
     """grad times the levels of the packed codes, row by row.
 
-    packed   (*, packed_bytes(n, bits)) uint8 from `encode`
+    packed   (*, packed_bytes(n)) uint8 from `encode`
     grad     (*, n)
     Returns  (*, n) of grad's dtype
     """
-    table = _device_table(thresholds, codes, levels, bits)
+    table = device_table(thresholds, codes, levels, bits)
     packed, grad = packed.contiguous(), grad.contiguous()
-    if packed.shape[-1] != (expected := packing.packed_bytes(grad.shape[-1], bits)):
+    if packed.shape[-1] != (expected := table.packed_bytes(grad.shape[-1])):
         raise InputError(f"{grad.shape[-1]} codes of {bits} bits take {expected} bytes, got {packed.shape[-1]}")
     if grad.dim() == 1:
         return kernels.decode(packed, grad, table)
@@ -62,7 +66,7 @@ def _rows(tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]).unbind()
 
 
-def _device_table(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> DeviceTable:
+def device_table(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> DeviceTable:
     """The table of these tensors, which keeps what a backend derives from them.
 
     It is found by where they lie in memory, since compiled code passes the same memory as a new tensor object each time, and
@@ -70,7 +74,7 @@ def _device_table(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) 
     """
     tensors = thresholds, codes, levels
     try:
-        key = (bits, versions_of(*tensors), *[(each.data_ptr(), each.numel(), each.dtype) for each in tensors])
+        key = (bits, versions_of(*tensors), *[(each.data_ptr(), each.shape, each.dtype) for each in tensors])
     except RuntimeError:  # made in inference mode: no version
         _check_sizes(*tensors, bits)
         return DeviceTable(*tensors, bits)
@@ -85,23 +89,28 @@ def _device_table(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) 
 
 def _check_sizes(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> None:
     """What the kernels rely on: they read memory by address."""
-    if codes.numel() != thresholds.numel() + 1 or codes.dtype != torch.uint8 or not 1 <= levels.numel() <= 2**bits <= 256:
+    *rungs, m = thresholds.shape or (-1,)
+    is_table = list(codes.shape) == [*rungs, m + 1] and codes.dtype == torch.uint8
+    has_levels = list(levels.shape[:-1]) == rungs and 1 <= levels.shape[-1] <= 2**bits <= 256
+    if not (is_table and has_levels and rungs in ([], [len(RUNGS)])):
         raise InputError(
-            f"a table of {bits} bits has m thresholds, m + 1 uint8 codes and up to {2**bits} levels; got "
-            f"{thresholds.numel()} thresholds, {codes.numel()} {codes.dtype} codes and {levels.numel()} levels"
+            f"a table of {bits} bits has m thresholds, m + 1 uint8 codes and up to {2**bits} levels, and a ladder has "
+            f"{len(RUNGS)} such rows; got thresholds {tuple(thresholds.shape)}, {codes.dtype} codes {tuple(codes.shape)} and "
+            f"levels {tuple(levels.shape)}"
         )
 
 
-_library.impl("encode", encode, "CompositeExplicitAutograd")
-_library.impl("decode", decode, "CompositeExplicitAutograd")
+library.impl("encode", encode, "CompositeExplicitAutograd")
+library.impl("decode", decode, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fewbit::encode", lib=_library)
+@torch.library.register_fake("fewbit::encode", lib=library)
 def _(x, thresholds, codes, levels, bits):
-    return x.new_empty((*x.shape[:-1], packing.packed_bytes(x.shape[-1], bits)), dtype=torch.uint8)
+    size = DeviceTable(thresholds, codes, levels, bits).packed_bytes(x.shape[-1])
+    return x.new_empty((*x.shape[:-1], size), dtype=torch.uint8)
 
 
-@torch.library.register_fake("fewbit::decode", lib=_library)
+@torch.library.register_fake("fewbit::decode", lib=library)
 def _(packed, grad, thresholds, codes, levels, bits):
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
@@ -125,6 +134,45 @@ def _check_shared(in_dims: tuple[int | None, ...]) -> None:
         raise InputError("vmap over code tables is not supported; pass thresholds, codes and levels with in_dims=None")
 
 
+def operator(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator of that schema, which runs `function`, and `fake` where tensors hold no numbers. Of a batch, vmap runs it on
+    one sample after the other."""
+    name = schema[: schema.index("(")]
+    library.define(schema)
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fewbit::{name}", fake, lib=library)
+    found = getattr(torch.ops.fewbit, name)
+    torch.library.register_vmap(f"fewbit::{name}", _looped(found), lib=library)
+    return found
+
+
+def _looped(operator: Any) -> Callable[..., Any]:
+    """The rule by which vmap runs an operator on one sample after the other."""
+
+    def rule(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Any, Any]:
+        results = []
+        for i in range(info.batch_size):
+            sample = (
+                each.select(dim, i) if isinstance(each, Tensor) and dim is not None else each
+                for each, dim in zip(arguments, in_dims, strict=True)
+            )
+            results.append(operator(*sample))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule
+
+
+def constants(table: DeviceTable) -> tuple[Tensor, Tensor, Tensor]:
+    """Thresholds, codes and levels as operators take them. Fake-tensor modes and tracers have to be told that they are
+    constants; a compiler has replaced them by inputs of its graph."""
+    tensors = table.thresholds, table.codes, table.levels
+    if not is_dispatched():
+        return tensors
+    return tuple(torch.ops.aten.lift_fresh(each) if type(each) is Tensor else each for each in tensors)  # type: ignore[return-value]
+
+
 def refuse_second_derivative(*_: object) -> None:
     """The backward of a gradient from codes."""
     raise InputError(
@@ -133,6 +181,22 @@ def refuse_second_derivative(*_: object) -> None:
     )
 
 
-torch.library.register_vmap("fewbit::encode", _encode_batch, lib=_library)
-torch.library.register_vmap("fewbit::decode", _decode_batch, lib=_library)
-torch.library.register_autograd("fewbit::decode", refuse_second_derivative, lib=_library)
+torch.library.register_vmap("fewbit::encode", _encode_batch, lib=library)
+torch.library.register_vmap("fewbit::decode", _decode_batch, lib=library)
+torch.library.register_autograd("fewbit::decode", refuse_second_derivative, lib=library)
+
+
+def values(packed: Tensor, n: int, table: DeviceTable, dtype: torch.dtype) -> Tensor:
+    """As `fewbit.kernels.values`."""
+    return _values(packed, n, *constants(table), table.bits, dtype)
+
+
+def _values_now(packed, n, thresholds, codes, levels, bits, dtype):
+    return kernels.values(packed, n, device_table(thresholds, codes, levels, bits), dtype)
+
+
+def _fake_values(packed, n, thresholds, codes, levels, bits, dtype):
+    return packed.new_empty(n, dtype=dtype)
+
+
+_values = operator(f"values(Tensor packed, SymInt n, {_TABLE}, ScalarType dtype) -> Tensor", _values_now, _fake_values)

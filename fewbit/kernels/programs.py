@@ -52,9 +52,11 @@ def encode(
 
 
 @triton.jit(do_not_specialize=["n"])
-def decode(packed, grad, levels, product, n, words, bits: tl.constexpr, block: tl.constexpr):
+def decode(packed, grad, levels, product, n, words, bits: tl.constexpr, ladder: tl.constexpr, block: tl.constexpr):
     """product = grad times the levels of the packed codes; the levels themselves where grad is None."""
     first = tl.program_id(0).to(tl.int64) * block
+    if ladder:
+        levels += rung_of(packed, words, bits) * (1 << bits)
     if (LANES - 1) * words.to(tl.int64) + first + block <= n:
         decode_block(packed, grad, levels, product, n, words, first, bits, block, False)
     else:
@@ -80,10 +82,13 @@ def encode_block(
 ):
     """The words from `first` on."""
     bits: tl.constexpr = search.bits
+    if search.ladder:
+        thresholds, codes = at_rung(packed, words, thresholds, codes, search)
     tensors = (x, y, thresholds, codes)
     sizes = (n, words, first)
-    scalars = (_load_scalars(thresholds, search.scalars), _load_scalars(constants, count))
-    word = tl.full([block], search.start, tl.uint32 if bits <= 4 else tl.uint64)
+    changes = _load_scalars(codes, search.changes)
+    scalars = ((_load_scalars(thresholds, search.scalars), changes), _load_scalars(constants, count))
+    word = start_word(tl.full([block], 0, tl.uint32 if bits <= 4 else tl.uint64), changes, search)
     if search.depth:  # a loop: unrolled, the loads of all lanes would crowd the registers
         for lane in tl.range(LANES):
             word = _encode_lane(word, lane, tensors, sizes, scalars, search, formula, block, masked)
@@ -107,20 +112,52 @@ def _encode_lane(
     left = _left(tl.minimum(n - begin, words - first), block)
     value = _load(x + begin, left, block, masked)
     wide = value.to(thresholds.dtype.element_ty)
-    if search.fold:
-        wide = tl.abs(wide)
-    if search.depth:
-        code = _look_up(wide, thresholds, codes, search)
-        if masked:  # lanes past the end hold code 0
-            code = tl.where(tl.arange(0, block) < left, code, 0)
-        word |= code.to(word.dtype) << (lane * search.bits)
-    else:
-        word = _add_code(word, wide, table, search, lane * search.bits)
-        if masked:
-            keep = search.all_ones - (((1 << search.bits) - 1) << (lane * search.bits))
-            word = tl.where(tl.arange(0, block) < left, word, word & keep)
+    word = with_code(word, wide, tl.arange(0, block) < left, lane, thresholds, codes, table, search, masked)
     if formula is not None:
         _store(y + begin, formula(value, parameters).to(y.dtype.element_ty), left, block, masked)
+    return word
+
+
+@triton.jit
+def rung_of(packed, words, bits: tl.constexpr):
+    """The number of the rung, which stands behind the packed codes of a ladder."""
+    return tl.load(packed + bits * words.to(tl.int64)).to(tl.int32)
+
+
+@triton.jit
+def at_rung(packed, words, thresholds, codes, search: tl.constexpr):
+    """Where thresholds and codes of the rung stand."""
+    rung = rung_of(packed, words, search.bits)
+    return thresholds + rung * search.widths[0], codes + rung * search.widths[1]
+
+
+@triton.jit
+def start_word(zeros, changes, search: tl.constexpr):
+    """Words to which `with_code` adds codes; `changes` of the rung of a ladder."""
+    if search.changes:
+        return zeros + changes[0].to(zeros.dtype)
+    else:
+        return zeros + search.start
+
+
+@triton.jit
+def with_code(word, x, inside, lane, thresholds, codes, table, search: tl.constexpr, masked: tl.constexpr):
+    """word with the codes of x in that lane; where not `inside`, of which only a masked body has any, code 0.
+
+    table  the thresholds in registers, and the changes of a ladder's rung
+    """
+    if search.fold:
+        x = tl.abs(x)
+    if search.depth:
+        code = _look_up(x, thresholds, codes, search)
+        if masked:
+            code = tl.where(inside, code, 0)
+        word |= code.to(word.dtype) << (lane * search.bits)
+    else:
+        word = _add_code(word, x, table, search, lane * search.bits)
+        if masked:
+            keep = search.all_ones - (((1 << search.bits) - 1) << (lane * search.bits))
+            word = tl.where(inside, word, word & keep)
     return word
 
 
@@ -176,14 +213,19 @@ def _load_scalars(pointer, count: tl.constexpr):
 @triton.jit
 def _add_code(word, x, table, search: tl.constexpr, shift: tl.constexpr):
     """word plus, in the lane that starts at bit `shift`, what its start lacks to the code of x."""
+    thresholds, changes = table
     below = ()  # of the run's thresholds met on the way down, whether x <= threshold; false for NaN
     height: tl.constexpr = search.height
     others: tl.constexpr = len(search.extras)
     for level in tl.static_range(height):
-        below = below + (x <= _node(table, below, 0, 0, height),)
+        below = below + (x <= _node(thresholds, below, 0, 0, height),)
         word = tl.where(below[level], word, word + ((search.step << (height - 1 - level + shift)) & search.all_ones))
     for i in tl.static_range(others):
-        word = tl.where(x <= table[(1 << height) - 1 + i], word + ((search.extras[i] << shift) & search.all_ones), word)
+        below_other = x <= thresholds[(1 << height) - 1 + i]
+        if search.changes:
+            word = tl.where(below_other, word + (changes[1 + i].to(word.dtype) << shift), word)
+        else:
+            word = tl.where(below_other, word + ((search.extras[i] << shift) & search.all_ones), word)
     return word
 
 

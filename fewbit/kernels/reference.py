@@ -1,11 +1,20 @@
-"""The reference backend: encode and decode in torch operations, on any device. Every other backend is held against it."""
+"""The reference backend: encode and decode in torch operations, on any device. Every other backend is held against it.
+
+Which rung of a ladder an input takes is specified to the last bit, too. Of its n elements R = min(n, SAMPLE) are looked at:
+element floor(k·n / R) for k < R, as a float of the dtype of comparisons, 0 where it is not finite. Their fourth moment tells
+how far the numbers spread: tails count, since a code spoils values most that lie far beyond its outermost levels. With s =
+v·v, the products s·s, each rounded, are summed in a fixed order: the k-th goes to accumulator k mod 16, in ascending order of
+k, and the accumulators are then added in pairs, 0 + 1, 2 + 3, and so on, again and again until one is left. No product is
+fused with a sum. The rung is the number of `BOUNDS` that, times R, are below the sum; it is `MIDDLE` where the sum is 0. It
+is kept in one byte behind the packed codes.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from fewbit import packing
-from fewbit.kernels.device_table import DeviceTable
+from fewbit.kernels.device_table import BOUNDS, MIDDLE, SAMPLE, DeviceTable
 
 Tensor = torch.Tensor
 
@@ -15,8 +24,34 @@ def encode(x: Tensor, table: DeviceTable) -> Tensor:
 
     x        (*) of n elements, contiguous; float16, bfloat16, float32 or float64
     table    on x's device; its thresholds are float64 if x is, else float32
-    Returns  (packed_bytes(n, bits),) uint8
+    Returns  (table.packed_bytes(n),) uint8
     """
+    if not table.is_ladder:
+        return _encode(x, table)
+    rung = rung_of(x, table)
+    thresholds, codes, levels = (
+        each.index_select(0, rung).squeeze(0) for each in (table.thresholds, table.codes, table.levels)
+    )
+    return torch.cat([_encode(x, DeviceTable(thresholds, codes, levels, table.bits)), rung.to(torch.uint8)])
+
+
+def rung_of(x: Tensor, table: DeviceTable) -> Tensor:
+    """The number of the rung of a ladder that x (*) takes: (1,) int64, on x's device."""
+    x, size = x.reshape(-1), min(x.numel(), SAMPLE)
+    dtype, lanes = table.thresholds.dtype, 16
+    sums = torch.zeros(lanes, dtype=dtype, device=x.device)
+    if size:
+        sample = x[torch.arange(size, device=x.device) * x.numel() // size].to(dtype)
+        square = torch.where(sample.isfinite(), sample, 0).square()
+        for row in torch.nn.functional.pad(square * square, (0, -size % lanes)).view(-1, lanes):
+            sums = sums + row
+    while sums.numel() > 1:
+        sums = sums[0::2] + sums[1::2]
+    bounds = torch.tensor([bound * size for bound in BOUNDS], dtype=dtype, device=x.device)
+    return torch.where(sums > 0, (bounds < sums).sum(0, keepdim=True), MIDDLE)
+
+
+def _encode(x: Tensor, table: DeviceTable) -> Tensor:
     x, n, bits = x.reshape(-1), x.numel(), table.bits
     word_count = packing.words(n, bits)
     planes = torch.zeros(bits, word_count, dtype=torch.uint8, device=x.device)
@@ -33,12 +68,15 @@ def encode(x: Tensor, table: DeviceTable) -> Tensor:
 def decode(packed: Tensor, grad: Tensor, table: DeviceTable) -> Tensor:
     """grad times the level of each element's code.
 
-    packed   (packed_bytes(n, bits),) uint8 from `encode`
+    packed   (table.packed_bytes(n),) uint8 from `encode`
     grad     (*) of n elements, contiguous
     table    the one that encoded; the product is of its levels' dtype, then rounded once to grad's
     Returns  (*), of grad's shape and dtype
     """
     n, bits, levels = grad.numel(), table.bits, table.levels
+    if table.is_ladder:
+        packed, rung = packed[:-1], packed[-1:].int()
+        levels = levels.index_select(0, rung).squeeze(0)
     planes = packed.view(bits, -1)
     word_count = planes.shape[1]
     shape, grad = grad.shape, grad.reshape(-1)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
@@ -18,6 +19,20 @@ from fewbit.kernels import loops
 
 _GRAIN = 1 << 15  # elements a thread at least, as in torch
 _HUGE = 1 << 25  # bytes from which on glibc maps memory anew for each tensor, of whose faults most of the time goes
+
+
+_KEPT = 1 << 17  # bytes of scratch memory that each thread keeps for small calls
+_of_thread = threading.local()
+
+
+def _own_scratch() -> int:
+    """The address of this thread's own memory: no other call on it begins before a small one, which keeps the GIL, ends."""
+    try:
+        return _of_thread.address
+    except AttributeError:
+        _of_thread.memory = memory = ctypes.create_string_buffer(_KEPT + 64)
+        _of_thread.address = address = -(-ctypes.addressof(memory) // 64) * 64
+        return address
 
 
 class Kernel:
@@ -37,12 +52,27 @@ class Kernel:
 
         Raises RuntimeError where the kernel did not do all of its work: what it was to write is then not there.
         """
-        threads = torch.get_num_threads() if n >= 2 * _GRAIN else 1
         words = block.words
-        chunk = min(loops.CHUNK, words)
-        busy = 1 if threads == 1 else min(threads, -(-words // loops.CHUNK))
-        scratch = torch.empty(busy * chunk * self.scratch, dtype=torch.uint8, device="cpu")
-        block.scratch, argument = scratch.data_ptr(), ctypes.byref(block)
+        self._start(block, n, -(-words // loops.CHUNK), min(loops.CHUNK, words) * self.scratch)
+        if block.done != words:
+            raise RuntimeError(f"a kernel of fewbit did {block.done} of {words} words; run it again")
+
+    def share(self, block: Any, n: int, pieces: int, scratch: int) -> None:
+        """As `run`, for kernels whose work is counted in pieces, and which need that many bytes of memory for each thread."""
+        self._start(block, n, pieces, scratch)
+        if block.done != pieces:
+            raise RuntimeError(f"a kernel of fewbit did {block.done} of {pieces} pieces; run it again")
+
+    def _start(self, block: Any, n: int, pieces: int, bytes_of_thread: int) -> None:
+        argument = ctypes.byref(block)
+        if n < _GRAIN and bytes_of_thread <= _KEPT:
+            block.scratch = _own_scratch()
+            self.call_at_once(argument)
+            return
+        threads = torch.get_num_threads() if n >= 2 * _GRAIN else 1
+        busy = 1 if threads == 1 else min(threads, pieces)
+        scratch = torch.empty(busy * bytes_of_thread, dtype=torch.uint8, device="cpu")
+        block.scratch = scratch.data_ptr()
         if n < _GRAIN:
             self.call_at_once(argument)
         elif threads < 2:
@@ -51,8 +81,6 @@ class Kernel:
             parallel(self.address, argument, threads, 0)  # all of them: a smaller team would end the threads left over
         else:
             self._run_in_pool(argument, min(threads, n // _GRAIN))
-        if block.done != words:
-            raise RuntimeError(f"a kernel of fewbit did {block.done} of {words} words; run it again")
 
     def _run_in_pool(self, argument: Any, threads: int) -> None:
         others: list[Future] = []
@@ -87,8 +115,12 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 
 def empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    """torch.empty_like; where that is large, in huge pages if the system has them: each fault then maps 512 times as much."""
-    empty = torch.empty_like(tensor)
+    """torch.empty_like, see `in_huge_pages`."""
+    return in_huge_pages(torch.empty_like(tensor))
+
+
+def in_huge_pages(empty: torch.Tensor) -> torch.Tensor:
+    """A new tensor; where it is large, in huge pages if the system has them: each fault then maps 512 times as much."""
     size = empty.numel() * empty.element_size()
     if size >= _HUGE and (advise := _madvise()) is not None:
         begin = -(-empty.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

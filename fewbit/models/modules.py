@@ -17,7 +17,7 @@ from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CodedLayer
 from fewbit.record import Activation
 from fewbit.resolve import JOINT
-from fewbit.store import load_table
+from fewbit.store import load_ladder, load_table, rung_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,14 @@ class CodedModule:
 
     @property
     def table(self) -> CodeTable:
-        """The table in use: its own, or the shipped one of its bits."""
+        """Its own table, or the shipped one of its bits."""
         return self.module.table or self.shipped(self.module.bits or self._default_bits)
+
+    def table_for(self, spread: float) -> CodeTable:
+        """The table in use for inputs of this spread: its own, or that of the ladder of its bits."""
+        if self.module.table is not None or not self.calibrates:
+            return self.table
+        return rung_for(load_ladder(self.record, self.table.bits, channels=self.channels), spread)
 
     @property
     def calibrates(self) -> bool:
@@ -45,7 +51,7 @@ class CodedModule:
         return self.record != activations.IDENTITY
 
     def shipped(self, bits: int) -> CodeTable:
-        """The table of so many bits that the module uses if it is given none."""
+        """The table of so many bits that `fewbit.load_table` gives."""
         return load_table(self.record, bits, channels=self.channels)
 
     def install(self, table: CodeTable) -> None:

@@ -27,7 +27,7 @@ class CodedActivation(Coded):
     """Base of the modules of activations.
 
     bits   of one code, or None for the table's, or else 3
-    table  the CodeTable given, or None for the shipped one
+    table  the CodeTable given, or None for the ladder of its bits
     shared  whether coded layers that read the output keep the same code
     """
 

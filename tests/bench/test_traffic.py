@@ -53,7 +53,6 @@ def test_views_and_allocations_count_as_nothing():
         (lambda x: x.t().contiguous(), "aten.clone", 48),
         (lambda x: x.bfloat16(), "aten._to_copy", 36),
     ],
-    ids=str,
 )
 def test_bytes_by_hand(function, name, elements):
     assert traffic(lambda: function(x())).others[name] == Use(1, 4 * elements)

@@ -240,7 +240,8 @@ class TestKept:
 
     def test_a_gated_unit_keeps_two_codes(self):
         gate, up = torch.randn(64, 512, requires_grad=True), torch.randn(64, 512, requires_grad=True)
-        assert bytes_kept(lambda: fewbit.functional.swiglu(gate, up, bits=4)) == 2 * 64 * 512 // 2 + 4 * (64 + 2 * 512)
+        kept = bytes_kept(lambda: fewbit.functional.swiglu(gate, up, bits=4))
+        assert kept == 2 * 64 * 512 // 2 + 4 * (64 + 2 * 512) + 1  # the number of the gate's rung
 
 
 class TestArguments:

@@ -15,7 +15,7 @@ from test_kernels import DTYPES, SIZES, adversarial, random_device_table
 import fewbit
 from fewbit import activations, kernels, resolve
 from fewbit.kernels import DeviceTable, cuda, reference
-from tools import aot_report
+from tools import aot_layers, aot_report
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(not cuda.available(), reason="Triton is not installed")
@@ -29,9 +29,10 @@ def run_python(*arguments, **environment):
 
 @needs_triton
 @pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_in_the_interpreter(marked):
-    """`interpreted_cuda.py`, in a process where Triton interprets: it decides when the kernels are decorated."""
-    command = ["-m", "pytest", "-p", "no:cacheprovider", "-m", marked, "tests/kernels/interpreted_cuda.py"]
+@pytest.mark.parametrize("file", ["interpreted_cuda.py", "interpreted_layers.py"])
+def test_in_the_interpreter(file, marked):
+    """In a process where Triton interprets: it decides when the kernels are decorated."""
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-m", marked, f"tests/kernels/{file}"]
     result = run_python(*command, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
@@ -106,6 +107,63 @@ def test_machine_code():
     for row in rows:
         widths = {name: {int(width): count for width, count in row[name].items()} for name in ("loads", "stores")}
         check_machine_code(row | widths)
+
+
+# Measured: instructions an element on sm_90 for bfloat16 at 3 bits, in the text of full programs
+MOST_OF_LAYERS = {"encode rows": 41, "encode values": 24, "decode rows": 26, "decode values": 19, "gate backward": 36}
+BY_16_BYTES = {  # accesses of a thread in each lane, at least: of x, grad or what comes out
+    "encode rows": ("loads", 8),
+    "encode images": ("loads", 8),
+    "decode rows": ("stores", 8),
+    "decode images": ("stores", 8),
+    "batch norm": ("stores", 8),
+    "gate backward": ("stores", 16),
+    "layer norm": ("stores", 1),
+}
+
+
+def check_layer_code(rows):
+    """No spills, but a few around the slow paths of divisions where a sample is read; 128-bit accesses; two blocks fit.
+
+    rows  of `tools/aot_layers.py` for one call, as dictionaries
+    """
+    for row in rows:
+        slow_paths = {"standardize": 8, "row_scales": 4}
+        assert row["spills"] <= slow_paths.get(row["kernel"], 0), row
+        assert 0 < row["registers"] * row["warps"] <= max(168 * 4, 96 * 16), row
+        most = MOST_OF_LAYERS.get(row["call"], 0)
+        if most and (row["dtype"], row["bits"], row["arch"]) == ("bfloat16", 3, 90):
+            assert row["instructions"] <= most, row
+    side, count = BY_16_BYTES.get(rows[-1]["call"], ("loads", 0))
+    if rows[-1]["bits"] > 4 and rows[-1]["kernel"] == "encode":
+        count //= 8  # searched in memory, in a loop: the text has one lane
+    assert sum(row[side].get(128, 0) for row in rows) >= count, rows
+
+
+@needs_triton
+def test_machine_code_of_layers():
+    options = ["-m", "tools.aot_layers", "--json", "--dtypes", "bfloat16", "--bits", "3", "--calls"]
+    result = run_python(*options, "encode values", "decode values", "layer norm")
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["kernel"] for row in rows] == ["encode", "decode", "rows_backward", "add_parts"]
+    for call in ("encode values", "decode values", "layer norm"):
+        widths = [
+            row | {side: {int(width): count for width, count in row[side].items()} for side in ("loads", "stores")}
+            for row in rows
+            if row["call"] == call
+        ]
+        check_layer_code(widths)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("call", aot_layers.calls(torch.float32, 1))
+@pytest.mark.parametrize(
+    ("dtype", "bits", "arch"), [("bfloat16", 3, 90), ("float32", 4, 80), ("float16", 8, 90), ("float32", 2, 90)]
+)
+def test_machine_code_of_every_layer(call, dtype, bits, arch):
+    check_layer_code([asdict(row) for row in aot_layers.report(call, dtype, bits, arch)])
 
 
 KERNELS, ACTIVATIONS = ("encode", "decode", "forward"), {"bfloat16": "gelu", "float16": "tanh", "float32": "softplus"}

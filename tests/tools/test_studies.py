@@ -48,7 +48,7 @@ class TestKeptBytes:
     def test_code_tables_do_not_count(self):
         model, x = fewbit.convert(nn.Sequential(nn.Linear(8, 16), nn.GELU()), bits={"activation": 4}), torch.randn(512, 8)
         for call in (model, torch.compile(model, backend="aot_eager")):  # whose graph keeps the levels
-            assert common.kept_bytes(call, x) == 512 * 16 // 2
+            assert common.kept_bytes(call, x) == 512 * 16 // 2 + 1  # with the number of the rung
 
     def test_is_what_fewbit_counts(self):
         model, x = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), torch.randn(2, 8, 16)
@@ -219,7 +219,7 @@ class TestTinyStudies:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_planner_is_studied_beside_what_is_measured():
     found = planner.study(planner.NETWORKS["GELU MLP"], True, False, {"activation": 3})
-    assert found["units"] == {"exact": 2, **dict.fromkeys(planner.COLUMNS[1:], 1.09375)}
+    assert found["units"] == {"exact": 2, **dict.fromkeys(planner.COLUMNS[1:], 1.09375 + 2**-19)}  # and the number of the rung
     assert found["advice"]["1"][0] == "code"
 
 

@@ -24,7 +24,7 @@ from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
 from fewbit.models.arguments import Filter, LossFunction, check_batches, check_filter, check_model, names_passed, no_batch
 from fewbit.models.calibration.allocation import AllocatedLayer, Allocation, Outcome
-from fewbit.models.calibration.calibrate import layer_of, observe, relative_errors
+from fewbit.models.calibration.calibrate import layer_of, observe, relative_errors, table_in_use
 from fewbit.models.calibration.calibration import CalibratedLayer, Calibration
 from fewbit.models.calibration.histogram import StreamingHistogram
 from fewbit.models.calibration.knapsack import Choices, choose
@@ -132,7 +132,10 @@ def _no_budget(budget: Any) -> DesignError:
 
 
 def _allocated(probe: Probe, share: Callable[[int], int], bits: Sequence[int], advance: Callable[[], None]) -> Allocation:
-    former = {name: (each.table, each.module.bits, each.module.table) for name, each in probe.coded.items()}
+    former = {
+        name: (table_in_use(each, probe.histograms.get(name)), each.module.bits, each.module.table)
+        for name, each in probe.coded.items()
+    }
     found = {name: each for name, each in probe.sensitivities(advance).items() if each.elements}
     if not found:
         raise InputError("no coded layer of the model keeps codes for backward; does its gradient reach them?")

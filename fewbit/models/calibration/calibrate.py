@@ -163,7 +163,7 @@ def _watch(coded: CodedModule, histogram: StreamingHistogram, with_gradients: bo
 
 def _calibrated(coded: CodedModule, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CalibratedLayer:
     """The better of a table designed for the histogram and of the one in use, or of the shipped one of these bits."""
-    former = coded.table
+    former = table_in_use(coded, histogram)
     table = former if former.bits == bits else coded.shipped(bits)
     facts: dict[str, Any] = {}
     if histogram.elements:
@@ -174,6 +174,11 @@ def _calibrated(coded: CodedModule, histogram: StreamingHistogram, bits: int, by
         facts = {"mean": histogram.mean, "std": histogram.std}
         facts |= {when: relative_errors(seen, each, coded) for when, each in (("before", former), ("after", table))}
     return layer_of(coded, table, histogram, **facts)
+
+
+def table_in_use(coded: CodedModule, histogram: StreamingHistogram | None) -> CodeTable:
+    """The table with which a module codes what the histogram saw."""
+    return coded.table_for(histogram.spread) if histogram is not None and histogram.elements else coded.table
 
 
 def weighs_gradients(histogram: StreamingHistogram, by_gradient: bool) -> bool:

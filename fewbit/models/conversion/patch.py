@@ -26,6 +26,7 @@ from fewbit.functional import layers
 from fewbit.functional.activations import activation_operation
 from fewbit.functional.operation import Operation, fixed, is_codable, run
 from fewbit.models.conversion.setting import Bits, Setting
+from fewbit.store import load_table
 from fewbit.torch_internals import function_modes, in_forward_mode, levels, native_functions
 
 Tensor = torch.Tensor
@@ -201,7 +202,12 @@ def _activation(
     found = activation_operation(record, setting.shares, rest, tuple(keywords.items()))
     if chosen is not None and found.name not in chosen:
         raise ActivationError(f"{found.name} is not among the activations to code")
-    return replace(found, table=setting.activation_table(found.record))
+    if coding is not None:
+        return replace(found, table=setting.activation_table(found.record))
+    bits = setting.bits_of("activation")
+    assert bits is not None, "asked for kinds that are coded"
+    load_table(found.record, bits, channels=found.channels)  # which raises where there is none
+    return replace(found, bits=bits)
 
 
 def _can_code(*call: Any) -> bool:

@@ -22,7 +22,7 @@ from fewbit.design.table import CodeTable
 from fewbit.errors import DesignError, DriftWarning, InputError
 from fewbit.models.arguments import check_model
 from fewbit.models.grouping import shortened
-from fewbit.models.modules import describe, pre_activation
+from fewbit.models.modules import CodedModule, describe, pre_activation
 from fewbit.models.report import Report
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CodedLayer
@@ -63,7 +63,7 @@ def watch(model: nn.Module, every: int = 100, *, factor: float = 2.0, samples: i
     Raises InputError for a model that has nothing to watch, DesignError for numbers out of range.
 
     >>> import fewbit
-    >>> model = nn.Sequential(nn.Linear(8, 8), fewbit.Tanh(bits=3))
+    >>> model = nn.Sequential(nn.Linear(8, 8), fewbit.Tanh(table=fewbit.load_table("tanh", 3)))
     >>> with watch(model, every=1) as watching, warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
     ...     _ = model(100 * torch.randn(64, 8))
@@ -156,7 +156,7 @@ class Watch:
             return
         sample = self._sample(x)
         if sample.size:
-            self._note(layer, _check(layer, sample, *gate, self.factor))
+            self._note(layer, _check(layer, sample, gate.record, gate.table_for(_spread(sample)), self.factor))
 
     def _sample(self, x: Tensor) -> Array:
         """Finite elements of x in float64, drawn at random if it has more than `samples`."""
@@ -202,18 +202,24 @@ def _not_watched(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> N
     """In the place of the hook in a copy of a watched model."""
 
 
-def _gate(module: nn.Module) -> tuple[Activation, CodeTable] | None:
-    """The activation that the module codes, and the table it has now; None for other modules."""
+def _gate(module: nn.Module) -> CodedModule | None:
+    """What is known of a module that codes what it reads; None for other modules."""
     if not isinstance(module, CodedActivation | CodedLayer):
         return None
     coded = describe("", module)
-    return (coded.record, coded.table) if coded.calibrates else None
+    return coded if coded.calibrates else None
+
+
+def _spread(x: Array) -> float:
+    """Of the sample x (n,), as an input takes its table of a ladder by it."""
+    with np.errstate(over="ignore"):
+        return float((np.square(np.square(x)).mean() / 3) ** 0.25)
 
 
 def _has_its_sign_from_before(module: nn.Module, x: Tensor) -> bool:
     """Whether an activation of two straight lines reads the codes of the norm before it, and none by its table."""
     recipe = sharing.find(x)
-    return isinstance(module, CodedActivation) and recipe is not None and recipe.signs is not None and bool(module.shared)
+    return isinstance(module, CodedActivation) and recipe is not None and recipe.by_sign is not None and bool(module.shared)
 
 
 def _check(layer: Layer, x: Array, record: Activation, table: CodeTable, factor: float) -> Check:

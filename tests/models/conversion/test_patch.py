@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from oracles import expected_gradient
+from oracles import expected_by_row, expected_gradient, rung_of
 from support import bytes_kept, gradient_at
 from torch import nn
 from torch.func import grad, hessian, jvp, vmap
@@ -50,7 +50,7 @@ def test_every_spelling(function, target, bits):
     incoming = torch.randn(50, 7)
     y.backward(incoming)
     record = activations.get(target.name)
-    table = fewbit.load_table(record.with_parameters(**dict(zip(record.parameters, needed, strict=False))), bits)
+    table = fewbit.load_ladder(record.with_parameters(**dict(zip(record.parameters, needed, strict=False))), bits)
     assert torch.equal(x.grad, expected_gradient(table, x.detach(), incoming))
 
 
@@ -88,7 +88,7 @@ def test_arguments(call, record):
     assert torch.equal(y, call(x.detach()))
     assert is_coded(y)
     y.sum().backward()
-    assert torch.equal(x.grad, expected_gradient(fewbit.load_table(record, 2), x.detach(), torch.ones(40)))
+    assert torch.equal(x.grad, expected_gradient(fewbit.load_ladder(record, 2), x.detach(), torch.ones(40)))
 
 
 class Hidden(torch.Tensor):
@@ -189,9 +189,10 @@ def test_bits_by_kind():
     x = leaf(64, 64)
     for bits, expected in (({"activation": 2, "norm": 3}, 2), ({"activation": 2, "linear": 4}, 4), ({"activation": 5}, 5)):
         with fewbit.patch(bits):
-            table = fewbit.load_table("gelu", expected, channels=("derivative", "value") if "linear" in bits else "derivative")
+            channels = ("derivative", "value") if "linear" in bits else "derivative"
+            ladder = fewbit.load_ladder("gelu", expected, channels=channels)
             found = gradient_at(functional.gelu, x.detach())
-        factors = table(x.detach().double().numpy())
+        factors = ladder[rung_of(x)](x.detach().double().numpy())
         expected = torch.from_numpy(factors if factors.shape == x.shape else factors[0])
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -329,13 +330,13 @@ def test_second_derivatives_raise():
 
 def test_torch_func():
     x = torch.randn(6, 5)
-    table = fewbit.load_table("gelu", 2)
+    table = fewbit.load_ladder("gelu", 2)
     with fewbit.patch({"activation": 2}):
         found = vmap(grad(lambda row: functional.gelu(row).sum()))(x)
         tangent = jvp(functional.gelu, (x,), (torch.ones_like(x),))[1]
         exact = hessian(lambda row: torch.tanh(row).sum())
         second = exact(x[0])
-    assert torch.equal(found, expected_gradient(table, x, torch.ones_like(x)))
+    assert torch.equal(found, expected_by_row(table, x, torch.ones_like(x)))
     torch.testing.assert_close(tangent, grad(lambda x: functional.gelu(x).sum())(x))
     torch.testing.assert_close(second, hessian(lambda row: torch.tanh(row).sum())(x[0]))
 
@@ -354,7 +355,7 @@ def test_odd_layouts_in_a_backward_inside():
 def test_checkpoint_inside(backward):
     """Recomputed in the block, whoever starts the backward pass."""
     x, net = leaf(30, 8), nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
-    table = fewbit.load_table("gelu", 1)
+    table = fewbit.load_ladder("gelu", 1)
     with fewbit.patch({"activation": 1}):
         loss = checkpoint(net, x, use_reentrant=False).sum()
         if backward == "grad":

@@ -130,7 +130,7 @@ def test_frozen_layers_and_products():
 def test_few_rows_are_not_worth_coding():
     plan = fewbit.memory(mlp(nn.Tanh()), batch(rows=1)).plan(bits=4)
     assert not plan.outcome.chosen
-    assert advice_of(plan)["1"] == ("leave", "2 (Addmm) keeps that tensor anyway, and codes would add 512 B")
+    assert advice_of(plan)["1"] == ("leave", "2 (Addmm) keeps that tensor anyway, and codes would add 513 B")
     plan = fewbit.memory(mlp(nn.GELU()), batch(rows=1)).plan(bits={"activation": 4})
     assert not plan.outcome.chosen
     assert advice_of(plan)["1"][1].startswith("the tensor is small beside its scales and padding: coding would add ")

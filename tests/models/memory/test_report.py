@@ -198,7 +198,7 @@ def test_python_functions_and_coded_modules_are_named():
     report = fewbit.memory(mlp(fewbit.GELU(bits=3)), batch())
     operations = {row["module"]: row["operation"] for row in report.rows() if row["bytes"]}
     assert operations["1"] == "CodedActivation"
-    assert report.by_module()["1"] == ROWS * HIDDEN * 3 / 8
+    assert report.by_module()["1"] == ROWS * HIDDEN * 3 / 8 + 1  # the number of the rung
 
 
 def test_autocast_is_followed():

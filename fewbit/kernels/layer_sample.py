@@ -1,0 +1,441 @@
+"""The loop of the CPU backend that tells of a sample of each channel how it is standardized, or its mean magnitude.
+
+A block of channels is worked on at once, vectorised along them. Its sample lies in scratch memory as tiles of 16 places, as
+many as the accumulators of `fewbit.kernels.layers_reference`, so that every pass is one loop over tiles of a fixed size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from fewbit.kernels.layer_loops import fields
+from fewbit.kernels.llvm import advance, pointer
+from fewbit.kernels.loops import _CLAIMED, _DONE, _WORKERS, _array, _compile, _encode_lane, _inlined
+from fewbit.kernels.permutations import permuted_codes
+from fewbit.kernels.spans import SMALLEST_UNIT, copy, drop_what_is_lost, grid_of, load_run, unit, view_of
+
+PLACES, WIDTH = 16, 64  # of a tile: `layers_reference.SAMPLE_LANES`, and channels of a block
+_TILE = PLACES * WIDTH
+_TILES = 15  # to work in
+_CENTER, _LARGEST, _SMALLEST, _SPREAD, _SPARSE, _LEVEL, _MIDDLE, _INVERSE, _ONTO, _MOVE, _OWN, _OF_LEVEL, _MEAN = range(13)
+_NUMBERS = _MEAN + 6  # of a channel
+
+
+class SampleBlock(ctypes.Structure):
+    """The arguments of `sampler`: see `fewbit.kernels.layer_loops.EncodeBlock`, and
+
+    pieces      blocks of `WIDTH` channels
+    sampled     of the places
+    magnitudes  (channels,) wide: what is to be filled; 0: coding (3, channels) and vectors (vector_rows, channels) are
+    row_weight  (rows,) wide; weight, bias (channels,) wide
+    thresholds  as in EncodeBlock, of which the first `padding` are repetitions; interval_levels: the levels of their intervals,
+                one more; midpoints: between thresholds, one less; above: the numbers next to the thresholds
+    permuted    as in EncodeBlock, permuted_levels: (16,), levels in the place of codes
+    factor_row, shift_row, move_row   which of the vectors, or -1
+    tiny        the spread of zeros
+    by_sample   1 / sampled; usual: the spread of what is constant in the sample, or NaN; doubt: times the squared mean size
+    low, high, outermost   the lowest and highest level, the largest magnitude of a threshold
+    """
+
+    _fields_ = fields(
+        *("sampled", "places", "magnitudes", "shift", "scale", "by_row", "has_eps", "row_weight", "weight", "bias"),
+        *(
+            "by_sign",
+            "keep_means",
+            "fours",
+            "twos",
+            "padding",
+            "thresholds",
+            "interval_levels",
+            "midpoints",
+            "above",
+            "permuted",
+            "permuted_levels",
+        ),
+        *("coding", "vectors", "vector_rows", "factor_row", "shift_row", "move_row"),
+        numbers=("eps", "tiny", "by_sample", "usual", "doubt", "low", "high", "outermost"),
+    )
+
+
+def sample_scratch(wide: str, sampled: int) -> int:
+    """Bytes for a thread: the sample of a block, in tiles; the tiles to work in, the block's numbers, and the outer indices."""
+    tiles = -(-sampled // PLACES)
+    return ((tiles + _TILES) * _TILE + _NUMBERS * WIDTH) * np.dtype(wide).itemsize + 8 * tiles * PLACES
+
+
+def sampler(wide: str) -> Any:
+    """The compiled kernel of magnitudes and standardize: a CFunc of the address of a SampleBlock."""
+    values, size_of = np.dtype(wide).type, np.dtype(wide).itemsize
+
+    def sample_of_channels(address):
+        block = _array(address, 1)[0]
+        channels, sampled, by_sample = block.channels, block.sampled, values(block.by_sample)
+        grid, view, tiles = grid_of(block), view_of(block), (block.sampled + PLACES - 1) // PLACES
+        piece = advance(address, _CLAIMED, 1)
+        if piece >= block.pieces:
+            return
+        of_first = block.n // block.inner if block.by_row else channels  # at least as many as there are
+        shift = _array(pointer(block.shift), of_first if block.shift else 0, values)
+        scale = _array(pointer(block.scale), of_first if block.scale else 0, values)
+        row_weight = _array(pointer(block.row_weight), block.n // block.inner if block.row_weight else 0, values)
+        size_of_scratch = ((tiles + _TILES) * _TILE + _NUMBERS * WIDTH) * size_of + 8 * tiles * PLACES
+        memory = block.scratch + advance(address, _WORKERS, 1) * size_of_scratch
+        u = _array(pointer(memory), tiles * _TILE, values)
+        work = _array(pointer(memory + tiles * _TILE * size_of), (_TILES, _TILE), values)
+        of_block = memory + (tiles + _TILES) * _TILE * size_of
+        numbers = _array(pointer(of_block), (_NUMBERS, WIDTH), values)
+        outers = _array(pointer(of_block + _NUMBERS * WIDTH * size_of), tiles * PLACES, np.int64)
+        count = sampled * WIDTH
+        while piece < block.pieces:
+            first = piece * WIDTH
+            width = min(WIDTH, channels - first)
+            _gather(view, grid, block.places, sampled, first, width, outers, u[:count])
+            if block.magnitudes:
+                out = _array(pointer(block.magnitudes), channels, values)
+                work[0] = 0
+                for at in range(0, count, _TILE):
+                    _add_magnitudes(u[at : min(at + _TILE, count)], by_sample, work[0])
+                _in_pairs(work[0])
+                copy(work[0, :width], out[first : first + width])
+            else:
+                has_eps = block.has_eps
+                _first(u[:count], outers, grid, first, width, shift, scale, block.by_row, values(block.eps), has_eps)
+                _standardize(block, u[:count], outers, grid, first, width, scale, row_weight, work, numbers)
+            advance(address, _DONE, 1)
+            piece = advance(address, _CLAIMED, 1)
+
+    return _compile(sample_of_channels, SampleBlock, wide)
+
+
+@_inlined
+def _gather(view, grid, places, sampled, first, width, outers, u):
+    """The sample (sampled, WIDTH), 0 for what is not finite and for channels that are not there, and its outer indices."""
+    address, outer_stride, channel_stride, inner_stride, kind, _ = view
+    u[:] = 0
+    for k in range(sampled):
+        place = k * places // sampled
+        outer, within = place // grid[1], place % grid[1]
+        outers[k] = outer
+        offset = outer * outer_stride + first * channel_stride + within * inner_stride
+        load_run(address, offset, channel_stride, kind, u[k * WIDTH : k * WIDTH + width])
+    drop_what_is_lost(u)
+
+
+@_inlined
+def _first(u, outers, grid, first, width, shift, scale, by_row, eps, has_eps):
+    """v to u in place, 0 for what is not finite."""
+    number = u.dtype.type
+    for at in range(0, u.size, WIDTH):
+        c = 0
+        while c < width:
+            row, size = _rows_of(outers[at // WIDTH], first + c, grid)
+            size = min(size, width - c)
+            part = u[at + c : at + c + size]
+            if by_row:
+                s = shift[row] if shift.size else number(0)
+                f = scale[row] if scale.size else number(1)
+                if has_eps:
+                    f = f / unit(f, eps, (number(1), number(SMALLEST_UNIT)))
+                for i in range(np.uintp(size)):
+                    part[i] = (part[i] - s) * f
+            else:
+                for i in range(size):
+                    s = shift[first + c + i] if shift.size else number(0)
+                    f = scale[first + c + i] if scale.size else number(1)
+                    part[i] = (part[i] - s) * f
+            c += size
+    drop_what_is_lost(u)
+
+
+@_inlined
+def _rows_of(outer, channel, grid):
+    """The row of that place, and how many channels from this one on share it."""
+    _, _, per_row, groups, per_group = grid
+    group = channel // per_group
+    return outer // per_row * groups + group, (group + 1) * per_group - channel
+
+
+@_inlined
+def _standardize(block, u, outers, grid, first, width, scale, row_weight, work, numbers):
+    """As `layers_reference.standardize`, of a block of channels and its sample u."""
+    number = u.dtype.type
+    by_sample, places, channels = number(block.by_sample), block.places, block.channels
+    padding, of_thresholds = block.padding, 4 * block.fours + 2 * block.twos
+    thresholds = _array(pointer(block.thresholds), of_thresholds, u.dtype)
+    levels = _array(pointer(block.interval_levels), of_thresholds + 1, u.dtype)
+    numbers[:] = 0
+    _center_and_spread(u, by_sample, number(block.tiny), number(block.usual), work, numbers)
+    for c in range(width):
+        numbers[_LEVEL, c], numbers[_MIDDLE, c] = 1, numbers[_CENTER, c]
+        if block.by_sign and of_thresholds - padding > 1:
+            of_midpoints = of_thresholds - padding - 1
+            midpoints = _array(pointer(block.midpoints), of_midpoints, u.dtype)
+            above = _array(pointer(block.above), of_midpoints + 1, u.dtype)
+            weight = _array(pointer(block.weight), channels, u.dtype)[first + c] if block.weight else number(1)
+            bias = _array(pointer(block.bias), channels, u.dtype)[first + c] if block.bias else number(0)
+            outermost = number(block.outermost)
+            _put_zero_on_a_threshold(numbers, c, weight, bias, thresholds[padding:], midpoints, above, outermost)
+        elif not block.by_sign and places > 1 and numbers[_SMALLEST, c] == 0:
+            low, high = number(block.low), number(block.high)
+            _put_zero_on_a_level(numbers, c, low, high, thresholds[padding:], levels[padding:])
+        numbers[_INVERSE, c] = number(1) / numbers[_SPREAD, c]
+    if block.keep_means and places > 1:
+        _means(block, u, outers, grid, first, width, scale, row_weight, thresholds, levels, by_sample, work, numbers)
+        for c in range(width):
+            _keep_means(numbers, c, number(block.doubt))
+    coding = _array(pointer(block.coding), (3, channels), u.dtype)
+    vectors = _array(pointer(block.vectors), (block.vector_rows, channels), u.dtype)
+    for c in range(width):
+        at = first + c
+        center, move, spread = numbers[_CENTER, c], numbers[_MOVE, c], numbers[_SPREAD, c]
+        weight = _array(pointer(block.weight), channels, u.dtype)[at] if block.weight else number(1)
+        coding[0, at], coding[1, at], coding[2, at] = numbers[_MIDDLE, c], numbers[_INVERSE, c], numbers[_ONTO, c]
+        vectors[0, at], vectors[1, at] = center + move, spread
+        bias = _array(pointer(block.bias), channels, u.dtype)[at] if block.bias else number(0)
+        if block.factor_row > 1:
+            offset = (center if block.by_sign else center + move) * weight
+            vectors[block.factor_row - 1, at] = offset if block.shift_row >= 0 or not block.bias else offset + bias
+            vectors[block.factor_row, at] = spread * weight
+        if block.shift_row >= 0:
+            vectors[block.shift_row, at] = bias
+        if block.move_row >= 0:
+            vectors[block.move_row, at] = move * weight
+
+
+@_inlined
+def _center_and_spread(u, by_sample, tiny, usual, work, numbers):
+    """By channel: center and spread, and the smallest magnitude."""
+    totals, centers, largest, smallest = work[0], work[1], work[2], work[3]
+    totals[:] = 0
+    for at in range(0, u.size, _TILE):
+        _add_values(u[at : min(at + _TILE, u.size)], by_sample, totals)
+    _in_pairs(totals)
+    copy(totals[:WIDTH], numbers[_CENTER])
+    copy(totals[:WIDTH], numbers[_OWN])
+    _tile(numbers[_CENTER], centers)
+    largest[:], smallest[:] = 0, np.inf
+    for at in range(0, u.size, _TILE):
+        _extremes(u[at : min(at + _TILE, u.size)], centers, largest, smallest)
+    half = _TILE // 2
+    while half >= WIDTH:
+        _join_extremes(largest[half : 2 * half], smallest[half : 2 * half], largest[:half], smallest[:half])
+        half //= 2
+    copy(smallest[:WIDTH], numbers[_SMALLEST])
+    for c in range(WIDTH):
+        numbers[_LARGEST, c] = largest[c]
+        numbers[_SPREAD, c] = 1 if largest[c] == 0 else largest[c]
+    _tile(numbers[_SPREAD], largest)
+    totals[:] = 0
+    for at in range(0, u.size, _TILE):
+        _add_moments(u[at : min(at + _TILE, u.size)], centers, largest, by_sample, totals)
+    _in_pairs(totals)
+    for c in range(WIDTH):
+        spread = np.sqrt(np.sqrt(np.sqrt(totals[c] * u.dtype.type(1.0 / 105.0)))) * numbers[_LARGEST, c]
+        spread = tiny if u.dtype.type(1) / spread == np.inf else spread
+        numbers[_SPREAD, c] = usual if numbers[_LARGEST, c] == 0 and usual == usual else spread
+
+
+@_inlined
+def _put_zero_on_a_level(numbers, c, low, high, thresholds, levels):
+    """As `layers_reference._with_zero_on_a_level`, of a channel that has zeros."""
+    center, spread = numbers[_CENTER, c], numbers[_SPREAD, c]
+    zero = -center / spread
+    beyond = zero / low if zero < 0 else zero / high
+    is_sparse = beyond <= 2 and low < 0 and high > 0
+    if is_sparse:
+        spread = spread * (beyond if beyond > 1 else numbers.dtype.type(1))
+    level = levels[_interval(thresholds, -center / spread)]
+    numbers[_SPREAD, c], numbers[_LEVEL, c], numbers[_SPARSE, c] = spread, level, is_sparse
+    if is_sparse:
+        numbers[_CENTER, c] = numbers[_MIDDLE, c] = -level * spread
+
+
+@_inlined
+def _put_zero_on_a_threshold(numbers, c, weight, bias, thresholds, midpoints, above, outermost):
+    """As `layers_reference._with_zero_on_a_threshold`, of a channel."""
+    center, spread = numbers[_CENTER, c], numbers[_SPREAD, c]
+    factor, offset, two = spread * weight, center * weight + bias, numbers.dtype.type(2)
+    zero = -offset / factor
+    size = abs(zero)
+    if factor == 0 or not size <= two * outermost:
+        return
+    shrink = outermost / (size if size > outermost else outermost)
+    nearest = _interval(midpoints, shrink * zero)
+    edge = above[nearest] if factor < 0 else thresholds[nearest]
+    numbers[_MIDDLE, c], numbers[_ONTO, c] = -bias / weight, edge
+    spread = spread / shrink
+    numbers[_SPREAD, c], numbers[_CENTER, c] = spread, numbers[_MIDDLE, c] - edge * spread
+
+
+@_inlined
+def _interval(thresholds, value):
+    """How many thresholds are below the value: all, for NaN."""
+    low, high = 0, thresholds.size
+    while low < high:
+        middle = (low + high) // 2
+        if thresholds[middle] >= value:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@_inlined
+def _means(block, u, outers, grid, first, width, scale, row_weight, thresholds, levels, by_sample, work, numbers):
+    """By channel, the means of the value u * w, of level * w, of w, and of the magnitude of the value; and of the square of the
+    deviation d of u, and of d times that of the level."""
+    z, level, w, middle, inverse, onto = work[0], work[1], work[2], work[3], work[4], work[5]
+    own, spread, of_level, totals = work[6], work[7], work[8], work[9:15]
+    rows = _array(pointer(block.permuted), 64 if block.permuted else 0, u.dtype)
+    of_rows = _array(pointer(block.permuted_levels), 16, u.dtype)
+    _tile(numbers[_MIDDLE], middle)
+    _tile(numbers[_INVERSE], inverse)
+    _tile(numbers[_ONTO], onto)
+    totals[:] = 0
+    w[:] = 1
+    for at in range(0, u.size, _TILE):
+        part = u[at : min(at + _TILE, u.size)]
+        _standard_tile(part, middle, inverse, onto, z)
+        rest = permuted_codes(z[: part.size], rows, of_rows, level)
+        _encode_lane(z[rest : part.size], thresholds, levels, block.twos, level[rest:])
+        _add_values(level[: part.size], by_sample, totals[0])
+    _in_pairs(totals[0])
+    for c in range(WIDTH):
+        is_sparse = numbers[_SPARSE, c] != 0
+        numbers[_OWN, c] = 0 if is_sparse else numbers[_OWN, c]
+        numbers[_OF_LEVEL, c] = numbers[_LEVEL, c] if is_sparse else totals[0, c]
+    _tile(numbers[_OWN], own)
+    _tile(numbers[_SPREAD], spread)
+    _tile(numbers[_OF_LEVEL], of_level)
+    totals[:] = 0
+    for at in range(0, u.size, _TILE):
+        part = u[at : min(at + _TILE, u.size)]
+        _standard_tile(part, middle, inverse, onto, z)
+        rest = permuted_codes(z[: part.size], rows, of_rows, level)
+        _encode_lane(z[rest : part.size], thresholds, levels, block.twos, level[rest:])
+        if row_weight.size or block.has_eps:
+            of_tile = outers[at // WIDTH : (at + part.size) // WIDTH]
+            _weights(of_tile, grid, first, width, scale, row_weight, u.dtype.type(block.eps), w)
+        _add_means(part, level, w, by_sample, totals[0], totals[1], totals[2], totals[3])
+        _add_gains(part, level, own, spread, of_level, by_sample, totals[4], totals[5])
+    for i in range(6):
+        _in_pairs(totals[i])
+        copy(totals[i, :WIDTH], numbers[_MEAN + i])
+
+
+@_inlined
+def _weights(outers, grid, first, width, scale, row_weight, eps, w):
+    """What u is times to be the value, for a tile; 0 for what is not finite."""
+    number = w.dtype.type
+    for k in range(outers.size):
+        c = 0
+        while c < width:
+            row, size = _rows_of(outers[k], first + c, grid)
+            size = min(size, width - c)
+            weight = row_weight[row] if row_weight.size else unit(scale[row], eps, (number(1), number(SMALLEST_UNIT)))
+            w[k * WIDTH + c : k * WIDTH + c + size] = weight if weight - weight == 0 else number(0)
+            c += size
+
+
+@_inlined
+def _keep_means(numbers, c, doubt):
+    """The spread of gain one, then stretched, or the move, so that the channel keeps its mean."""
+    number = numbers.dtype.type
+    mean, mean_level, mean_weight, size = numbers[_MEAN, c], numbers[_MEAN + 1, c], numbers[_MEAN + 2, c], numbers[_MEAN + 3, c]
+    gain = numbers[_MEAN + 4, c] / numbers[_MEAN + 5, c]
+    if gain >= number(0.7) and gain <= number(2):
+        numbers[_SPREAD, c] = gain * numbers[_SPREAD, c]
+    spread, is_sparse = numbers[_SPREAD, c], numbers[_SPARSE, c] != 0
+    center = -numbers[_LEVEL, c] * spread if is_sparse else numbers[_MIDDLE, c] - numbers[_ONTO, c] * spread
+    found = spread * mean_level + center * mean_weight
+    if is_sparse:
+        one = number(1) if size == 0 else size
+        relative, relative_found = mean / one, found / one
+        spread = spread * ((relative * relative_found + doubt) / (relative_found * relative_found + doubt))
+        numbers[_SPREAD, c], center = spread, -numbers[_LEVEL, c] * spread
+    else:
+        numbers[_MOVE, c] = (mean - found) / (number(1) if mean_weight == 0 else mean_weight)
+    numbers[_CENTER, c] = center
+
+
+@_inlined
+def _tile(of_channels, tile):
+    for at in range(0, tile.size, WIDTH):
+        copy(of_channels, tile[at : at + WIDTH])
+
+
+@_inlined
+def _in_pairs(totals):
+    """The sums of the accumulators of each channel, of adjacent pairs until one is left, which comes first."""
+    half = PLACES // 2
+    while half:
+        for k in range(half):
+            for c in range(WIDTH):
+                totals[k * WIDTH + c] = totals[2 * k * WIDTH + c] + totals[(2 * k + 1) * WIDTH + c]
+        half //= 2
+
+
+@_inlined
+def _add_values(values, factor, totals):
+    for i in range(np.uintp(values.size)):
+        totals[i] += values[i] * factor
+
+
+@_inlined
+def _add_magnitudes(values, factor, totals):
+    for i in range(np.uintp(values.size)):
+        totals[i] += abs(values[i]) * factor
+
+
+@_inlined
+def _extremes(u, center, largest, smallest):
+    """The largest deviation, NaN if there is one, and the smallest magnitude."""
+    for i in range(np.uintp(u.size)):
+        deviation, size = abs(u[i] - center[i]), abs(u[i])
+        largest[i] = largest[i] if largest[i] >= deviation or largest[i] != largest[i] else deviation
+        smallest[i] = size if size < smallest[i] else smallest[i]
+
+
+@_inlined
+def _join_extremes(other_largest, other_smallest, largest, smallest):
+    for i in range(np.uintp(largest.size)):
+        other = other_largest[i]
+        largest[i] = largest[i] if largest[i] >= other or largest[i] != largest[i] else other
+        smallest[i] = other_smallest[i] if other_smallest[i] < smallest[i] else smallest[i]
+
+
+@_inlined
+def _add_moments(u, center, largest, factor, totals):
+    """The eighth powers of the deviations, in units of the largest."""
+    for i in range(np.uintp(u.size)):
+        relative = (u[i] - center[i]) / largest[i]
+        power = relative * relative
+        power = power * power
+        totals[i] += power * power * factor
+
+
+@_inlined
+def _standard_tile(u, middle, inverse, onto, z):
+    for i in range(np.uintp(u.size)):
+        z[i] = (u[i] - middle[i]) * inverse[i] + onto[i]
+
+
+@_inlined
+def _add_means(u, level, w, factor, of_value, of_level, of_weight, of_size):
+    for i in range(np.uintp(u.size)):
+        value = u[i] * w[i]
+        of_value[i] += value * factor
+        of_level[i] += level[i] * w[i] * factor
+        of_weight[i] += w[i] * factor
+        of_size[i] += abs(value) * factor
+
+
+@_inlined
+def _add_gains(u, level, own, spread, of_level, factor, of_square, of_product):
+    for i in range(np.uintp(u.size)):
+        d = (u[i] - own[i]) / spread[i]
+        of_square[i] += d * d * factor
+        of_product[i] += d * (level[i] - of_level[i]) * factor

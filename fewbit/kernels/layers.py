@@ -1,0 +1,155 @@
+"""What kernels do for layers: one backend per file, all under the contract of `fewbit.kernels.layers_reference`.
+
+`fewbit.kernels.layer_ops` offers the functions below as torch operators.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fewbit import kernels
+from fewbit.kernels import cuda
+from fewbit.kernels import layers_reference as reference
+from fewbit.kernels.device_table import DeviceTable
+from fewbit.kernels.grid import LARGE_SAMPLE, Grid
+from fewbit.kernels.layers_reference import First, Vectors
+
+__all__ = ["Grid", "Vectors"]
+
+Tensor = torch.Tensor
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def encode_scaled(
+    x: Tensor, grid: Grid, table: DeviceTable, stochastic: bool, marks: bool
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Codes of x, standardized by channel and scaled by row.
+
+    x           (outer, channels, inner), any strides
+    table       of a standard normal number
+    stochastic  whether a value between two levels goes to either at random, so that its mean is the value
+    marks       whether a channel that is not finite is to be rebuilt as NaN
+
+    Returns     packed codes; the rows' scales (rows,) and vectors (2, channels), from which `decode` rebuilds x; and whether
+                all is finite, as far as is known
+    """
+    backend, grid = backend_of(x), grid._replace(sample=LARGE_SAMPLE)
+    scales = backend.row_scales(x, grid, backend.magnitudes(x, grid))
+    row, first = scales[0].clone(), First(None, scales[1], True)
+    coding, vectors, where = backend.standardize(x, grid, first, row, table, None, None, False, not stochastic)
+    packed, finite = _encode(x, grid, first, coding, table, vectors, where if marks else None, stochastic)
+    return packed, row, vectors, finite
+
+
+def encode_normalized(
+    x: Tensor,
+    grid: Grid,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    eps: float | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    by_sign: bool,
+    centered: bool,
+    table: DeviceTable,
+    stochastic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """Codes of x̂ = (x - mean) * scale, standardized by channel.
+
+    mean, scale   (rows,), or with no `eps` (channels,), wide; with an eps both may be None: then they are found here
+    eps           of scale = 1 / sqrt(variance + eps); None: mean and scale belong to the channels
+    weight, bias  (channels,) of y = weight * x̂ + bias
+    by_sign       whether codes are to tell the sign of y
+    centered      whether a mean is subtracted
+
+    Returns       packed codes; the first two vectors of `Vectors.of` (2, channels), which rebuild x̂; the others (k, channels),
+                  which rebuild y, or, if there are none, the first two; the scale; and whether all is finite, as far as is
+                  known
+    """
+    backend, by_row = backend_of(x), eps is not None
+    if scale is None:
+        moments = backend.row_moments(x, grid, eps, centered)
+        # a σ that is infinite: of a row with infinities, of which nothing can be told
+        mean, scale = (moments[0] if centered else None), torch.where(moments[1] == 0, torch.nan, moments[1])
+    assert scale is not None, "found here or given"
+    first = First(mean, scale, by_row, eps)
+    coding, vectors, where = backend.standardize(x, grid, first, None, table, weight, bias, by_sign, not stochastic)
+    marked = None if by_row else where._replace(offset=where.center)  # readers look at y themselves
+    packed, finite = _encode(x, grid, first, coding, table, vectors, marked, stochastic)
+    if len(vectors) == 2:
+        return packed, vectors, vectors, scale, finite
+    return packed, vectors[:2].clone(), vectors[2:].clone(), scale, finite
+
+
+def _encode(
+    x: Tensor,
+    grid: Grid,
+    first: First,
+    coding: Tensor,
+    table: DeviceTable,
+    vectors: Tensor,
+    where: Vectors | None,
+    random: bool,
+) -> tuple[Tensor, bool]:
+    if not random:
+        return backend_of(x).encode(x, grid, first, coding, table, vectors, where)
+    z = reference.standard(x, grid, first, coding)
+    reference.mark(z, vectors, where)
+    finite = z.device.type != "cpu" or bool(z.isfinite().all() and vectors.isfinite().all())
+    levels = table.levels.sort().values  # a table of your own may have them in any order
+    above = torch.bucketize(z, levels).clamp(1, levels.numel() - 1)
+    low, high = levels[above - 1], levels[above]
+    rounded = torch.where(torch.rand_like(low) * (high - low) < z - low, high, low)
+    return kernels.encode(rounded.reshape(-1), table), finite
+
+
+def decode(packed: Tensor, *arguments: Any) -> Tensor:
+    return backend_of(packed).decode(packed, *arguments)
+
+
+def times_slope(packed: Tensor, *arguments: Any) -> Tensor:
+    return backend_of(packed).times_slope(packed, *arguments)
+
+
+def rows_backward(packed: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As of the reference; the gradients of weight and bias in the dtype of the weight, if there is one."""
+    weight, (grad_x, by_weight, by_bias) = arguments[5], backend_of(packed).rows_backward(packed, *arguments)
+    if weight is None:
+        return grad_x, by_weight, by_bias
+    return grad_x, by_weight.to(weight.dtype), None if by_bias is None else by_bias.to(weight.dtype)
+
+
+def channels_backward(packed: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As of the reference; the gradients of weight and bias in the dtype of the weight, if there is one."""
+    weight, (grad_x, by_weight, by_bias) = arguments[4], backend_of(packed).channels_backward(packed, *arguments)
+    return grad_x, *((by_weight, by_bias) if weight is None else (by_weight.to(weight.dtype), by_bias.to(weight.dtype)))
+
+
+def gate_backward(packed: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return backend_of(packed).gate_backward(packed, *arguments)
+
+
+def gate_value(packed: Tensor, *arguments: Any) -> Tensor:
+    return backend_of(packed).gate_value(packed, *arguments)
+
+
+def backend_of(tensor: Tensor) -> Any:
+    """Compiled kernels for plain tensors on a CPU or CUDA device; torch operations for all else: subclasses, fake tensors."""
+    return _on(tensor.device) if type(tensor) in _PLAIN else reference
+
+
+@cache
+def _on(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        from fewbit.kernels import layers_cpu  # here, since it loads numba
+
+        return layers_cpu
+    if device.type == "cuda" and cuda.supports(device, torch.float32):
+        from fewbit.kernels import layers_cuda  # loads Triton on first use
+
+        return layers_cuda
+    return reference

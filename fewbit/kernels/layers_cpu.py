@@ -1,0 +1,418 @@
+"""The CPU backend for layers, compiled by numba: the functions of `fewbit.kernels.layers_reference`, whose bits it keeps."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from fewbit import packing
+from fewbit.kernels import layer_loops, layer_rows, layer_sample, layer_sums
+from fewbit.kernels import layers_reference as reference
+from fewbit.kernels.device_table import DeviceTable
+from fewbit.kernels.grid import Grid
+from fewbit.kernels.layer_tables import levels_of, prepared_table
+from fewbit.kernels.layers_reference import First, Vectors
+from fewbit.kernels.spans import KINDS
+from fewbit.kernels.system import Kernel, in_huge_pages
+from fewbit.torch_internals import is_zero
+
+Tensor = torch.Tensor
+_WIDE = {torch.float32: "float32", torch.float64: "float64"}
+_LONG = 128  # elements from which on a loop of its own pays for each channel
+_PIECE = 1 << 14  # elements of a piece of work, about, where rows are claimed
+
+
+def magnitudes(x: Tensor, grid: Grid) -> Tensor:
+    wide = reference.wide_dtype(x.dtype)
+    if not _takes(x.dtype, wide, grid):
+        return reference.magnitudes(x, grid)
+    x, found = _readable(x), torch.empty(grid.channels, dtype=wide)
+    _sample(x, grid, wide, found.data_ptr())
+    return found
+
+
+def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
+    wide = reference.wide_dtype(x.dtype)
+    if not _takes(x.dtype, wide, grid, magnitude.dtype):
+        return reference.row_scales(x, grid, magnitude)
+    ends = torch.finfo(wide)
+    magnitude, out = _contiguous(magnitude, wide), torch.empty(2, grid.rows, dtype=wide)
+    numbers = (0.0, ends.tiny**0.5, ends.max / 2, 0.0, 1 / grid.channels, reference.HEADROOM)
+    _rows(x, grid, out, magnitude.data_ptr(), False, numbers)
+    return out
+
+
+def row_moments(x: Tensor, grid: Grid, eps: float, centered: bool) -> Tensor:
+    wide = reference.wide_dtype(x.dtype)
+    if not _takes(x.dtype, wide, grid):
+        return reference.row_moments(x, grid, eps, centered)
+    out = torch.empty(2, grid.rows, dtype=wide)
+    _rows(x, grid, out, 0, centered, (eps, 0.0, 0.0, 1 / grid.row_size, 0.0, 0.0))
+    return out
+
+
+def standardize(
+    x: Tensor,
+    grid: Grid,
+    first: First,
+    row_weight: Tensor | None,
+    table: DeviceTable,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    by_sign: bool,
+    keep_means: bool,
+) -> tuple[Tensor, Tensor, Vectors]:
+    wide = reference.wide_dtype(x.dtype)
+    if not _takes(x.dtype, wide, grid, table.levels.dtype):
+        return reference.standardize(x, grid, first, row_weight, table, weight, bias, by_sign, keep_means)
+    x, where, prepared = (
+        _readable(x),
+        Vectors.of(weight is not None, bias is not None, by_sign, first.by_row),
+        prepared_table(table),
+    )
+    coding, vectors = torch.empty(3, grid.channels, dtype=wide), torch.empty(where.number, grid.channels, dtype=wide)
+    of_rows, of_weight, of_bias = (None if each is None else _contiguous(each, wide) for each in (row_weight, weight, bias))
+    shift, scale = _of_first(first, grid, wide)
+    usual = float("nan")
+    if grid.sampled < grid.places:
+        usual = 1.0 if row_weight is None else 1 / (reference.HEADROOM * grid.row_size**0.5)
+    doubt = reference.COEFFICIENT / 4**table.bits + 1 / grid.places
+    low, high, outermost = prepared.ends
+    numbers = {"eps": first.eps or 0.0, "usual": usual, "doubt": doubt, "low": low, "high": high, "outermost": outermost}
+    integers = (
+        *(_address(shift), _address(scale), first.by_row, _has_eps(first), _address(of_rows), _address(of_weight)),
+        *(_address(of_bias), by_sign, keep_means, *prepared.sample, coding.data_ptr(), vectors.data_ptr()),
+        *(where.number, where.factor if where.factor > 1 else -1, where.shift, where.move),
+    )
+    _sample(x, grid, wide, 0, *integers, **numbers)
+    return coding, vectors, where
+
+
+def encode(
+    x: Tensor, grid: Grid, first: First, coding: Tensor, table: DeviceTable, vectors: Tensor, where: Vectors | None
+) -> tuple[Tensor, bool]:
+    wide = reference.wide_dtype(x.dtype)
+    if not _takes(x.dtype, wide, grid, table.levels.dtype, coding.dtype, vectors.dtype) or not vectors.is_contiguous():
+        return reference.encode(x, grid, first, coding, table, vectors, where)
+    bits, words, prepared = table.bits, packing.words(grid.n, table.bits), prepared_table(table)
+    given = x, grid, first, coding
+    shift, scale = _of_first(first, grid, wide)
+    of_channels = (None, None) if first.by_row else (shift, scale)
+    grid, x, (coding, *of_channels) = _merged(grid, _readable(x), _contiguous(coding, wide), *of_channels)
+    shift, scale = (shift, scale) if first.by_row else of_channels
+    own = -1 if where is None or grid.inner != given[1].inner else where.center, -1 if where is None else where.offset
+    packed = torch.empty(bits * words, dtype=torch.uint8)
+    pieces = -(-words // layer_loops.CHUNK)
+    block = layer_loops.EncodeBlock(
+        *(0, 0, 0, 0, pieces, *_of_grid(grid), *_view(x), packed.data_ptr(), words, bits, 0),
+        *(_address(shift), _address(scale), first.by_row, _has_eps(first), coding.data_ptr()),
+        *(vectors.data_ptr(), vectors.numel(), *own),
+        *prepared.search,
+        first.eps or 0.0,
+    )
+    _kernel(layer_loops.encoder, wide).share(block, grid.n, pieces, layer_loops.encoder_scratch(_WIDE[wide]))
+    if block.lost and where is not None and own[0] < 0:  # channels were merged
+        reference.mark(reference.standard(*given), vectors, where)
+    return packed, block.lost == 0
+
+
+def decode(
+    packed: Tensor,
+    grid: Grid,
+    vectors: Tensor,
+    where: Vectors,
+    row: Tensor | None,
+    eps: float | None,
+    table: DeviceTable,
+    dtype: torch.dtype,
+    below: float = 1.0,
+    above: float = 1.0,
+) -> Tensor:
+    if not _takes(dtype, vectors.dtype, grid, table.levels.dtype):
+        return reference.decode(packed, grid, vectors, where, row, eps, table, dtype, below, above)
+    product, (grid, _, (vectors,)) = _empty(grid.n, dtype), _merged(grid, None, vectors)
+    _rebuild(layer_loops.DECODE, packed, None, grid, vectors, where, row, eps, table, product, slopes=(below, above))
+    return product
+
+
+def times_slope(
+    packed: Tensor,
+    grad: Tensor,
+    grid: Grid,
+    vectors: Tensor,
+    where: Vectors,
+    row: Tensor | None,
+    eps: float | None,
+    table: DeviceTable,
+    below: float,
+    above: float,
+) -> Tensor:
+    if not _takes(grad.dtype, vectors.dtype, grid, table.levels.dtype):
+        return reference.times_slope(packed, grad, grid, vectors, where, row, eps, table, below, above)
+    product, (grid, _, (vectors,)) = _empty(grid.n, grad.dtype), _merged(grid, None, vectors)
+    grad, where = _readable(grad).view(grid[:3]), where._replace(move=-1)
+    _rebuild(layer_loops.SLOPE, packed, grad, grid, vectors, where, row, eps, table, product, slopes=(below, above))
+    return product
+
+
+def rows_backward(
+    packed: Tensor,
+    grad: Tensor,
+    grid: Grid,
+    vectors: Tensor,
+    scale: Tensor,
+    eps: float | None,
+    weight: Tensor | None,
+    table: DeviceTable,
+    centered: bool,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    wide = vectors.dtype
+    if not _takes(grad.dtype, wide, grid, table.levels.dtype):
+        return reference.rows_backward(packed, grad, grid, vectors, scale, eps, weight, table, centered, has_bias)
+    rows_of_piece = _rows_of_piece(grid.rows)
+    pieces = -(-grid.rows // rows_of_piece)
+    has_sums = weight is not None or has_bias
+    sums = torch.empty((2, grid.channels) if has_sums else 0, dtype=wide)
+    partial = torch.empty((pieces, 2, grid.channels) if has_sums else 0, dtype=wide)
+    product = _empty(grid.n, grad.dtype)
+    own = grid.rows, rows_of_piece, grid.channels, grid.row_size, centered
+    arguments = packed, grad, grid, vectors, scale, eps, weight, table
+    _backward(layer_sums.rows_backward, *arguments, pieces, own, partial, sums, product)
+    return product, None if weight is None else sums[0], sums[1] if has_bias else None
+
+
+def channels_backward(
+    packed: Tensor,
+    grad: Tensor,
+    grid: Grid,
+    vectors: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    table: DeviceTable,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = vectors.dtype
+    if not _takes(grad.dtype, wide, grid, table.levels.dtype):
+        return reference.channels_backward(packed, grad, grid, vectors, scale, weight, table, training)
+    channels, (grid, grad, _) = grid.channels, _merged(grid, grad)
+    down = _rows_of_piece(grid.outer) if grid.inner == 1 else max(1, grid.outer // 64)
+    across = grid.channels if grid.inner == 1 else max(1, min(grid.channels, _PIECE // (down * grid.inner)))
+    pieces = -(-grid.outer // down)
+    sums, partial = torch.empty(3, grid.channels, dtype=wide), torch.empty(pieces, 3, grid.channels, dtype=wide)
+    product = _empty(grid.n, grad.dtype)
+    own = grid.outer, down, across, grid.places, training
+    pieces *= -(-grid.channels // across)
+    arguments = packed, grad, grid, sums, sums[0], None, None, table  # of which it reads no vectors and no scale
+    _backward(layer_sums.channel_sums, *arguments, pieces, own, partial, sums, product)
+    of_products, of_grads, of_levels = sums if grid.channels == channels else sums.view(3, channels, -1).sum(2)
+    (center, spread), factor = vectors[:2], scale if weight is None else scale * weight
+    if not training:
+        combined = torch.stack([torch.zeros_like(factor), torch.zeros_like(factor), factor])
+        by_weight = spread * of_products + center * of_grads
+    else:  # grad_x = (grad - mean grad - x̂ mean(grad x̂)) * factor, with x̂ = spread * (level - its mean)
+        count = grid.n // channels
+        mean, spread = of_levels / count, spread + 0 * center  # which is NaN where what is not finite is marked
+        by_weight = spread * (of_products - mean * of_grads)
+        of_level = spread * by_weight * factor / -count
+        combined = torch.stack([of_level, of_grads * factor / -count - of_level * mean, factor])
+    combined = combined.to(wide).repeat_interleave(grid.channels // channels, 1)
+    _rebuild(layer_loops.COMBINE, packed, grad, grid, combined, Vectors(0, 0, 1, 0, -1, 2), None, None, table, product)
+    return product, by_weight.to(wide), of_grads.clone()
+
+
+def _merged(grid: Grid, x: Tensor | None, *by_channel: Tensor | None) -> tuple[Grid, Any, Any]:
+    """The same, with a channel for each element of an outer place, where channels have few elements there: loops along channels
+    are then long."""
+    is_one = x is None or x.stride(1) == grid.inner * x.stride(2)
+    if not (1 < grid.inner < _LONG and grid.channels * grid.inner <= _PIECE and is_one):
+        return grid, x, by_channel
+    merged = grid._replace(channels=grid.channels * grid.inner, inner=1)
+    x = None if x is None else x.as_strided(merged[:3], (x.stride(0), x.stride(2), 1))
+    repeated = (each if each is None else each.repeat_interleave(grid.inner, -1) for each in by_channel)
+    return merged, x, tuple(repeated)
+
+
+def gate_backward(
+    packed: Tensor,
+    packed_up: Tensor,
+    grad: Tensor,
+    grid: Grid,
+    vectors: Tensor,
+    row: Tensor,
+    derivative: DeviceTable,
+    value: DeviceTable,
+    normal: DeviceTable,
+) -> tuple[Tensor, Tensor]:
+    if not _takes(grad.dtype, vectors.dtype, grid, *(each.levels.dtype for each in (derivative, value, normal))):
+        return reference.gate_backward(packed, packed_up, grad, grid, vectors, row, derivative, value, normal)
+    of_gate, of_up = _empty(grid.n, grad.dtype), _empty(grid.n, grad.dtype)
+    gate = packed, derivative, value, of_up
+    _rebuild(layer_loops.GATE_BACKWARD, packed_up, grad, grid, vectors, Vectors(), row, None, normal, of_gate, gate)
+    return of_gate, of_up
+
+
+def gate_value(
+    packed: Tensor,
+    packed_up: Tensor,
+    grid: Grid,
+    vectors: Tensor,
+    row: Tensor,
+    value: DeviceTable,
+    normal: DeviceTable,
+    dtype: torch.dtype,
+) -> Tensor:
+    if not _takes(dtype, vectors.dtype, grid, value.levels.dtype, normal.levels.dtype):
+        return reference.gate_value(packed, packed_up, grid, vectors, row, value, normal, dtype)
+    product = _empty(grid.n, dtype)
+    gate = packed, value, value, product
+    _rebuild(layer_loops.GATE_VALUE, packed_up, None, grid, vectors, Vectors(), row, None, normal, product, gate)
+    return product
+
+
+def _rebuild(
+    mode: int,
+    packed: Tensor,
+    grad: Tensor | None,
+    grid: Grid,
+    vectors: Tensor,
+    where: Vectors,
+    row: Tensor | None,
+    eps: float | None,
+    table: DeviceTable,
+    product: Tensor,
+    gate: tuple[Tensor, DeviceTable, DeviceTable, Tensor] | None = None,
+    slopes: tuple[float, float] = (0.0, 0.0),
+) -> None:
+    """Fill the product; gate: its codes, the tables of slopes and values, and the second product."""
+    wide, words, bits = vectors.dtype, packing.words(grid.n, table.bits), table.bits
+    levels, vectors = levels_of(table, packed), _contiguous(vectors, wide)
+    grad = None if grad is None else _readable(grad)
+    row = None if row is None else _contiguous(row, wide)
+    of_gate: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
+    if gate is not None:
+        codes, derivative, value, other = gate
+        tables = levels_of(derivative, codes), levels_of(value, codes)
+        addresses = (*(each.data_ptr() for each in tables), other.data_ptr())
+        of_gate = codes.data_ptr(), packing.words(grid.n, value.bits), value.bits, *addresses
+    begin, step = vectors.data_ptr(), grid.channels * vectors.element_size()
+    pieces, largest = -(-words // layer_loops.CHUNK), torch.finfo(product.dtype).max
+    block = layer_loops.RebuildBlock(
+        *(0, 0, 0, 0, pieces, *_of_grid(grid), *((0,) * 6 if grad is None else _view(grad)), packed.data_ptr(), words, bits),
+        *(mode, begin + where.factor * step, begin + where.offset * step),
+        *(begin + each * step if each >= 0 else 0 for each in (where.move, where.shift)),
+        *(_address(row), eps is not None, levels.data_ptr(), product.data_ptr(), KINDS[product.dtype], *of_gate),
+        *(eps or 0.0, largest, *slopes),
+    )
+    _kernel(layer_loops.rebuilder, wide).share(block, grid.n, pieces, layer_loops.rebuilder_scratch(_WIDE[wide]))
+
+
+def _backward(
+    make: Any,
+    packed: Tensor,
+    grad: Tensor,
+    grid: Grid,
+    vectors: Tensor,
+    scale: Tensor,
+    eps: float | None,
+    weight: Tensor | None,
+    table: DeviceTable,
+    pieces: int,
+    own: tuple[int, ...],
+    partial: Tensor,
+    sums: Tensor,
+    product: Tensor,
+) -> None:
+    """Run a kernel of a BackwardBlock."""
+    wide, words, bits = vectors.dtype, packing.words(grid.n, table.bits), table.bits
+    vectors, scale = _contiguous(vectors, wide), _contiguous(scale, wide)
+    grad, levels = _readable(grad), levels_of(table, packed)
+    weight = None if weight is None else _contiguous(weight, wide)
+    begin, step = vectors.data_ptr(), grid.channels * vectors.element_size()
+    where = Vectors()
+    block = layer_sums.BackwardBlock(
+        *(0, 0, 0, 0, pieces, *_of_grid(grid), *_view(grad), packed.data_ptr(), words, bits),
+        *(begin + where.center * step, begin + where.spread * step, scale.data_ptr(), eps is not None, _address(weight)),
+        *(levels.data_ptr(), *own, partial.data_ptr(), sums.data_ptr() if sums.numel() else 0),
+        *(product.data_ptr(), KINDS[product.dtype], eps or 0.0, torch.finfo(product.dtype).max),
+    )
+    _kernel(make, wide).share(block, grid.n, pieces, layer_sums.backward_scratch(_WIDE[wide]))
+
+
+def _rows(x: Tensor, grid: Grid, out: Tensor, magnitude: int, centered: bool, numbers: tuple[float, ...]) -> None:
+    x, rows_of_piece = _readable(x), max(1, _PIECE // grid.row_size)
+    pieces = -(-grid.rows // rows_of_piece)
+    block = layer_rows.RowBlock(
+        *(0, 0, 0, 0, pieces, *_of_grid(grid), *_view(x), 0, 0, 0),
+        *(grid.rows, rows_of_piece, grid.row_size, magnitude, out.data_ptr(), centered),
+        *numbers,
+    )
+    kernel = _kernel(layer_rows.row_statistics, out.dtype)
+    kernel.share(block, grid.n, pieces, layer_rows.row_scratch(_WIDE[out.dtype], grid.channels))
+
+
+def _sample(x: Tensor, grid: Grid, wide: torch.dtype, magnitudes: int, *integers: int, **numbers: float) -> None:
+    pieces, sampled = -(-grid.channels // layer_sample.WIDTH), grid.sampled
+    block = layer_sample.SampleBlock(
+        *(0, 0, 0, 0, pieces, *_of_grid(grid), *_view(x), 0, 0, 0, sampled, grid.places, magnitudes, *integers),
+        **numbers,
+        tiny=torch.finfo(wide).tiny ** 0.5,
+        by_sample=1 / sampled,
+    )
+    scratch = layer_sample.sample_scratch(_WIDE[wide], sampled)
+    _kernel(layer_sample.sampler, wide).share(block, sampled * grid.channels, pieces, scratch)
+
+
+def _takes(dtype: torch.dtype, wide: torch.dtype, grid: Grid, *others: torch.dtype) -> bool:
+    """Whether the kernels take tensors of the dtype and compute in `wide`, in which all others are: all else is rare."""
+    fits = dtype == wide == torch.float64 or (dtype != torch.float64 and wide == torch.float32)
+    return fits and dtype in KINDS and grid.n > 0 and all(other == wide for other in others)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The same numbers in memory as they are to be read."""
+    return tensor.clone().resolve_neg() if tensor.is_neg() or is_zero(tensor) else tensor
+
+
+def _contiguous(tensor: Tensor, wide: torch.dtype) -> Tensor:
+    tensor = _readable(tensor)
+    return tensor if tensor.dtype == wide and tensor.is_contiguous() else tensor.to(wide).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _has_eps(first: First) -> bool:
+    return first.scale is not None and first.eps is not None
+
+
+def _of_first(first: First, grid: Grid, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    shift, scale = (None if each is None else _contiguous(each, wide) for each in (first.shift, first.scale))
+    return shift, scale
+
+
+def _of_grid(grid: Grid) -> tuple[int, ...]:
+    _, channels, inner, per_row, groups, _ = grid
+    return grid.n, channels, inner, per_row, groups, channels // groups
+
+
+def _view(x: Tensor) -> tuple[int, ...]:
+    """Of a tensor (outer, channels, inner), see `fewbit.kernels.spans`."""
+    return x.data_ptr(), *x.stride(), KINDS[x.dtype], x.is_contiguous()
+
+
+def _rows_of_piece(rows: int) -> int:
+    """How many rows make one partial sum: few enough to round well, and many enough that the sums take little memory."""
+    return min(512, max(32, -(-rows // 64)))
+
+
+def _empty(n: int, dtype: torch.dtype) -> Tensor:
+    return in_huge_pages(torch.empty(n, dtype=dtype))
+
+
+@cache
+def _kernel(make: Any, wide: torch.dtype) -> Kernel:
+    return Kernel(make(_WIDE[wide]), 0)

@@ -1,0 +1,125 @@
+"""Operations of LLVM that numba has no name for, or widens, for the loops of the CPU backend.
+
+numba compiles the kernels of `loops.py` anew where that file has changed, and not where this one has: touch it after a change
+here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba.extending
+from llvmlite import ir
+from numba import types
+
+_intrinsic: Any = numba.extending.intrinsic  # what it decorates is called without the typing context
+
+
+@_intrinsic
+def advance(typing_context, address, offset, step):
+    """What the counter at that offset of the block was before it was advanced, in one atomic operation."""
+
+    def generate(context, builder, signature, arguments):
+        counter = builder.gep(builder.bitcast(arguments[0], ir.IntType(8).as_pointer()), [arguments[1]])
+        counter = builder.bitcast(counter, ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, arguments[2], "monotonic")
+
+    return types.int64(address, types.int64, types.int64), generate
+
+
+@_intrinsic
+def advance_ordered(typing_context, address, offset, step):
+    """As `advance`; and what a thread wrote before is seen by those that find its counter advanced."""
+
+    def generate(context, builder, signature, arguments):
+        counter = builder.gep(builder.bitcast(arguments[0], ir.IntType(8).as_pointer()), [arguments[1]])
+        counter = builder.bitcast(counter, ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, arguments[2], "acq_rel")
+
+    return types.int64(address, types.int64, types.int64), generate
+
+
+@_intrinsic
+def pointer(typing_context, address):
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@_intrinsic
+def shift_left(typing_context, number, shift):
+    return number(number, number), lambda context, builder, signature, arguments: builder.shl(*arguments)
+
+
+@_intrinsic
+def shift_right(typing_context, number, shift):
+    return number(number, number), lambda context, builder, signature, arguments: builder.lshr(*arguments)
+
+
+@_intrinsic
+def bits_or(typing_context, a, b):
+    return a(a, a), lambda context, builder, signature, arguments: builder.or_(*arguments)
+
+
+@_intrinsic
+def bits_and(typing_context, a, b):
+    return a(a, a), lambda context, builder, signature, arguments: builder.and_(*arguments)
+
+
+@_intrinsic
+def float_of(typing_context, pattern):
+    """The float32 of a pattern, an int32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@_intrinsic
+def is_negative(typing_context, number):
+    def generate(context, builder, signature, arguments):
+        return builder.icmp_signed("<", arguments[0], ir.Constant(arguments[0].type, 0))
+
+    return types.boolean(number), generate
+
+
+@_intrinsic
+def widen(typing_context, value):
+    """The float that `value` stands for: float32 for uint16 (bfloat16) and int16 (float16), else value itself."""
+
+    def generate(context, builder, signature, arguments):
+        (bits,) = arguments
+        if value == types.uint16:
+            return builder.bitcast(
+                builder.shl(builder.zext(bits, ir.IntType(32)), ir.Constant(ir.IntType(32), 16)), ir.FloatType()
+            )
+        if value == types.int16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+        return bits
+
+    return (types.float32 if value in (types.uint16, types.int16) else value)(value), generate
+
+
+@_intrinsic
+def narrow(typing_context, value, like):
+    """`value`, a float, rounded to nearest even to what `like` is: bfloat16 for uint16, float16 for int16, else unchanged."""
+
+    def generate(context, builder, signature, arguments):
+        number, _ = arguments
+        if like == types.int16:
+            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), ir.IntType(16))
+        if like != types.uint16:
+            return number
+        integer = ir.IntType(32)
+        bits = builder.bitcast(number, integer)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(integer, 16)), ir.Constant(integer, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(integer, 0x7FFF)))
+        nan = builder.fcmp_unordered("uno", number, number)
+        return builder.trunc(
+            builder.lshr(builder.select(nan, ir.Constant(integer, 0x7FC00000), rounded), ir.Constant(integer, 16)),
+            ir.IntType(16),
+        )
+
+    return (like if like in (types.uint16, types.int16) else value)(value, like), generate
