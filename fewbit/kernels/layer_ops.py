@@ -21,6 +21,7 @@ _CODED = "Tensor packed, SymInt[] grid, Tensor vectors, int[] where, Tensor? row
 def encode_scaled(
     x: Tensor, grid: Grid, table: DeviceTable, stochastic: bool, marks: bool
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """As `fewbit.kernels.layers.encode_scaled`."""
     return *_encode_scaled(x, grid, *constants(table), table.bits, stochastic, marks), True
 
 
@@ -41,6 +42,7 @@ _encode_scaled = operator(
 
 
 def encode_normalized(x: Tensor, grid: Grid, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """As `fewbit.kernels.layers.encode_normalized`."""
     *others, table, stochastic = arguments
     packed, own, of_readers, found = _encode_normalized(x, grid, *others, *constants(table), table.bits, stochastic)
     _, scale, eps, weight, bias, by_sign, _ = others
@@ -86,6 +88,7 @@ def decode(
     below: float = 1.0,
     above: float = 1.0,
 ) -> Tensor:
+    """As `fewbit.kernels.layers.decode`."""
     return _decode(packed, grid, vectors, where, row, eps, *constants(table), table.bits, dtype, below, above)
 
 
@@ -115,6 +118,7 @@ def times_slope(
     below: float,
     above: float,
 ) -> Tensor:
+    """As `fewbit.kernels.layers.times_slope`."""
     return _times_slope(packed, grid, vectors, where, row, eps, grad, *constants(table), table.bits, below, above)
 
 
@@ -145,6 +149,7 @@ def rows_backward(
     centered: bool,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `fewbit.kernels.layers.rows_backward`."""
     options = weight, *constants(table), table.bits, centered, has_bias
     grad_x, by_weight, by_bias = _rows_backward(packed, grad, grid, vectors, scale, eps, *options)
     return grad_x, None if weight is None else by_weight, by_bias if has_bias else None
@@ -182,6 +187,7 @@ def channels_backward(
     table: DeviceTable,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fewbit.kernels.layers.channels_backward`."""
     return _channels_backward(packed, grad, grid, vectors, scale, weight, *constants(table), table.bits, training)
 
 
@@ -214,6 +220,7 @@ def gate_backward(
     value: DeviceTable,
     normal: DeviceTable,
 ) -> tuple[Tensor, Tensor]:
+    """As `fewbit.kernels.layers.gate_backward`."""
     tables = *constants(derivative), *constants(value)[2:], *constants(normal), normal.bits
     return _gate_backward(packed, packed_up, grad, grid, vectors, row, derivative.bits, *tables)
 
@@ -250,6 +257,7 @@ def gate_value(
     normal: DeviceTable,
     dtype: torch.dtype,
 ) -> Tensor:
+    """As `fewbit.kernels.layers.gate_value`."""
     tables = *constants(value), *constants(normal), normal.bits
     return _gate_value(packed, packed_up, grid, vectors, row, dtype, value.bits, *tables)
 

@@ -38,6 +38,7 @@ def levels_of(table: DeviceTable, packed: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def prepared_table(table: DeviceTable) -> PreparedTable:
+    """The table as the kernels take it."""
     thresholds, codes, levels = table.thresholds.cpu(), table.codes.cpu(), table.levels.cpu()
     fours, rest = divmod(thresholds.numel(), 4)
     fours, twos, padding = ((fours, 0, 0), (fours, 1, 1), (fours, 1, 0), (fours + 1, 0, 1))[rest]

@@ -108,10 +108,12 @@ def _encode(
 
 
 def decode(packed: Tensor, *arguments: Any) -> Tensor:
+    """As `fewbit.kernels.layers_reference.decode`."""
     return backend_of(packed).decode(packed, *arguments)
 
 
 def times_slope(packed: Tensor, *arguments: Any) -> Tensor:
+    """As `fewbit.kernels.layers_reference.times_slope`."""
     return backend_of(packed).times_slope(packed, *arguments)
 
 
@@ -130,10 +132,12 @@ def channels_backward(packed: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, 
 
 
 def gate_backward(packed: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """As `fewbit.kernels.layers_reference.gate_backward`."""
     return backend_of(packed).gate_backward(packed, *arguments)
 
 
 def gate_value(packed: Tensor, *arguments: Any) -> Tensor:
+    """As `fewbit.kernels.layers_reference.gate_value`."""
     return backend_of(packed).gate_value(packed, *arguments)
 
 

@@ -25,6 +25,7 @@ _PIECE = 1 << 14  # elements of a piece of work, about, where rows are claimed
 
 
 def magnitudes(x: Tensor, grid: Grid) -> Tensor:
+    """As `fewbit.kernels.layers_reference.magnitudes`."""
     wide = reference.wide_dtype(x.dtype)
     if not _takes(x.dtype, wide, grid):
         return reference.magnitudes(x, grid)
@@ -34,6 +35,7 @@ def magnitudes(x: Tensor, grid: Grid) -> Tensor:
 
 
 def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
+    """As `fewbit.kernels.layers_reference.row_scales`."""
     wide = reference.wide_dtype(x.dtype)
     if not _takes(x.dtype, wide, grid, magnitude.dtype):
         return reference.row_scales(x, grid, magnitude)
@@ -45,6 +47,7 @@ def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
 
 
 def row_moments(x: Tensor, grid: Grid, eps: float, centered: bool) -> Tensor:
+    """As `fewbit.kernels.layers_reference.row_moments`."""
     wide = reference.wide_dtype(x.dtype)
     if not _takes(x.dtype, wide, grid):
         return reference.row_moments(x, grid, eps, centered)
@@ -64,6 +67,7 @@ def standardize(
     by_sign: bool,
     keep_means: bool,
 ) -> tuple[Tensor, Tensor, Vectors]:
+    """As `fewbit.kernels.layers_reference.standardize`."""
     wide = reference.wide_dtype(x.dtype)
     if not _takes(x.dtype, wide, grid, table.levels.dtype):
         return reference.standardize(x, grid, first, row_weight, table, weight, bias, by_sign, keep_means)
@@ -93,6 +97,7 @@ def standardize(
 def encode(
     x: Tensor, grid: Grid, first: First, coding: Tensor, table: DeviceTable, vectors: Tensor, where: Vectors | None
 ) -> tuple[Tensor, bool]:
+    """As `fewbit.kernels.layers_reference.encode`."""
     wide = reference.wide_dtype(x.dtype)
     if not _takes(x.dtype, wide, grid, table.levels.dtype, coding.dtype, vectors.dtype) or not vectors.is_contiguous():
         return reference.encode(x, grid, first, coding, table, vectors, where)
@@ -130,6 +135,7 @@ def decode(
     below: float = 1.0,
     above: float = 1.0,
 ) -> Tensor:
+    """As `fewbit.kernels.layers_reference.decode`."""
     if not _takes(dtype, vectors.dtype, grid, table.levels.dtype):
         return reference.decode(packed, grid, vectors, where, row, eps, table, dtype, below, above)
     product, (grid, _, (vectors,)) = _empty(grid.n, dtype), _merged(grid, None, vectors)
@@ -149,6 +155,7 @@ def times_slope(
     below: float,
     above: float,
 ) -> Tensor:
+    """As `fewbit.kernels.layers_reference.times_slope`."""
     if not _takes(grad.dtype, vectors.dtype, grid, table.levels.dtype):
         return reference.times_slope(packed, grad, grid, vectors, where, row, eps, table, below, above)
     product, (grid, _, (vectors,)) = _empty(grid.n, grad.dtype), _merged(grid, None, vectors)
@@ -169,6 +176,7 @@ def rows_backward(
     centered: bool,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `fewbit.kernels.layers_reference.rows_backward`."""
     wide = vectors.dtype
     if not _takes(grad.dtype, wide, grid, table.levels.dtype):
         return reference.rows_backward(packed, grad, grid, vectors, scale, eps, weight, table, centered, has_bias)
@@ -194,6 +202,7 @@ def channels_backward(
     table: DeviceTable,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fewbit.kernels.layers_reference.channels_backward`."""
     wide = vectors.dtype
     if not _takes(grad.dtype, wide, grid, table.levels.dtype):
         return reference.channels_backward(packed, grad, grid, vectors, scale, weight, table, training)
@@ -246,6 +255,7 @@ def gate_backward(
     value: DeviceTable,
     normal: DeviceTable,
 ) -> tuple[Tensor, Tensor]:
+    """As `fewbit.kernels.layers_reference.gate_backward`."""
     if not _takes(grad.dtype, vectors.dtype, grid, *(each.levels.dtype for each in (derivative, value, normal))):
         return reference.gate_backward(packed, packed_up, grad, grid, vectors, row, derivative, value, normal)
     of_gate, of_up = _empty(grid.n, grad.dtype), _empty(grid.n, grad.dtype)
@@ -264,6 +274,7 @@ def gate_value(
     normal: DeviceTable,
     dtype: torch.dtype,
 ) -> Tensor:
+    """As `fewbit.kernels.layers_reference.gate_value`."""
     if not _takes(dtype, vectors.dtype, grid, value.levels.dtype, normal.levels.dtype):
         return reference.gate_value(packed, packed_up, grid, vectors, row, value, normal, dtype)
     product = _empty(grid.n, dtype)

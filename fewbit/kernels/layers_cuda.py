@@ -106,6 +106,7 @@ class SampleTable(NamedTuple):
 
 
 def magnitudes(x: Tensor, grid: Grid) -> Tensor:
+    """As `fewbit.kernels.layers_reference.magnitudes`."""
     from fewbit.kernels import sample_programs
 
     x = x.resolve_neg()
@@ -127,6 +128,7 @@ def magnitudes(x: Tensor, grid: Grid) -> Tensor:
 
 
 def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
+    """As `fewbit.kernels.layers_reference.row_scales`."""
     from fewbit.kernels import row_programs
 
     x, block = x.resolve_neg(), 256
@@ -140,6 +142,7 @@ def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
 
 
 def row_moments(x: Tensor, grid: Grid, eps: float, centered: bool) -> Tensor:
+    """As `fewbit.kernels.layers_reference.row_moments`."""
     from fewbit.kernels import row_programs
 
     x = x.resolve_neg()
@@ -161,6 +164,7 @@ def standardize(
     by_sign: bool,
     keep_means: bool,
 ) -> tuple[Tensor, Tensor, Vectors]:
+    """As `fewbit.kernels.layers_reference.standardize`."""
     from fewbit.kernels import sample_programs
 
     x = x.resolve_neg()
@@ -192,6 +196,7 @@ def standardize(
 def encode(
     x: Tensor, grid: Grid, first: First, coding: Tensor, table: DeviceTable, vectors: Tensor, where: Vectors | None
 ) -> tuple[Tensor, bool]:
+    """As `fewbit.kernels.layers_reference.encode`."""
     from fewbit.kernels import layer_programs
 
     x, tile = x.resolve_neg(), _tile(x, grid)
@@ -235,6 +240,7 @@ def decode(
     below: float = 1.0,
     above: float = 1.0,
 ) -> Tensor:
+    """As `fewbit.kernels.layers_reference.decode`."""
     product = torch.empty(grid.n, dtype=dtype, device=packed.device)
     kind, slopes = "values" if below == above == 1 else "sloped values", (_bits(below), _bits(above))
     return _decode(kind, packed, grid, vectors, table, product, where=where, row=row, eps=eps, slopes=slopes)
@@ -252,6 +258,7 @@ def times_slope(
     below: float,
     above: float,
 ) -> Tensor:
+    """As `fewbit.kernels.layers_reference.times_slope`."""
     grad = grad.resolve_neg().contiguous().view(grid[:3])
     product = grad.new_empty(grid.n)
     slopes = _bits(below), _bits(above)
@@ -270,6 +277,7 @@ def rows_backward(
     centered: bool,
     has_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `fewbit.kernels.layers_reference.rows_backward`."""
     from fewbit.kernels import row_programs
 
     grad, tile = grad.resolve_neg(), _tile(grad, grid)
@@ -312,6 +320,7 @@ def channels_backward(
     table: DeviceTable,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fewbit.kernels.layers_reference.channels_backward`."""
     from fewbit.kernels import row_programs
 
     grad = grad.resolve_neg()
@@ -335,6 +344,7 @@ def gate_backward(
     value: DeviceTable,
     normal: DeviceTable,
 ) -> tuple[Tensor, Tensor]:
+    """As `fewbit.kernels.layers_reference.gate_backward`."""
     grad = grad.resolve_neg()
     product, of_up = grad.new_empty(grid.n), grad.new_empty(grid.n)
     _decode(
@@ -364,6 +374,7 @@ def gate_value(
     normal: DeviceTable,
     dtype: torch.dtype,
 ) -> Tensor:
+    """As `fewbit.kernels.layers_reference.gate_value`."""
     product = torch.empty(grid.n, dtype=dtype, device=packed.device)
     return _decode("gated", packed_up, grid, vectors, normal, product, row=row, gate=packed, value=value)
 
