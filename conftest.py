@@ -6,9 +6,15 @@ import torch
 from hypothesis import settings
 
 from fewbit import activations, store
+from fewbit.kernels import layer_loops, layer_rows, layer_sample, layer_sums, loops
 
 settings.register_profile("fewbit", deadline=None)  # how long an example takes depends on what else the machine does
 settings.load_profile("fewbit")
+
+
+def pytest_collection_modifyitems(items):
+    """In any order, but the longest first: else one process might wait for another's."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +27,43 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="session")
+def session_folder(request, tmp_path_factory):
+    """One for all processes that test side by side."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if hasattr(request.config, "workerinput") else own  # of pytest-xdist
+
+
 @pytest.fixture(scope="session", autouse=True)
-def session_cache(tmp_path_factory):
+def session_cache(session_folder):
     """No test reads or writes the user's own cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWBIT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FEWBIT_CACHE_DIR", str(session_folder / "cache"))
         yield
+
+
+OF_LAYERS = [layer_sample.sampler, layer_loops.rebuilder, layer_loops.encoder, layer_rows.row_statistics]
+OF_LAYERS += [layer_sums.rows_backward, layer_sums.channel_sums]
+ELEMENTS = ["float32", "float64", "int16", "uint16"]
+KERNELS = [
+    *((make, wide) for make in OF_LAYERS for wide in ELEMENTS[:2]),
+    *((loops.encoder, element, True) for element in ELEMENTS),
+    *((loops.encoder, element, False) for element in ELEMENTS[2:]),
+    *((loops.decoder, element) for element in ELEMENTS),
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels(request, session_folder):
+    """Processes that test side by side share the compilation of kernels, a minute of work: else each would do all."""
+    if not hasattr(request.config, "workerinput"):
+        return
+    for i, (make, *arguments) in enumerate(KERNELS):
+        try:
+            (session_folder / f"kernel{i}").mkdir()
+        except FileExistsError:  # another process has it
+            continue
+        make(*arguments)
 
 
 @pytest.fixture

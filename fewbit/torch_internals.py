@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional
 
 Tensor = torch.Tensor
 _functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+_transform, _is_legacy_batch = _functorch.peek_interpreter_stack, _functorch.is_legacy_batchedtensor
+_number_of_modes = torch._C._len_torch_dispatch_stack
 
 
 # What looks on. torch.compiler.is_compiling() is public; nothing public tells of transforms, modes and levels.
@@ -34,23 +37,26 @@ def is_watched(x: Tensor) -> bool:
 
     Without it autograd functions in the old style and direct calls of kernels would be traced wrongly, or not at all.
     """
-    return (
-        torch.compiler.is_compiling()
-        or _functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-        or _functorch.is_legacy_batchedtensor(x)
-    )
+    return is_compiling() or is_watched_in_eager(x)
+
+
+def is_watched_in_eager(x: Tensor) -> bool:
+    """The same in code that a compiler is known not to trace."""
+    return _transform() is not None or _number_of_modes() > 0 or forward_ad._current_level >= 0 or _is_legacy_batch(x)
 
 
 def is_transformed() -> bool:
     """Whether a functorch transform is active, under which tensors change their identity."""
-    return _functorch.peek_interpreter_stack() is not None
+    return _transform() is not None
 
 
 def is_dispatched() -> bool:
     """Whether a dispatch mode is active: constants have to be made known to it."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    return _number_of_modes() > 0
+
+
+# whether torch.jit.trace runs, which torch.jit.is_tracing asks too, behind torch.jit.is_scripting
+is_traced: Callable[[], bool] = torch._C._is_tracing
 
 
 def in_forward_mode() -> bool:
@@ -98,6 +104,16 @@ def _with_all_switched_off() -> Iterator[None]:
 
     with torch.inference_mode(False), _disable_current_modes(), temporarily_clear_interpreter_stack():
         yield
+
+
+class EagerFunction(torch.autograd.Function):
+    """A Function that is applied where no functorch transform is active, which `Function.apply` would ask for each time.
+
+    That, and a look at each argument for tensors that have outlived their transform, which kernels refuse, takes as long as all
+    the rest of the call.
+    """
+
+    apply = vars(torch._C._FunctionBase)["apply"]
 
 
 # Tensors: what identifies one, and what may be done to it

@@ -183,22 +183,25 @@ def test_what_is_no_file_of_tables(load, tmp_path):
     with open(tmp_path / "spaces", "wb") as file:
         file.truncate(1 << 30)
     code = f"""
-import resource, fewbit
+import resource, sys, fewbit
 load = fewbit.{load}.load
-resource.setrlimit(resource.RLIMIT_DATA, (resource.getrlimit(resource.RLIMIT_DATA)[1],) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 for name in ("pipe", "endless", "spaces", ".", "missing", "a\\0b"):
     try:
         load({str(tmp_path)!r} + "/" + name)
     except fewbit.TableFileError as error:
         print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+if sys.platform == "linux":  # where ru_maxrss begins at the peak of the process that started this one
+    print(next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10))
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     lines = found.stdout.splitlines()
     assert len(lines) == 7, found.stderr
     for line, message in zip(lines, ["no regular file"] * 2 + ["larger than the"], strict=False):
         assert message in line
-    assert int(lines[-1]) < 1500  # MiB, torch's own among them
+    assert int(lines[-1]) < 1000  # MiB: torch takes 250 of them, and "spaces" has 1024
 
 
 class TestTexts:

@@ -51,10 +51,30 @@ def test_every_function_has_its_reason():
             assert ast.get_docstring(node), node.name
 
 
+class _Double(internals.EagerFunction):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return factor * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.factor * grad, None
+
+
+def test_an_eager_function_is_one_of_torchs():
+    x = torch.randn(3, requires_grad=True)
+    y = _Double.apply(x, 2)
+    assert type(y.grad_fn).__name__ == "_DoubleBackward"
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 2.0))
+
+
 class TestWhatLooksOn:
     def test_nothing(self):
         x = torch.randn(3)
         assert not internals.is_watched(x)
+        assert not internals.is_watched_in_eager(x)
+        assert not internals.is_traced()
         assert not internals.is_transformed()
         assert not internals.is_dispatched()
         assert not internals.in_forward_mode()

@@ -26,7 +26,7 @@ import torch
 from fewbit import activations
 from fewbit.kernels import cuda, layers_cuda
 from fewbit.kernels.grid import Grid
-from fewbit.kernels.layers_reference import First, Vectors, wide_dtype
+from fewbit.kernels.layers_reference import Codes, First, Vectors, wide_dtype
 from fewbit.resolve import shipped_tables
 from tools.aot_report import opcodes_of, registers_of, widths_of
 
@@ -73,6 +73,10 @@ def calls(dtype: torch.dtype, bits: int) -> dict[str, Callable[[], object]]:
     derivative, value = shipped_tables(activations.get("gelu"), ("derivative", "value"), bits, wide, CPU)
     norm, batch, none = First(rows, rows, True, 1e-5), First(channels, channels, False), First(None, rows, True)
     where, plain = Vectors.of(True, True, False, True), Vectors()
+    of_rows = Codes(packed, tokens, vectors, where, rows, 1e-5, normal)
+    of_values = Codes(packed, tokens, vectors, plain, rows, None, normal)
+    of_images = Codes(packed, images, by_channel, where, None, None, normal)
+    of_groups = Codes(packed, images._replace(groups=8), by_channel, plain, rows, 1e-5, normal)
     kernels = layers_cuda
     return {
         "encode, ladder": lambda: cuda.encode(x, alone),
@@ -89,18 +93,16 @@ def calls(dtype: torch.dtype, bits: int) -> dict[str, Callable[[], object]]:
         "encode values": lambda: kernels.encode(x, tokens, none, vectors[:3], normal, vectors, None),
         "encode images": lambda: kernels.encode(image, images, batch, by_channel[:3], normal, by_channel, where),
         "encode maps": lambda: kernels.encode(small, maps, batch, by_channel[:3], normal, by_channel, where),
-        "decode rows": lambda: kernels.decode(packed, tokens, vectors, where, rows, 1e-5, normal, dtype),
-        "decode values": lambda: kernels.decode(packed, tokens, vectors, plain, rows, None, normal, dtype),
-        "decode images": lambda: kernels.decode(packed, images, by_channel, where, None, None, normal, dtype),
-        "decode maps": lambda: kernels.decode(packed, maps, by_channel, where, None, None, normal, dtype),
-        "slopes": lambda: kernels.times_slope(packed, x.view(-1), tokens, vectors, where, rows, 1e-5, normal, 0.25, 1.0),
-        "layer norm": lambda: kernels.rows_backward(packed, x, tokens, vectors, rows, 1e-5, weight, normal, True, True),
-        "group norm": lambda: kernels.rows_backward(
-            packed, image, images._replace(groups=8), by_channel, rows, 1e-5, weight[:64], normal, True, True
-        ),
-        "batch norm": lambda: kernels.channels_backward(packed, image, images, by_channel, channels, weight[:64], normal, True),
-        "gate backward": lambda: kernels.gate_backward(packed, packed, x, tokens, vectors, rows, derivative, value, normal),
-        "gate value": lambda: kernels.gate_value(packed, packed, tokens, vectors, rows, value, normal, dtype),
+        "decode rows": lambda: kernels.decode(of_rows, dtype),
+        "decode values": lambda: kernels.decode(of_values, dtype),
+        "decode images": lambda: kernels.decode(of_images, dtype),
+        "decode maps": lambda: kernels.decode(of_images._replace(grid=maps), dtype),
+        "slopes": lambda: kernels.times_slope(of_rows, x.view(-1), 0.25, 1.0),
+        "layer norm": lambda: kernels.rows_backward(of_rows._replace(where=plain), x, rows, weight, True, True),
+        "group norm": lambda: kernels.rows_backward(of_groups, image, rows, weight[:64], True, True),
+        "batch norm": lambda: kernels.channels_backward(of_images._replace(where=plain), image, channels, weight[:64], True),
+        "gate backward": lambda: kernels.gate_backward(of_values, packed, x, derivative, value),
+        "gate value": lambda: kernels.gate_value(of_values, packed, value, dtype),
     }
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 from fewbit import kernels, torch_internals
 from fewbit.autograd import sharing, watched
-from fewbit.autograd.double_backward import differentiable_once
+from fewbit.autograd.double_backward import differentiable_once, new_anchor
 from fewbit.autograd.layout import Layout
 from fewbit.autograd.quantize import has_many_zeros, times, values
 from fewbit.autograd.sharing import BySign, Recipe
 from fewbit.errors import OverwriteError
 from fewbit.kernels import DeviceTable, Formula
+from fewbit.torch_internals import EagerFunction, not_a_view
 
 Tensor = torch.Tensor
 Forward = Callable[[Tensor], Tensor]
@@ -42,13 +42,15 @@ def coded_activation(
 
     The gradient can be taken once: differentiating it again raises InputError, since codes carry no second derivative.
     """
-    if formula is not None and x.is_contiguous() and kernels.has_formula(x, formula):
-        y, _, packed = _CodedActivation.apply(x, None, table, partial(kernels.forward, table=table, formula=formula))  # type: ignore[misc]
+    backend, layout = kernels.backend(x), None if x.is_contiguous() else Layout.of(x)
+    if formula is not None and layout is None and backend.has_formula(formula[0]):
+        made, packed = backend.forward(x, table, *formula)
+        y, _ = _CodedActivation.apply(x, (packed, table, layout), lambda x: made)  # type: ignore[misc]
     else:
-        packed, finite = _encode(x, table)
+        packed, finite = backend.encode_checked(x if layout is None else layout.flatten(x.detach()), table)
         if not finite:
             return forward(x)
-        y, *_ = _CodedActivation.apply(x, packed, table, forward)  # type: ignore[misc]
+        y, _ = _CodedActivation.apply(x, (packed, table, layout), forward)  # type: ignore[misc]
     return y if value_table is None else sharing.attach(y, value_recipe(packed, Layout.of(x), value_table, keeps_zeros))
 
 
@@ -65,18 +67,18 @@ def overwriting_activation(
 
     forward_inplace  overwrites its argument and returns it
     """
-    layout, (packed, finite) = Layout.of(x), _encode(x, table)
+    layout = None if x.is_contiguous() else Layout.of(x)
+    packed, finite = kernels.encode_checked(x if layout is None else layout.flatten(x.detach()), table)
     if not finite:
         return overwritten(x, forward(x.clone()))
+    codes = packed, table, layout
     if torch_internals.is_view(x):  # torch lets no Function with two outputs overwrite a view
-        y = overwritten(x, _CodedActivation.apply(x, packed, table, forward)[0])  # type: ignore[index]
+        y = overwritten(x, _CodedActivation.apply(x, codes, forward)[0])  # type: ignore[index]
     else:
-        y = _CodedActivation.apply(x, packed, table, forward_inplace, True)[0]  # type: ignore[index]
-    return y if value_table is None else sharing.attach(y, value_recipe(packed, layout, value_table, keeps_zeros))
-
-
-def _encode(x: Tensor, table: DeviceTable) -> tuple[Tensor, bool]:
-    return kernels.encode_checked(x if x.is_contiguous() else Layout.of(x).flatten(x.detach()), table)
+        y = _CodedActivation.apply(x, codes, forward_inplace, True)[0]  # type: ignore[index]
+    if value_table is None:
+        return y
+    return sharing.attach(y, value_recipe(packed, layout or Layout.contiguous(x.shape), value_table, keeps_zeros))
 
 
 def watched_activation(x: Tensor, table: DeviceTable, value_table: DeviceTable | None = None, *, forward: Forward) -> Tensor:
@@ -134,43 +136,36 @@ def activation_by_sign(x: Tensor, forward: Forward, slopes: tuple[float, float])
     )
 
 
-class _CodedActivation(torch.autograd.Function):
-    """Its second output, the anchor, is empty: it ties a second backward to this node, for `differentiable_once`. The third is
-    the codes, where `forward` makes them."""
+class _CodedActivation(EagerFunction):
+    """Its second output, the anchor, is empty: it ties a second backward to this node, for `differentiable_once`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor | None, table: DeviceTable, forward: Any, inplace: bool = False) -> tuple:
-        anchor = x.new_empty(0)
-        ctx.set_materialize_grads(False)
-        ctx.coded = table, x.dtype, None if x.is_contiguous() else Layout.of(x)
-        if packed is None:
-            y, packed = forward(x)
-            ctx.save_for_backward(packed, anchor)
-            ctx.mark_non_differentiable(packed)
-            return y, anchor, packed
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes: tuple[Tensor, DeviceTable, Layout | None],
+        forward: Forward,
+        inplace: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        packed, *ctx.decoding = codes
+        anchor = new_anchor()
         ctx.save_for_backward(packed, anchor)
+        ctx.set_materialize_grads(False)
         if inplace:
             ctx.mark_dirty(x)
             return forward(x), anchor
-        return torch_internals.not_a_view(forward(x)), anchor
+        return not_a_view(forward(x)), anchor
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # autograd casts to x's dtype
+        grad, _ = grads
         if grad is None:
-            return (None,) * 5
+            return (None,) * 4
         packed, anchor = ctx.saved_tensors
-        table, dtype, layout = ctx.coded
-        if layout is None and grad.is_contiguous() and not torch_internals.is_watched(grad):
-            grad_x = kernels.decode(packed, grad, table)
-        else:
-            grad_x = times(packed, grad, table, layout or Layout.contiguous(grad.shape))
-        if grad_x.dtype != dtype:
-            grad_x = grad_x.to(dtype)
-        return differentiable_once(grad_x, grad, anchor), None, None, None, None
+        return differentiable_once(times(packed, grad, *ctx.decoding), grad, anchor), None, None, None
 
 
-class _ActivationBySign(torch.autograd.Function):
+class _ActivationBySign(EagerFunction):
     @staticmethod
     def forward(
         ctx: Any,

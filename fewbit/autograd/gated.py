@@ -16,7 +16,8 @@ from fewbit.autograd.layout import Arrangement
 from fewbit.autograd.quantize import Quantizer, at_least_float32, encode_checked, narrowed, of_layers, scaled, times, values
 from fewbit.autograd.sharing import Recipe, attach
 from fewbit.kernels import DeviceTable
-from fewbit.torch_internals import not_a_view
+from fewbit.kernels.layers import Codes, Vectors
+from fewbit.torch_internals import EagerFunction, not_a_view
 
 Tensor = torch.Tensor
 
@@ -66,8 +67,8 @@ class _Codes:
         packed, *of_up = kept
         if not self.up.is_exact:
             packed_up, row, vectors = of_up
-            flat = of_layers(packed).gate_value(packed, packed_up, grid, vectors, row, value, normal, dtype)
-            return layout.unflatten(flat)
+            codes = Codes(packed_up, grid, vectors, Vectors(), row, None, normal)
+            return layout.unflatten(of_layers(packed).gate_value(codes, packed, value, dtype))
         wide = at_least_float32(dtype)
         return narrowed(values(packed, layout, wide, value).mul_(self.up.rebuild(of_up, wide)), dtype)
 
@@ -78,7 +79,8 @@ class _Codes:
         if not self.up.is_exact:
             packed_up, row, vectors = of_up
             given = grad.permute(layout.order).reshape(grid[:3])
-            found = of_layers(grad).gate_backward(packed, packed_up, given, grid, vectors, row, derivative, value, normal)
+            codes = Codes(packed_up, grid, vectors, Vectors(), row, None, normal)
+            found = of_layers(grad).gate_backward(codes, packed, given, derivative, value)
             return layout.unflatten(found[0]), layout.unflatten(found[1])
         wide = grad.to(at_least_float32(grad.dtype))
         by_up = self.up.rebuild(of_up, wide.dtype) * wide  # grad may be a batch of gradients
@@ -86,7 +88,7 @@ class _Codes:
         return narrowed(found[0], grad.dtype), narrowed(found[1], grad.dtype)
 
 
-class _CodedGate(torch.autograd.Function):
+class _CodedGate(EagerFunction):
     """Its second output is the anchor of `differentiable_once`."""
 
     @staticmethod

@@ -24,6 +24,10 @@ class Layout(NamedTuple):
         """The usual one: the last dimension is the innermost."""
         return cls(shape, tuple(range(len(shape))))
 
+    @property
+    def is_contiguous(self) -> bool:
+        return self.order == tuple(range(len(self.order)))
+
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
         if tensor.is_contiguous():  # also for shapes that depend on data, whose strides cannot be compared
@@ -32,10 +36,12 @@ class Layout(NamedTuple):
 
     def flatten(self, tensor: Tensor) -> Tensor:
         """(n,): a tensor of this shape, in this order; no copy where it lies so."""
-        return tensor.permute(self.order).reshape(-1)
+        return (tensor if self.is_contiguous else tensor.permute(self.order)).reshape(-1)
 
     def unflatten(self, flat: Tensor) -> Tensor:
         """What `flatten` made (n,) of, without a copy."""
+        if self.is_contiguous:
+            return flat.view(self.shape)
         return flat.view([self.shape[dim] for dim in self.order]).permute(inverse(self.order))
 
 
@@ -64,7 +70,7 @@ class Arrangement(NamedTuple):
 
     def view(self, tensor: Tensor) -> Tensor:
         """(outer, channels, inner); a copy only of a tensor that lies otherwise."""
-        return tensor.permute(self.layout.order).reshape(self.grid[:3])
+        return (tensor if self.layout.is_contiguous else tensor.permute(self.layout.order)).reshape(self.grid[:3])
 
 
 def memory_order(strides: Sequence[int]) -> list[int]:

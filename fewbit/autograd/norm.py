@@ -27,8 +27,8 @@ from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.layout import Arrangement
 from fewbit.autograd.quantize import Quantizer, at_least_float32, is_small, of_layers
 from fewbit.autograd.sharing import BySign, Recipe, attach, is_kept_exactly
-from fewbit.kernels.layers import Vectors
-from fewbit.torch_internals import batch_norm_with_statistics, memory_format_of, not_a_view
+from fewbit.kernels.layers import Codes, Vectors
+from fewbit.torch_internals import EagerFunction, batch_norm_with_statistics, memory_format_of, not_a_view
 
 Tensor = torch.Tensor
 
@@ -234,15 +234,15 @@ def coded_normalization(
     where = Vectors.of(weight is not None, bias is not None, normalization.by_channel, normalization.by_row).of_readers
     eps, layout = normalization.epsilon(x.dtype), arrangement.layout
 
+    def codes(packed: Tensor, vectors: Tensor, scale: Tensor | None = None) -> Codes:
+        return Codes(packed, grid, vectors, where, scale, eps, table)
+
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype, *slopes: float) -> Tensor:
-        packed, vectors, *scale = kept
-        row = scale[0] if scale else None
-        return layout.unflatten(of_layers(packed).decode(packed, grid, vectors, where, row, eps, table, dtype, *slopes))
+        return layout.unflatten(of_layers(kept[0]).decode(codes(*kept), dtype, *slopes))
 
     def times(kept: Sequence[Tensor], grad: Tensor, *slopes: float) -> Tensor:
-        packed, vectors, *scale = kept
-        row, flat = scale[0] if scale else None, layout.flatten(grad)
-        return layout.unflatten(of_layers(flat).times_slope(packed, flat, grid, vectors, where, row, eps, table, *slopes))
+        flat = layout.flatten(grad)
+        return layout.unflatten(of_layers(flat).times_slope(codes(*kept), flat, *slopes))
 
     if not finite:  # running statistics have changed: readers make codes of their own, and see it
         return y
@@ -251,7 +251,7 @@ def coded_normalization(
     return attach(y, Recipe(kept, rebuild, by_sign, hides=not normalization.by_row))
 
 
-class _CodedNormalization(torch.autograd.Function):
+class _CodedNormalization(EagerFunction):
     """Its second output is the anchor of `differentiable_once`; then come the codes, what turns their levels into x̂ and y (see
     `fewbit.kernels.layers_reference.Vectors`), 1/σ, and whether all is finite."""
 
@@ -289,13 +289,12 @@ class _CodedNormalization(torch.autograd.Function):
         normalization, (layout, grid), table, eps, (dtype, of_bias) = ctx.coded
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         given = grad.permute(layout.order).reshape(grid[:3])
-        kernels = of_layers(grad)
+        codes = Codes(packed, grid, vectors, Vectors(), scale if normalization.by_row else None, eps, table)
+        kernels, arguments = of_layers(grad), (codes, given, scale, _flat(weight))
         if normalization.by_row:
-            options = vectors, scale, eps, _flat(weight), table, normalization.centered, needs_bias
-            grad_x, by_weight, by_bias = kernels.rows_backward(packed, given, grid, *options)
+            grad_x, by_weight, by_bias = kernels.rows_backward(*arguments, normalization.centered, needs_bias)
         else:
-            options = vectors, scale, _flat(weight), table, normalization.training
-            grad_x, by_weight, by_bias = kernels.channels_backward(packed, given, grid, *options)
+            grad_x, by_weight, by_bias = kernels.channels_backward(*arguments, normalization.training)
         found = (
             layout.unflatten(grad_x).to(dtype) if needs_x else None,
             by_weight.view(weight.shape).to(weight.dtype) if needs_weight else None,

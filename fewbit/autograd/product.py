@@ -18,7 +18,7 @@ from fewbit.autograd.quantize import Quantizer, nan_if_not_finite, scaled
 from fewbit.autograd.sharing import Recipe
 from fewbit.errors import InputError
 from fewbit.kernels import DeviceTable
-from fewbit.torch_internals import not_a_view
+from fewbit.torch_internals import EagerFunction, not_a_view
 
 Tensor = torch.Tensor
 
@@ -54,7 +54,7 @@ class Linear(NamedTuple):
     def grads(self, grad: Tensor, x: Any, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
         rows = _rows(grad)
         return (
-            grad @ weight if needed[0] else None,
+            (rows @ weight).view(*grad.shape[:-1], weight.shape[1]) if needed[0] else None,
             rows.t() @ _rows(x) if needed[1] else None,
             rows.sum(0) if needed[2] else None,
         )
@@ -175,7 +175,7 @@ def _autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
     return None if any(each.dtype == torch.float64 for each in found) else torch.get_autocast_dtype(found[0].device.type)
 
 
-class _CodedProduct(torch.autograd.Function):
+class _CodedProduct(EagerFunction):
     """Its second output is the anchor of `differentiable_once`. Under autocast the weight is kept as it is, and cast once more
     in backward: it is there anyway, and each use of a shared weight would keep a cast of its own."""
 

@@ -17,7 +17,7 @@ from fewbit.autograd import watched
 from fewbit.autograd.layout import Arrangement, Layout
 from fewbit.autograd.sharing import Recipe, as_it_is
 from fewbit.kernels import DeviceTable, layer_ops, layers, ops
-from fewbit.kernels.layers import Vectors
+from fewbit.kernels.layers import Codes, Vectors
 from fewbit.packing import packed_bytes
 from fewbit.torch_internals import is_fake, is_watched
 
@@ -53,11 +53,14 @@ def values(packed: Tensor, layout: Layout, dtype: torch.dtype, table: DeviceTabl
     return layout.unflatten(source.values(packed, n, table, dtype))
 
 
-def times(packed: Tensor, grad: Tensor, table: DeviceTable, layout: Layout) -> Tensor:
-    """grad, in that layout, times the levels of the packed codes."""
+def times(packed: Tensor, grad: Tensor, table: DeviceTable, layout: Layout | None) -> Tensor:
+    """grad times the levels of the packed codes, which are in that layout; None for a contiguous one."""
+    seen = is_watched(grad)
+    if layout is None and grad.is_contiguous() and not seen:
+        return kernels.decode(packed, grad, table)  # without views of what lies in order
+    layout = layout or Layout.contiguous(grad.shape)
     flat = layout.flatten(grad)
-    product = watched.decode(packed, flat, table) if is_watched(flat) else kernels.decode(packed, flat, table)
-    return layout.unflatten(product)
+    return layout.unflatten(watched.decode(packed, flat, table) if seen else kernels.decode(packed, flat, table))
 
 
 def of_layers(x: Tensor) -> Any:
@@ -114,8 +117,8 @@ def scaled(x: Tensor, quantizer: Quantizer, channel: int, marks: bool = True) ->
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         packed, row, vectors = kept
-        flat = of_layers(packed).decode(packed, grid, vectors, Vectors(), row, None, table, dtype)
-        return layout.unflatten(flat)
+        codes = Codes(packed, grid, vectors, Vectors(), row, None, table)
+        return layout.unflatten(of_layers(packed).decode(codes, dtype))
 
     return Recipe((packed, row, vectors), rebuild) if finite else None
 

@@ -27,13 +27,15 @@ from fewbit.torch_internals import (
     in_forward_mode,
     is_empty,
     is_torchs_own,
+    is_traced,
     is_transformed,
-    is_watched,
+    is_watched_in_eager,
     levels,
 )
 
 Tensor = torch.Tensor
 DTYPES = tuple(getattr(torch, name) for name in constants.DTYPES)
+_DTYPES = frozenset(DTYPES)
 _MOST = Tensor, torch.nn.Parameter  # nearly all that is ever given, known to be torch's own
 
 
@@ -138,16 +140,15 @@ def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Cal
     x, needed, codable = operands[0], False, True
     if exact_mode.active or exact_mode.compiled_depth or not torch.is_grad_enabled() or not isinstance(x, Tensor):
         return operation.exact
-    # a script holds torch's operation: of ours it would hold the codes of this batch, as constants
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if is_traced():  # a script holds torch's operation: of ours it would hold the codes of this batch, as constants
         return operation.exact
-    if is_watched(x):
+    if is_watched_in_eager(x):
         return _decide_watched(operation, operands, by_name)
     for each in operands:
         if isinstance(each, Tensor):
             needed = needed or each.requires_grad
             codable = codable and is_codable(each)
-    if not needed or (codable and x.numel() == 0 and not operation.transforms):  # statistics of nothing would divide by zero
+    if not needed or (not operation.transforms and codable and x.numel() == 0):  # statistics of nothing would divide by zero
         return operation.exact
     if not codable:
         return _exact_or_refused(operation, operands, by_name)
@@ -181,11 +182,10 @@ def _exact_or_refused(operation: Operation, operands: Sequence[Any], by_name: bo
 def is_codable(x: Any) -> bool:
     """Whether codes can be made of x or with it, by its dtype, layout and class."""
     return (
-        isinstance(x, Tensor)
-        and x.dtype in DTYPES
+        (type(x) in _MOST or (isinstance(x, Tensor) and is_torchs_own(type(x))))
+        and x.dtype in _DTYPES
         and x.layout == torch.strided
         and not x.is_nested
-        and (type(x) in _MOST or is_torchs_own(type(x)))
     )
 
 

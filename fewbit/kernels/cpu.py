@@ -19,7 +19,7 @@ from llvmlite import binding
 from fewbit import packing
 from fewbit.kernels import loops, reference
 from fewbit.kernels.device_table import DeviceTable
-from fewbit.kernels.system import Kernel, empty_like
+from fewbit.kernels.system import Kernel, in_huge_pages
 from fewbit.torch_internals import is_zero
 
 Tensor = torch.Tensor
@@ -31,7 +31,7 @@ class Encoding(NamedTuple):
     """A table as an encoder of one dtype takes it.
 
     kernel  the compiled encoder
-    block   its arguments, among the last ones of an EncodeBlock: the address of `tables`, and the pattern of an infinity
+    block   its arguments, as far as they are the same in each call
     tables  (rungs, 5) int64: for each rung the addresses of both its arrays, passes of four and of two thresholds, and whether
             |x| is compared
     arrays  what they point to: thresholds in the order of `_sortable`, four or two a pass, the smallest first and padded by
@@ -39,66 +39,75 @@ class Encoding(NamedTuple):
     """
 
     kernel: Kernel
-    block: tuple[int, int]
+    block: loops.EncodeBlock
     tables: Array
     arrays: list[Array]
 
 
+class Decoding(NamedTuple):
+    """A table as a decoder of one dtype takes it: the compiled decoder, its arguments as far as they are the same in each call,
+    and the levels that these point to."""
+
+    kernel: Kernel
+    block: loops.DecodeBlock
+    levels: Tensor
+
+
 def encode(x: Tensor, table: DeviceTable) -> Tensor:
     """As `fewbit.kernels.reference.encode`, for x on the CPU."""
-    return _encode(x, table, False)[0]
+    return encode_checked(x, table, checked=False)[0]
 
 
-def encode_checked(x: Tensor, table: DeviceTable) -> tuple[Tensor, bool]:
-    """The packed codes, and whether all of x is finite."""
-    return _encode(x, table, True)
-
-
-def _encode(x: Tensor, table: DeviceTable, checked: bool) -> tuple[Tensor, bool]:
-    x = _in_memory(x)
-    n, bits, encoding = x.numel(), table.bits, _encoding(table, x.dtype)
-    rungs = len(encoding.tables)
-    if n == 0 and rungs > 1:  # kernels write nothing where there are no words
+def encode_checked(x: Tensor, table: DeviceTable, checked: bool = True) -> tuple[Tensor, bool]:
+    """The packed codes, and whether all of x is finite, if that is to be checked."""
+    (x, address), (kernel, common, tables, _) = _in_memory(x), _encoding(table, x.dtype)
+    n, bits, is_ladder = x.numel(), table.bits, len(tables) > 1
+    if n == 0 and is_ladder:  # kernels write nothing where there are no words
         return reference.encode(x, table), True
     words = packing.words(n, bits)
-    packed = x.new_empty(bits * words + (rungs > 1), dtype=torch.uint8)
-    addresses = packed.data_ptr(), n, x.data_ptr()
-    block = loops.EncodeBlock(0, 0, 0, 0, 0, words, bits, *addresses, rungs, *encoding.block, checked)
-    encoding.kernel.run(block, n)
+    packed = table.codes.new_empty(bits * words + is_ladder)  # bytes, as codes are: to name the dtype takes longer
+    block = loops.EncodeBlock.from_buffer_copy(common)
+    block.words, block.packed, block.n, block.x, block.checked = words, packed.data_ptr(), n, address, checked
+    kernel.run(block, n)
     return packed, not block.infinite
+
+
+has_formula = reference.has_formula
 
 
 def decode(packed: Tensor, grad: Tensor, table: DeviceTable) -> Tensor:
     """As `fewbit.kernels.reference.decode`, for tensors on the CPU."""
-    if (grad.dtype == torch.float64) != (table.levels.dtype == torch.float64):  # the operation changed the dtype: rare
+    decoding = _decoding(table, grad.dtype)
+    if decoding is None:
         return reference.decode(packed, grad, table)
-    grad = _in_memory(grad)
-    return _decode(packed, grad.data_ptr(), empty_like(grad), table)
+    grad, address = _in_memory(grad)
+    return _decode(packed, address, in_huge_pages(torch.empty_like(grad)), decoding)
 
 
 def values(packed: Tensor, n: int, table: DeviceTable, dtype: torch.dtype) -> Tensor:
     """As `fewbit.kernels.reference.values`, for tensors on the CPU."""
-    if (dtype == torch.float64) != (table.levels.dtype == torch.float64):
+    decoding = _decoding(table, dtype)
+    if decoding is None:
         return reference.values(packed, n, table, dtype)
-    return _decode(packed, 0, torch.empty(n, dtype=dtype), table)
+    return _decode(packed, 0, torch.empty(n, dtype=dtype), decoding)
 
 
-def _decode(packed: Tensor, grad: int, product: Tensor, table: DeviceTable) -> Tensor:
+def _decode(packed: Tensor, grad: int, product: Tensor, decoding: Decoding) -> Tensor:
     """Fill the product; grad is an address, or 0 for ones."""
-    n, bits = product.numel(), table.bits
-    levels = padded_levels(table)  # by name: another thread may push it out of the cache meanwhile
-    rungs = len(levels)
-    words = (packed.numel() - (rungs > 1)) // bits
-    addresses = packed.data_ptr(), n, grad, rungs, levels.data_ptr(), product.data_ptr()
-    _decoder(product.dtype).run(loops.DecodeBlock(0, 0, 0, 0, 0, words, bits, *addresses), n)
+    n, block = product.numel(), loops.DecodeBlock.from_buffer_copy(decoding.block)
+    words = (packed.numel() - (block.rungs > 1)) // block.bits
+    block.words, block.packed, block.n, block.x, block.product = words, packed.data_ptr(), n, grad, product.data_ptr()
+    decoding.kernel.run(block, n)
     return product
 
 
-def _in_memory(tensor: Tensor) -> Tensor:
-    """The same numbers, one after another in memory, as they are to be read."""
-    if tensor.is_contiguous() and not tensor.is_neg() and not is_zero(tensor):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
+def _in_memory(tensor: Tensor) -> tuple[Tensor, int]:
+    """The same numbers, one after another in memory, as they are to be read, and their address."""
+    address = tensor.data_ptr()
+    if tensor.is_contiguous() and not tensor.is_neg() and (address or not is_zero(tensor)):
+        return tensor, address
+    tensor = tensor.clone(memory_format=torch.contiguous_format).resolve_neg()
+    return tensor, tensor.data_ptr()
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -112,7 +121,8 @@ def _encoding(table: DeviceTable, dtype: torch.dtype) -> Encoding:
     described, arrays = zip(*(_rung(each, dtype) for each in table.rungs), strict=True)
     tables, arrays = np.array(described, np.int64), [array for pair in arrays for array in pair]
     wide = arrays[0].itemsize > 2 or table.bits > 4
-    block = tables.ctypes.data, loops.INFINITY[str(dtype).removeprefix("torch.")]
+    infinity = loops.INFINITY[str(dtype).removeprefix("torch.")]
+    block = loops.EncodeBlock(bits=table.bits, rungs=len(tables), tables=tables.ctypes.data, infinity=infinity)
     return Encoding(_encoder(arrays[0].dtype.name, wide), block, tables, arrays)
 
 
@@ -148,6 +158,15 @@ def padded_levels(table: DeviceTable) -> Tensor:
     """(rungs, 2**bits), those past a table's own zero."""
     levels = table.levels.cpu()
     return torch.nn.functional.pad(levels, (0, 2**table.bits - levels.shape[-1])).view(len(table.rungs), -1)
+
+
+@lru_cache(maxsize=512)
+def _decoding(table: DeviceTable, dtype: torch.dtype) -> Decoding | None:
+    """None where an operation has changed the dtype, which is rare."""
+    if (dtype == torch.float64) != (table.levels.dtype == torch.float64):
+        return None
+    levels = padded_levels(table)
+    return Decoding(_decoder(dtype), loops.DecodeBlock(bits=table.bits, rungs=len(levels), levels=levels.data_ptr()), levels)
 
 
 @cache

@@ -215,6 +215,11 @@ def encode(x: Tensor, table: DeviceTable) -> Tensor:
     return _encode(x, x, table)
 
 
+def encode_checked(x: Tensor, table: DeviceTable) -> tuple[Tensor, bool]:
+    """The same, and whether all of x is finite, as far as that is known without waiting for the GPU: not at all."""
+    return encode(x, table), True
+
+
 def forward(x: Tensor, table: DeviceTable, name: str, parameters: Mapping[str, float]) -> tuple[Tensor, Tensor]:
     """The activation and the packed codes of x, in one pass.
 

@@ -8,7 +8,7 @@ import torch
 
 # places of each channel that statistics are taken of: primes, so that no period of rows or images falls in step. Norms have
 # nearly normal numbers; others may be zeros for the most part, of which fewer tell little.
-SAMPLE, LARGE_SAMPLE = 509, 2039
+SAMPLE, LARGE_SAMPLE = 509, 1361
 
 
 class Grid(NamedTuple):
@@ -46,9 +46,9 @@ class Grid(NamedTuple):
 
     @property
     def sampled(self) -> int:
-        """How many places statistics are taken of, all if they are not twice as many: number k of them is place
+        """How many places statistics are taken of, all where a sample would be most of them: number k of them is place
         k * places // sampled, which is the element (place // inner, channel, place % inner)."""
-        return self.places if self.places < 2 * self.sample else self.sample
+        return self.places if 2 * self.places < 3 * self.sample else self.sample
 
 
 def row_numbers(grid: Grid, outer: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ from fewbit.kernels.spans import (
     grid_of,
     load,
     multiply,
+    of_channels,
     rebuild,
     segment,
     store,
@@ -41,7 +42,7 @@ from fewbit.kernels.spans import (
 
 CHUNK = 1024  # words, or elements of a row: what is in work stays in the first-level cache
 _INTEGERS = ("claimed", "workers", "done", "scratch", "pieces")
-_GRID = ("n", "channels", "inner", "per_row", "groups", "per_group")
+_GRID = ("n", "channels", "inner", "per_row", "groups", "per_group", "repeat")
 _VIEW = ("x", "outer_stride", "channel_stride", "inner_stride", "kind", "in_order")
 _CODES = ("packed", "words", "bits")
 PREFIX = (*_INTEGERS, *_GRID, *_VIEW, *_CODES)
@@ -60,7 +61,8 @@ class EncodeBlock(ctypes.Structure):
     claimed      the pieces claimed so far, workers: the threads that have claimed some, done: the pieces done; 0 at first
     scratch      memory to work in, `encoder_scratch` bytes for each thread that finds a piece
     pieces       of `CHUNK` words each
-    n … in_order the grid and the view of x, see `fewbit.kernels.spans`
+    n … in_order the grid and the view of x, see `fewbit.kernels.spans`; that many channels in a row share their numbers: what
+                 is said to be of channels below is (channels // repeat,)
     lost         0; becomes positive where a z, the coding or a vector is not finite
     shift, scale wide, of rows if `by_row`; `has_eps` if scales are to be divided by their units
     coding       (3, channels) wide, vectors: `vector_size` numbers, which are (rows, channels)
@@ -95,14 +97,16 @@ class RebuildBlock(ctypes.Structure):
     )
 
 
-def encoder_scratch(wide: str) -> int:
-    """Bytes for a thread: for each word of a chunk two int32, four codes and an element."""
-    return CHUNK * (8 + 5 * np.dtype(wide).itemsize)
+def encoder_scratch(wide: str, repeated: int) -> int:
+    """Bytes for a thread: for each word of a chunk two int32, four codes and an element; five numbers for each channel that is
+    repeated."""
+    return CHUNK * (8 + 5 * np.dtype(wide).itemsize) + 5 * repeated * np.dtype(wide).itemsize
 
 
-def rebuilder_scratch(wide: str) -> int:
-    """Bytes for a thread: for each element of a chunk an int32, a one, and three numbers."""
-    return CHUNK * (4 + 4 * np.dtype(wide).itemsize)
+def rebuilder_scratch(wide: str, repeated: int) -> int:
+    """Bytes for a thread: for each element of a chunk an int32, a one, and three numbers; four for each channel that is
+    repeated."""
+    return CHUNK * (4 + 4 * np.dtype(wide).itemsize) + 4 * repeated * np.dtype(wide).itemsize
 
 
 def encoder(wide: str) -> Any:
@@ -110,33 +114,43 @@ def encoder(wide: str) -> Any:
     values, size_of = np.dtype(wide).type, np.dtype(wide).itemsize
     integer = np.dtype(f"int{8 * size_of}").type
     exponent = integer(0x7F800000 if wide == "float32" else 0x7FF << 52)
-    scratch = encoder_scratch(wide)
 
     def encode_layer(address):
         block = _array(address, 1)[0]
-        n, words, bits, twos, channels = block.n, block.words, block.bits, block.twos, block.channels
-        grid, view = grid_of(block), view_of(block)
+        n, words, bits, twos, channels, repeat = block.n, block.words, block.bits, block.twos, block.channels, block.repeat
+        grid, view, given = grid_of(block), view_of(block), block.channels // block.repeat
         packed = _array(pointer(block.packed), bits * words, np.uint8)
         thresholds = _array(pointer(block.thresholds), 4 * block.fours + 2 * twos, values)
         table = _array(pointer(block.codes), 4 * block.fours + 2 * twos + 1, integer)
         rows = _array(pointer(block.permuted), 64 if block.permuted else 0, values)
         of_rows = _array(pointer(block.permuted_codes), 16, integer)
-        coding = _array(pointer(block.coding), (3, channels), values)
-        of_first = n // block.inner if block.by_row else channels  # at least as many as there are
-        shift = _array(pointer(block.shift), of_first if block.shift else 0, values)
-        scale = _array(pointer(block.scale), of_first if block.scale else 0, values)
         piece = advance(address, _CLAIMED, 1)
         if piece >= block.pieces:
             return
         if piece == 0:
             lost = _any_lost(_array(pointer(block.vectors), block.vector_size, integer), exponent)
-            if lost or _any_lost(_array(pointer(block.coding), 3 * channels, integer), exponent):
+            if lost or _any_lost(_array(pointer(block.coding), 3 * given, integer), exponent):
                 advance(address, _LOST, 1)
-        memory = block.scratch + advance(address, _WORKERS, 1) * scratch
+        own = CHUNK * (8 + 5 * size_of)
+        memory = block.scratch + advance(address, _WORKERS, 1) * (own + (5 * channels * size_of if repeat > 1 else 0))
         joined = _array(pointer(memory), (2, CHUNK), np.int32)
         codes = _array(pointer(memory + 8 * CHUNK), (4, CHUNK), integer)
         z = _array(pointer(memory + (8 + 4 * size_of) * CHUNK), CHUNK, values)
         patterns = _array(pointer(memory + (8 + 4 * size_of) * CHUNK), CHUNK, integer)
+        behind, number = memory + own, channels * size_of
+        middle, inverse = block.coding, block.coding + given * size_of
+        coding = (
+            of_channels(middle, channels, repeat, behind, z),
+            of_channels(inverse, channels, repeat, behind + number, z),
+            of_channels(inverse + given * size_of, channels, repeat, behind + 2 * number, z),
+        )
+        if block.by_row:
+            rows_at_most = n // block.inner
+            shift = _array(pointer(block.shift), rows_at_most if block.shift else 0, values)
+            scale = _array(pointer(block.scale), rows_at_most if block.scale else 0, values)
+        else:
+            shift = of_channels(block.shift, channels, repeat, behind + 3 * number, z)
+            scale = of_channels(block.scale, channels, repeat, behind + 4 * number, z)
         while piece < block.pieces:
             first = piece * CHUNK
             size = min(CHUNK, words - first)
@@ -148,8 +162,8 @@ def encoder(wide: str) -> Any:
                 if _any_lost(patterns[: end - begin], exponent):
                     advance(address, _LOST, 1)
                     if block.center >= 0:
-                        vectors = _array(pointer(block.vectors), (block.vector_size // channels, channels), values)
-                        _mark(part, begin, grid, vectors[block.center], vectors[block.offset])
+                        vectors = _array(pointer(block.vectors), (block.vector_size // given, given), values)
+                        _mark(part, begin, grid, repeat, vectors[block.center], vectors[block.offset])
                 rest = permuted_codes(part, rows, of_rows, codes[lane % 4])
                 _encode_lane(part[rest:], thresholds, table, twos, codes[lane % 4, rest:])
                 codes[lane % 4, end - begin : size] = 0
@@ -166,17 +180,14 @@ def encoder(wide: str) -> Any:
 
 def rebuilder(wide: str) -> Any:
     """The compiled kernel of decode, times_slope, gate_value and gate_backward: a CFunc of the address of a RebuildBlock."""
-    values, scratch = np.dtype(wide).type, rebuilder_scratch(wide)
+    values, size_of = np.dtype(wide).type, np.dtype(wide).itemsize
 
     def rebuild_layer(address):
         block = _array(address, 1)[0]
-        n, words, bits, channels, mode = block.n, block.words, block.bits, block.channels, block.mode
+        n, words, bits, channels, repeat, mode = block.n, block.words, block.bits, block.channels, block.repeat, block.mode
         grid, view, largest = grid_of(block), view_of(block), values(block.largest)
         packed = _array(pointer(block.packed), bits * words, np.uint8)
         levels = _array(pointer(block.levels), 1 << bits, values)
-        factor, offset = _array(pointer(block.factor), channels, values), _array(pointer(block.offset), channels, values)
-        move = _array(pointer(block.move), channels if block.move else 0, values)
-        shift = _array(pointer(block.shift), channels if block.shift else 0, values)
         row = _array(pointer(block.row), n // block.inner if block.row else 0, values)  # at least as many as there are
         gate_words, gate_bits = block.gate_words, block.gate_bits
         packed_gate = _array(pointer(block.packed_gate), gate_bits * gate_words, np.uint8)
@@ -185,11 +196,17 @@ def rebuilder(wide: str) -> Any:
         piece = advance(address, _CLAIMED, 1)
         if piece >= block.pieces:
             return
-        memory = block.scratch + advance(address, _WORKERS, 1) * scratch
+        own, number = CHUNK * (4 + 4 * size_of), channels * size_of
+        memory = block.scratch + advance(address, _WORKERS, 1) * (own + (4 * number if repeat > 1 else 0))
         codes = _array(pointer(memory), CHUNK, np.int32)
         work = _array(pointer(memory + 4 * CHUNK), (4, CHUNK), values)
         ones, a, b, c = work[0], work[1], work[2], work[3]  # unpacked, they would lose their stride of 1
         ones[:] = 1
+        behind = memory + own
+        factor = of_channels(block.factor, channels, repeat, behind, ones)
+        offset = of_channels(block.offset, channels, repeat, behind + number, ones)
+        move = of_channels(block.move, channels, repeat, behind + 2 * number, ones)
+        shift = of_channels(block.shift, channels, repeat, behind + 3 * number, ones)
         while piece < block.pieces:
             first = piece * CHUNK
             size = min(CHUNK, words - first)
@@ -255,7 +272,7 @@ def _combine_along(values, grad, of_grad, factor, offset):
 def _standard(z, begin, grid, shift, scale, by_row, eps, has_eps, coding):
     """u to z in place: see `layers_reference.standard`."""
     number = z.dtype.type
-    middle, inverse, onto = coding[0], coding[1], coding[2]
+    middle, inverse, onto = coding
     at = 0
     while at < z.size:
         _, channel, _, row, size = segment(begin + at, grid)
@@ -308,11 +325,11 @@ def _any_lost(patterns, exponent):
 
 
 @_inlined
-def _mark(z, begin, grid, center, offset):
+def _mark(z, begin, grid, repeat, center, offset):
     """NaN for the channels of which some z is not finite."""
     for i in range(z.size):
         if not np.isfinite(z[i]):
-            channel = segment(begin + i, grid)[1]
+            channel = segment(begin + i, grid)[1] // repeat
             center[channel] = np.nan
             offset[channel] = np.nan
 

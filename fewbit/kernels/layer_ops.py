@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,25 @@ from fewbit import packing
 from fewbit.kernels import layers
 from fewbit.kernels.device_table import DeviceTable
 from fewbit.kernels.grid import Grid
-from fewbit.kernels.layers_reference import Vectors, wide_dtype
+from fewbit.kernels.layers_reference import Codes, Vectors, wide_dtype
 from fewbit.kernels.ops import constants, device_table, operator
 
 Tensor = torch.Tensor
 _TABLE = "Tensor thresholds, Tensor codes, Tensor levels, int bits"
-_CODED = "Tensor packed, SymInt[] grid, Tensor vectors, int[] where, Tensor? row, float? eps"
+_CODES = f"Tensor packed, SymInt[] grid, Tensor vectors, int[] where, Tensor? row, float? eps, {_TABLE}"
+_PARTS = 10  # of codes, as operators take them
+
+
+def _parts(codes: Codes) -> tuple[Any, ...]:
+    """Codes as operators take them."""
+    *parts, table = codes
+    return *parts, *constants(table), table.bits
+
+
+def _codes(parts: Sequence[Any]) -> Codes:
+    """The codes of these parts."""
+    packed, grid, vectors, where, row, eps, *table = parts
+    return Codes(packed, Grid(*grid), vectors, Vectors(*where), row, eps, device_table(*table))
 
 
 def encode_scaled(
@@ -76,204 +90,137 @@ _encode_normalized = operator(
 )
 
 
-def decode(
-    packed: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    where: Vectors,
-    row: Tensor | None,
-    eps: float | None,
-    table: DeviceTable,
-    dtype: torch.dtype,
-    below: float = 1.0,
-    above: float = 1.0,
-) -> Tensor:
+def decode(codes: Codes, dtype: torch.dtype, below: float = 1.0, above: float = 1.0) -> Tensor:
     """As `fewbit.kernels.layers.decode`."""
-    return _decode(packed, grid, vectors, where, row, eps, *constants(table), table.bits, dtype, below, above)
+    return _decode(*_parts(codes), dtype, below, above)
 
 
-def _decode_now(packed, grid, vectors, where, row, eps, thresholds, codes, levels, bits, dtype, below, above):
-    table = device_table(thresholds, codes, levels, bits)
-    return layers.decode(packed, Grid(*grid), vectors, Vectors(*where), row, eps, table, dtype, below, above)
+def _decode_now(*arguments):
+    return layers.decode(_codes(arguments[:_PARTS]), *arguments[_PARTS:])
 
 
-def _fake_decode(packed, grid, vectors, where, row, eps, thresholds, codes, levels, bits, dtype, below, above):
-    return packed.new_empty(Grid(*grid).n, dtype=dtype)
+def _fake_decode(packed, grid, *others):
+    return packed.new_empty(Grid(*grid).n, dtype=others[-3])
 
 
-_decode = operator(
-    f"decode_affine({_CODED}, {_TABLE}, ScalarType dtype, float below, float above) -> Tensor", _decode_now, _fake_decode
-)
+_decode = operator(f"decode_affine({_CODES}, ScalarType dtype, float below, float above) -> Tensor", _decode_now, _fake_decode)
 
 
-def times_slope(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    where: Vectors,
-    row: Tensor | None,
-    eps: float | None,
-    table: DeviceTable,
-    below: float,
-    above: float,
-) -> Tensor:
+def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tensor:
     """As `fewbit.kernels.layers.times_slope`."""
-    return _times_slope(packed, grid, vectors, where, row, eps, grad, *constants(table), table.bits, below, above)
+    return _times_slope(*_parts(codes), grad, below, above)
 
 
-def _times_slope_now(packed, grid, vectors, where, row, eps, grad, thresholds, codes, levels, bits, below, above):
-    table = device_table(thresholds, codes, levels, bits)
-    grad = grad.contiguous()
-    return layers.times_slope(packed, grad, Grid(*grid), vectors, Vectors(*where), row, eps, table, below, above)
+def _times_slope_now(*arguments):
+    grad, *slopes = arguments[_PARTS:]
+    return layers.times_slope(_codes(arguments[:_PARTS]), grad.contiguous(), *slopes)
 
 
-def _fake_times_slope(packed, grid, vectors, where, row, eps, grad, *others):
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+def _fake_times_slope(*arguments):
+    return torch.empty_like(arguments[_PARTS], memory_format=torch.contiguous_format)
 
 
 _times_slope = operator(
-    f"times_slope({_CODED}, Tensor grad, {_TABLE}, float below, float above) -> Tensor", _times_slope_now, _fake_times_slope
+    f"times_slope({_CODES}, Tensor grad, float below, float above) -> Tensor", _times_slope_now, _fake_times_slope
 )
 
 
 def rows_backward(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    scale: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    table: DeviceTable,
-    centered: bool,
-    has_bias: bool,
+    codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, centered: bool, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `fewbit.kernels.layers.rows_backward`."""
-    options = weight, *constants(table), table.bits, centered, has_bias
-    grad_x, by_weight, by_bias = _rows_backward(packed, grad, grid, vectors, scale, eps, *options)
+    grad_x, by_weight, by_bias = _rows_backward(*_parts(codes), grad, scale, weight, centered, has_bias)
     return grad_x, None if weight is None else by_weight, by_bias if has_bias else None
 
 
-def _rows_backward_now(packed, grad, grid, vectors, scale, eps, weight, *others):
-    *table, centered, has_bias = others
-    options = Grid(*grid), vectors, scale, eps, weight, device_table(*table), centered, has_bias
-    found = layers.rows_backward(packed, grad, *options)
-    return tuple((vectors if weight is None else weight).new_empty(0) if each is None else each for each in found)
+def _rows_backward_now(*arguments):
+    grad, scale, weight, *options = arguments[_PARTS:]
+    found = layers.rows_backward(_codes(arguments[:_PARTS]), grad, scale, weight, *options)
+    return tuple((scale if weight is None else weight).new_empty(0) if each is None else each for each in found)
 
 
-def _fake_rows_backward(packed, grad, grid, vectors, scale, eps, weight, *others):
-    channels = Grid(*grid).channels
-    like = vectors if weight is None else weight
-    by_weight, by_bias = (like.new_empty(channels if given else 0) for given in (weight is not None, others[-1]))
-    return grad.new_empty(Grid(*grid).n), by_weight, by_bias
+def _fake_rows_backward(packed, grid, *others):
+    grad, scale, weight, _, has_bias = others[_PARTS - 2 :]
+    like, grid = scale if weight is None else weight, Grid(*grid)
+    by_weight, by_bias = (like.new_empty(grid.channels if given else 0) for given in (weight is not None, has_bias))
+    return grad.new_empty(grid.n), by_weight, by_bias
 
 
 _rows_backward = operator(
-    "rows_backward(Tensor packed, Tensor grad, SymInt[] grid, Tensor vectors, Tensor scale, float eps, Tensor? weight, "
-    f"{_TABLE}, bool centered, bool has_bias) -> (Tensor, Tensor, Tensor)",
+    f"rows_backward({_CODES}, Tensor grad, Tensor scale, Tensor? weight, bool centered, bool has_bias) "
+    "-> (Tensor, Tensor, Tensor)",
     _rows_backward_now,
     _fake_rows_backward,
 )
 
 
 def channels_backward(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    table: DeviceTable,
-    training: bool,
+    codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fewbit.kernels.layers.channels_backward`."""
-    return _channels_backward(packed, grad, grid, vectors, scale, weight, *constants(table), table.bits, training)
+    return _channels_backward(*_parts(codes), grad, scale, weight, training)
 
 
-def _channels_backward_now(packed, grad, grid, vectors, scale, weight, *others):
-    *table, training = others
-    return layers.channels_backward(packed, grad, Grid(*grid), vectors, scale, weight, device_table(*table), training)
+def _channels_backward_now(*arguments):
+    return layers.channels_backward(_codes(arguments[:_PARTS]), *arguments[_PARTS:])
 
 
-def _fake_channels_backward(packed, grad, grid, vectors, scale, weight, *others):
+def _fake_channels_backward(packed, grid, *others):
+    grad, scale, weight, _ = others[_PARTS - 2 :]
     like = scale if weight is None else weight
     return grad.new_empty(Grid(*grid).n), like.new_empty(scale.shape), like.new_empty(scale.shape)
 
 
 _channels_backward = operator(
-    "channels_backward(Tensor packed, Tensor grad, SymInt[] grid, Tensor vectors, Tensor scale, Tensor? weight, "
-    f"{_TABLE}, bool training) -> (Tensor, Tensor, Tensor)",
+    f"channels_backward({_CODES}, Tensor grad, Tensor scale, Tensor? weight, bool training) -> (Tensor, Tensor, Tensor)",
     _channels_backward_now,
     _fake_channels_backward,
 )
 
 
 def gate_backward(
-    packed: Tensor,
-    packed_up: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    row: Tensor,
-    derivative: DeviceTable,
-    value: DeviceTable,
-    normal: DeviceTable,
+    up: Codes, packed: Tensor, grad: Tensor, derivative: DeviceTable, value: DeviceTable
 ) -> tuple[Tensor, Tensor]:
     """As `fewbit.kernels.layers.gate_backward`."""
-    tables = *constants(derivative), *constants(value)[2:], *constants(normal), normal.bits
-    return _gate_backward(packed, packed_up, grad, grid, vectors, row, derivative.bits, *tables)
+    return _gate_backward(*_parts(up), packed, grad, *constants(derivative), *constants(value)[2:], derivative.bits)
 
 
-def _gate_tables(bits, thresholds, codes, derivative, value, *normal):
-    slopes, values = (device_table(thresholds, codes, levels, bits) for levels in (derivative, value))
-    return slopes, values, device_table(*normal)
+def _gate_backward_now(*arguments):
+    packed, grad, thresholds, codes, *levels, bits = arguments[_PARTS:]
+    tables = (device_table(thresholds, codes, each, bits) for each in levels)
+    return layers.gate_backward(_codes(arguments[:_PARTS]), packed, grad, *tables)
 
 
-def _gate_backward_now(packed, packed_up, grad, grid, vectors, row, *tables):
-    return layers.gate_backward(packed, packed_up, grad, Grid(*grid), vectors, row, *_gate_tables(*tables))
-
-
-def _fake_gate_backward(packed, packed_up, grad, grid, *others):
+def _fake_gate_backward(packed_up, grid, *others):
+    grad = others[_PARTS - 1]
     return grad.new_empty(Grid(*grid).n), grad.new_empty(Grid(*grid).n)
 
 
-_OF_GATE = "int gate_bits, Tensor gate_thresholds, Tensor gate_codes"
+_OF_GATE = "Tensor gate_thresholds, Tensor gate_codes"
 _gate_backward = operator(
-    "gate_backward(Tensor packed, Tensor packed_up, Tensor grad, SymInt[] grid, Tensor vectors, Tensor row, "
-    f"{_OF_GATE}, Tensor slopes, Tensor values, {_TABLE}) -> (Tensor, Tensor)",
+    f"gate_backward({_CODES}, Tensor gate, Tensor grad, {_OF_GATE}, Tensor slopes, Tensor values, int gate_bits) "
+    "-> (Tensor, Tensor)",
     _gate_backward_now,
     _fake_gate_backward,
 )
 
 
-def gate_value(
-    packed: Tensor,
-    packed_up: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    row: Tensor,
-    value: DeviceTable,
-    normal: DeviceTable,
-    dtype: torch.dtype,
-) -> Tensor:
+def gate_value(up: Codes, packed: Tensor, value: DeviceTable, dtype: torch.dtype) -> Tensor:
     """As `fewbit.kernels.layers.gate_value`."""
-    tables = *constants(value), *constants(normal), normal.bits
-    return _gate_value(packed, packed_up, grid, vectors, row, dtype, value.bits, *tables)
+    return _gate_value(*_parts(up), packed, *constants(value), value.bits, dtype)
 
 
-def _gate_value_now(packed, packed_up, grid, vectors, row, dtype, bits, thresholds, codes, values, *normal):
-    tables = device_table(thresholds, codes, values, bits), device_table(*normal)
-    return layers.gate_value(packed, packed_up, Grid(*grid), vectors, row, *tables, dtype)
+def _gate_value_now(*arguments):
+    packed, *table, dtype = arguments[_PARTS:]
+    return layers.gate_value(_codes(arguments[:_PARTS]), packed, device_table(*table), dtype)
 
 
-def _fake_gate_value(packed, packed_up, grid, vectors, row, dtype, *others):
-    return packed.new_empty(Grid(*grid).n, dtype=dtype)
+def _fake_gate_value(packed_up, grid, *others):
+    return packed_up.new_empty(Grid(*grid).n, dtype=others[-1])
 
 
 _gate_value = operator(
-    "gate_value(Tensor packed, Tensor packed_up, SymInt[] grid, Tensor vectors, Tensor row, ScalarType dtype, "
-    f"{_OF_GATE}, Tensor values, {_TABLE}) -> Tensor",
+    f"gate_value({_CODES}, Tensor gate, {_OF_GATE}, Tensor values, int gate_bits, ScalarType dtype) -> Tensor",
     _gate_value_now,
     _fake_gate_value,
 )

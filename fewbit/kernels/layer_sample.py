@@ -17,17 +17,16 @@ from fewbit.kernels.loops import _CLAIMED, _DONE, _WORKERS, _array, _compile, _e
 from fewbit.kernels.permutations import permuted_codes
 from fewbit.kernels.spans import SMALLEST_UNIT, copy, drop_what_is_lost, grid_of, load_run, unit, view_of
 
-PLACES, WIDTH = 16, 64  # of a tile: `layers_reference.SAMPLE_LANES`, and channels of a block
-_TILE = PLACES * WIDTH
-_TILES = 15  # to work in
-_CENTER, _LARGEST, _SMALLEST, _SPREAD, _SPARSE, _LEVEL, _MIDDLE, _INVERSE, _ONTO, _MOVE, _OWN, _OF_LEVEL, _MEAN = range(13)
+PLACES = 16  # of a tile: `layers_reference.SAMPLE_LANES`
+_TILES = 14  # to work in
+_CENTER, _LARGEST, _SMALLEST, _SPREAD, _SPARSE, _LEVEL, _MIDDLE, _INVERSE, _ONTO, _MOVE, _ABOUT, _OF_LEVEL, _MEAN = range(13)
 _NUMBERS = _MEAN + 6  # of a channel
 
 
 class SampleBlock(ctypes.Structure):
     """The arguments of `sampler`: see `fewbit.kernels.layer_loops.EncodeBlock`, and
 
-    pieces      blocks of `WIDTH` channels
+    pieces      blocks of `across` channels, a multiple of 16
     sampled     of the places
     magnitudes  (channels,) wide: what is to be filled; 0: coding (3, channels) and vectors (vector_rows, channels) are
     row_weight  (rows,) wide; weight, bias (channels,) wide
@@ -41,7 +40,7 @@ class SampleBlock(ctypes.Structure):
     """
 
     _fields_ = fields(
-        *("sampled", "places", "magnitudes", "shift", "scale", "by_row", "has_eps", "row_weight", "weight", "bias"),
+        *("across", "sampled", "places", "magnitudes", "shift", "scale", "by_row", "has_eps", "row_weight", "weight", "bias"),
         *(
             "by_sign",
             "keep_means",
@@ -60,10 +59,15 @@ class SampleBlock(ctypes.Structure):
     )
 
 
-def sample_scratch(wide: str, sampled: int) -> int:
+def width_of_block(channels: int) -> int:
+    """How many channels are worked on at once: many, which lie side by side; few where others would have nothing to do."""
+    return 16 if channels <= 16 else 32 if channels <= 64 else 64
+
+
+def sample_scratch(wide: str, sampled: int, across: int) -> int:
     """Bytes for a thread: the sample of a block, in tiles; the tiles to work in, the block's numbers, and the outer indices."""
     tiles = -(-sampled // PLACES)
-    return ((tiles + _TILES) * _TILE + _NUMBERS * WIDTH) * np.dtype(wide).itemsize + 8 * tiles * PLACES
+    return ((tiles + _TILES) * PLACES + _NUMBERS) * across * np.dtype(wide).itemsize + 8 * tiles * PLACES
 
 
 def sampler(wide: str) -> Any:
@@ -72,7 +76,7 @@ def sampler(wide: str) -> Any:
 
     def sample_of_channels(address):
         block = _array(address, 1)[0]
-        channels, sampled, by_sample = block.channels, block.sampled, values(block.by_sample)
+        channels, sampled, by_sample, across = block.channels, block.sampled, values(block.by_sample), block.across
         grid, view, tiles = grid_of(block), view_of(block), (block.sampled + PLACES - 1) // PLACES
         piece = advance(address, _CLAIMED, 1)
         if piece >= block.pieces:
@@ -81,28 +85,29 @@ def sampler(wide: str) -> Any:
         shift = _array(pointer(block.shift), of_first if block.shift else 0, values)
         scale = _array(pointer(block.scale), of_first if block.scale else 0, values)
         row_weight = _array(pointer(block.row_weight), block.n // block.inner if block.row_weight else 0, values)
-        size_of_scratch = ((tiles + _TILES) * _TILE + _NUMBERS * WIDTH) * size_of + 8 * tiles * PLACES
+        tile = PLACES * across
+        size_of_scratch = ((tiles + _TILES) * tile + _NUMBERS * across) * size_of + 8 * tiles * PLACES
         memory = block.scratch + advance(address, _WORKERS, 1) * size_of_scratch
-        u = _array(pointer(memory), tiles * _TILE, values)
-        work = _array(pointer(memory + tiles * _TILE * size_of), (_TILES, _TILE), values)
-        of_block = memory + (tiles + _TILES) * _TILE * size_of
-        numbers = _array(pointer(of_block), (_NUMBERS, WIDTH), values)
-        outers = _array(pointer(of_block + _NUMBERS * WIDTH * size_of), tiles * PLACES, np.int64)
-        count = sampled * WIDTH
+        u = _array(pointer(memory), tiles * tile, values)
+        work = _array(pointer(memory + tiles * tile * size_of), (_TILES, tile), values)
+        of_block = memory + (tiles + _TILES) * tile * size_of
+        numbers = _array(pointer(of_block), (_NUMBERS, across), values)
+        outers = _array(pointer(of_block + _NUMBERS * across * size_of), tiles * PLACES, np.int64)
+        count = sampled * across
         while piece < block.pieces:
-            first = piece * WIDTH
-            width = min(WIDTH, channels - first)
-            _gather(view, grid, block.places, sampled, first, width, outers, u[:count])
+            first = piece * across
+            width = min(across, channels - first)
+            _gather(view, grid, block.places, sampled, first, width, across, outers, u[:count])
             if block.magnitudes:
                 out = _array(pointer(block.magnitudes), channels, values)
                 work[0] = 0
-                for at in range(0, count, _TILE):
-                    _add_magnitudes(u[at : min(at + _TILE, count)], by_sample, work[0])
-                _in_pairs(work[0])
+                for at in range(0, count, tile):
+                    _add_magnitudes(u[at : min(at + tile, count)], by_sample, work[0])
+                _in_pairs(work[0], across)
                 copy(work[0, :width], out[first : first + width])
             else:
                 has_eps = block.has_eps
-                _first(u[:count], outers, grid, first, width, shift, scale, block.by_row, values(block.eps), has_eps)
+                _first(u[:count], outers, grid, first, width, across, shift, scale, block.by_row, values(block.eps), has_eps)
                 _standardize(block, u[:count], outers, grid, first, width, scale, row_weight, work, numbers)
             advance(address, _DONE, 1)
             piece = advance(address, _CLAIMED, 1)
@@ -111,8 +116,8 @@ def sampler(wide: str) -> Any:
 
 
 @_inlined
-def _gather(view, grid, places, sampled, first, width, outers, u):
-    """The sample (sampled, WIDTH), 0 for what is not finite and for channels that are not there, and its outer indices."""
+def _gather(view, grid, places, sampled, first, width, across, outers, u):
+    """The sample (sampled, across), 0 for what is not finite and for channels that are not there, and its outer indices."""
     address, outer_stride, channel_stride, inner_stride, kind, _ = view
     u[:] = 0
     for k in range(sampled):
@@ -120,18 +125,18 @@ def _gather(view, grid, places, sampled, first, width, outers, u):
         outer, within = place // grid[1], place % grid[1]
         outers[k] = outer
         offset = outer * outer_stride + first * channel_stride + within * inner_stride
-        load_run(address, offset, channel_stride, kind, u[k * WIDTH : k * WIDTH + width])
+        load_run(address, offset, channel_stride, kind, u[k * across : k * across + width])
     drop_what_is_lost(u)
 
 
 @_inlined
-def _first(u, outers, grid, first, width, shift, scale, by_row, eps, has_eps):
+def _first(u, outers, grid, first, width, across, shift, scale, by_row, eps, has_eps):
     """v to u in place, 0 for what is not finite."""
     number = u.dtype.type
-    for at in range(0, u.size, WIDTH):
+    for at in range(0, u.size, across):
         c = 0
         while c < width:
-            row, size = _rows_of(outers[at // WIDTH], first + c, grid)
+            row, size = _rows_of(outers[at // across], first + c, grid)
             size = min(size, width - c)
             part = u[at + c : at + c + size]
             if by_row:
@@ -209,30 +214,31 @@ def _standardize(block, u, outers, grid, first, width, scale, row_weight, work, 
 def _center_and_spread(u, by_sample, tiny, usual, work, numbers):
     """By channel: center and spread, and the smallest magnitude."""
     totals, centers, largest, smallest = work[0], work[1], work[2], work[3]
+    across, tile = numbers.shape[1], totals.size
     totals[:] = 0
-    for at in range(0, u.size, _TILE):
-        _add_values(u[at : min(at + _TILE, u.size)], by_sample, totals)
-    _in_pairs(totals)
-    copy(totals[:WIDTH], numbers[_CENTER])
-    copy(totals[:WIDTH], numbers[_OWN])
+    for at in range(0, u.size, tile):
+        _add_values(u[at : min(at + tile, u.size)], by_sample, totals)
+    _in_pairs(totals, across)
+    copy(totals[:across], numbers[_CENTER])
+    copy(totals[:across], numbers[_ABOUT])
     _tile(numbers[_CENTER], centers)
     largest[:], smallest[:] = 0, np.inf
-    for at in range(0, u.size, _TILE):
-        _extremes(u[at : min(at + _TILE, u.size)], centers, largest, smallest)
-    half = _TILE // 2
-    while half >= WIDTH:
+    for at in range(0, u.size, tile):
+        _extremes(u[at : min(at + tile, u.size)], centers, largest, smallest)
+    half = tile // 2
+    while half >= across:
         _join_extremes(largest[half : 2 * half], smallest[half : 2 * half], largest[:half], smallest[:half])
         half //= 2
-    copy(smallest[:WIDTH], numbers[_SMALLEST])
-    for c in range(WIDTH):
+    copy(smallest[:across], numbers[_SMALLEST])
+    for c in range(across):
         numbers[_LARGEST, c] = largest[c]
         numbers[_SPREAD, c] = 1 if largest[c] == 0 else largest[c]
     _tile(numbers[_SPREAD], largest)
     totals[:] = 0
-    for at in range(0, u.size, _TILE):
-        _add_moments(u[at : min(at + _TILE, u.size)], centers, largest, by_sample, totals)
-    _in_pairs(totals)
-    for c in range(WIDTH):
+    for at in range(0, u.size, tile):
+        _add_moments(u[at : min(at + tile, u.size)], centers, largest, by_sample, totals)
+    _in_pairs(totals, across)
+    for c in range(across):
         spread = np.sqrt(np.sqrt(np.sqrt(totals[c] * u.dtype.type(1.0 / 105.0)))) * numbers[_LARGEST, c]
         spread = tiny if u.dtype.type(1) / spread == np.inf else spread
         numbers[_SPREAD, c] = usual if numbers[_LARGEST, c] == 0 and usual == usual else spread
@@ -286,48 +292,40 @@ def _interval(thresholds, value):
 @_inlined
 def _means(block, u, outers, grid, first, width, scale, row_weight, thresholds, levels, by_sample, work, numbers):
     """By channel, the means of the value u * w, of level * w, of w, and of the magnitude of the value; and of the square of the
-    deviation d of u, and of d times that of the level."""
+    standardized deviation, and of its product with that of the level: see `layers_reference._of_gain_one`."""
     z, level, w, middle, inverse, onto = work[0], work[1], work[2], work[3], work[4], work[5]
-    own, spread, of_level, totals = work[6], work[7], work[8], work[9:15]
+    about, of_level, totals = work[6], work[7], work[8:14]
+    across, tile = numbers.shape[1], z.size
     rows = _array(pointer(block.permuted), 64 if block.permuted else 0, u.dtype)
     of_rows = _array(pointer(block.permuted_levels), 16, u.dtype)
+    for c in range(across):
+        is_sparse = numbers[_SPARSE, c] != 0
+        numbers[_ABOUT, c] = 0 if is_sparse else numbers[_ABOUT, c]
+        numbers[_OF_LEVEL, c] = numbers[_LEVEL, c] if is_sparse else 0
     _tile(numbers[_MIDDLE], middle)
     _tile(numbers[_INVERSE], inverse)
     _tile(numbers[_ONTO], onto)
-    totals[:] = 0
-    w[:] = 1
-    for at in range(0, u.size, _TILE):
-        part = u[at : min(at + _TILE, u.size)]
-        _standard_tile(part, middle, inverse, onto, z)
-        rest = permuted_codes(z[: part.size], rows, of_rows, level)
-        _encode_lane(z[rest : part.size], thresholds, levels, block.twos, level[rest:])
-        _add_values(level[: part.size], by_sample, totals[0])
-    _in_pairs(totals[0])
-    for c in range(WIDTH):
-        is_sparse = numbers[_SPARSE, c] != 0
-        numbers[_OWN, c] = 0 if is_sparse else numbers[_OWN, c]
-        numbers[_OF_LEVEL, c] = numbers[_LEVEL, c] if is_sparse else totals[0, c]
-    _tile(numbers[_OWN], own)
-    _tile(numbers[_SPREAD], spread)
+    _tile(numbers[_ABOUT], about)
     _tile(numbers[_OF_LEVEL], of_level)
     totals[:] = 0
-    for at in range(0, u.size, _TILE):
-        part = u[at : min(at + _TILE, u.size)]
+    w[:] = 1
+    for at in range(0, u.size, tile):
+        part = u[at : min(at + tile, u.size)]
         _standard_tile(part, middle, inverse, onto, z)
         rest = permuted_codes(z[: part.size], rows, of_rows, level)
         _encode_lane(z[rest : part.size], thresholds, levels, block.twos, level[rest:])
         if row_weight.size or block.has_eps:
-            of_tile = outers[at // WIDTH : (at + part.size) // WIDTH]
-            _weights(of_tile, grid, first, width, scale, row_weight, u.dtype.type(block.eps), w)
+            of_tile = outers[at // across : (at + part.size) // across]
+            _weights(of_tile, grid, first, width, across, scale, row_weight, u.dtype.type(block.eps), w)
         _add_means(part, level, w, by_sample, totals[0], totals[1], totals[2], totals[3])
-        _add_gains(part, level, own, spread, of_level, by_sample, totals[4], totals[5])
+        _add_gains(part, level, about, inverse, of_level, by_sample, totals[4], totals[5])
     for i in range(6):
-        _in_pairs(totals[i])
-        copy(totals[i, :WIDTH], numbers[_MEAN + i])
+        _in_pairs(totals[i], across)
+        copy(totals[i, :across], numbers[_MEAN + i])
 
 
 @_inlined
-def _weights(outers, grid, first, width, scale, row_weight, eps, w):
+def _weights(outers, grid, first, width, across, scale, row_weight, eps, w):
     """What u is times to be the value, for a tile; 0 for what is not finite."""
     number = w.dtype.type
     for k in range(outers.size):
@@ -336,7 +334,7 @@ def _weights(outers, grid, first, width, scale, row_weight, eps, w):
             row, size = _rows_of(outers[k], first + c, grid)
             size = min(size, width - c)
             weight = row_weight[row] if row_weight.size else unit(scale[row], eps, (number(1), number(SMALLEST_UNIT)))
-            w[k * WIDTH + c : k * WIDTH + c + size] = weight if weight - weight == 0 else number(0)
+            w[k * across + c : k * across + c + size] = weight if weight - weight == 0 else number(0)
             c += size
 
 
@@ -363,18 +361,18 @@ def _keep_means(numbers, c, doubt):
 
 @_inlined
 def _tile(of_channels, tile):
-    for at in range(0, tile.size, WIDTH):
-        copy(of_channels, tile[at : at + WIDTH])
+    for at in range(0, tile.size, of_channels.size):
+        copy(of_channels, tile[at : at + of_channels.size])
 
 
 @_inlined
-def _in_pairs(totals):
+def _in_pairs(totals, across):
     """The sums of the accumulators of each channel, of adjacent pairs until one is left, which comes first."""
     half = PLACES // 2
     while half:
         for k in range(half):
-            for c in range(WIDTH):
-                totals[k * WIDTH + c] = totals[2 * k * WIDTH + c] + totals[(2 * k + 1) * WIDTH + c]
+            for c in range(across):
+                totals[k * across + c] = totals[2 * k * across + c] + totals[(2 * k + 1) * across + c]
         half //= 2
 
 
@@ -434,8 +432,8 @@ def _add_means(u, level, w, factor, of_value, of_level, of_weight, of_size):
 
 
 @_inlined
-def _add_gains(u, level, own, spread, of_level, factor, of_square, of_product):
+def _add_gains(u, level, about, inverse, of_level, factor, of_square, of_product):
     for i in range(np.uintp(u.size)):
-        d = (u[i] - own[i]) / spread[i]
+        d = (u[i] - about[i]) * inverse[i]
         of_square[i] += d * d * factor
         of_product[i] += d * (level[i] - of_level[i]) * factor

@@ -39,13 +39,14 @@ class BackwardBlock(ctypes.Structure):
     scale, weight   wide, of rows or channels, (channels,) or 0
     training        for norms of channels: whether the statistics depend on x; of rows: whether a mean is taken
     partial         (pieces of rows, 2, channels) wide, in which partial sums of the gradients of weight and bias are taken; of
-                    a norm of channels it is (…, 3, channels), and sums (3, channels): those of x̂, too
-    sums            (2, channels) wide: these, or 0 where none are wanted
+                    a norm of channels it is (…, 3, channels): those of x̂, too
+    sums            (2, channels) wide: these, or 0 where none are wanted; of a norm of channels
+    combined        (3, channels) wide: grad_x is combined[0] * level + combined[1] + combined[2] * grad
     """
 
     _fields_ = fields(
         *("center", "spread", "scale", "has_eps", "weight", "levels", "rows", "rows_of_piece", "channels_of_piece", "row_size"),
-        *("training", "partial", "sums", "out", "out_kind"),
+        *("training", "partial", "sums", "combined", "out", "out_kind"),
         numbers=("eps", "largest"),
     )
 
@@ -119,7 +120,8 @@ def rows_backward(wide: str) -> Any:
 
 
 def channel_sums(wide: str) -> Any:
-    """The compiled sums of channels, of grad * level, of grad and of level: a CFunc of the address of a BackwardBlock."""
+    """The compiled sums of channels, of grad * level, of grad and of level, and what grad_x is by these: a CFunc of the address
+    of a BackwardBlock."""
     values, size_of, scratch = np.dtype(wide).type, np.dtype(wide).itemsize, backward_scratch(wide)
 
     def sums_of_channels(address):
@@ -153,7 +155,10 @@ def channel_sums(wide: str) -> Any:
                     _add_to_channels(g[:count], x[:count], begin, grid, partial[down], parts)
                     begin += count
             if advance_ordered(address, _DONE, 1) == block.pieces - 1:
-                _add_up(partial, _array(pointer(block.sums), (3, channels), values))
+                for down in range(1, partial.shape[0]):
+                    for i in range(3):
+                        _add(partial[0, i], partial[down, i])
+                _of_sums(block, partial[0], values(block.row_size))
             piece = advance(address, _CLAIMED, 1)
 
     return _compile(sums_of_channels, BackwardBlock, wide)
@@ -252,3 +257,39 @@ def _add_up(partial, sums):
     for piece in range(partial.shape[0]):
         for i in range(sums.shape[0]):
             _add(sums[i], partial[piece, i])
+
+
+@_inlined
+def _of_sums(block, found, count):
+    """The gradients of weight and bias, and what grad_x is: see `layers_reference.channels_backward`.
+
+    found  the sums (3, channels), where `repeat` channels in a row are one
+    """
+    repeat, zero = block.repeat, found.dtype.type(0)
+    channels = block.channels // repeat
+    center, spread = (
+        _array(pointer(block.center), channels, found.dtype),
+        _array(pointer(block.spread), channels, found.dtype),
+    )
+    scale = _array(pointer(block.scale), channels, found.dtype)
+    weight = _array(pointer(block.weight), channels if block.weight else 0, found.dtype)
+    sums, combined = (
+        _array(pointer(block.sums), (2, channels), found.dtype),
+        _array(pointer(block.combined), (3, channels), found.dtype),
+    )
+    for c in range(channels):
+        of_product, of_grad, of_level = zero, zero, zero
+        for i in range(c * repeat, (c + 1) * repeat):
+            of_product, of_grad, of_level = of_product + found[0, i], of_grad + found[1, i], of_level + found[2, i]
+        factor = scale[c] * weight[c] if weight.size else scale[c]
+        if block.training:
+            # (grad - mean grad - x̂ mean(grad x̂)) * factor, with x̂ = a * (level - its mean): NaN where what was lost is marked
+            mean, a = of_level / count, spread[c] + zero * center[c]
+            by_weight = a * (of_product - mean * of_grad)
+            by_level = a * by_weight * factor / -count
+            combined[0, c], combined[1, c] = by_level, of_grad * factor / -count - by_level * mean
+        else:
+            by_weight = spread[c] * of_product + center[c] * of_grad
+            combined[0, c], combined[1, c] = zero, zero
+        combined[2, c] = factor
+        sums[0, c], sums[1, c] = by_weight, of_grad

@@ -16,9 +16,9 @@ from fewbit.kernels import cuda
 from fewbit.kernels import layers_reference as reference
 from fewbit.kernels.device_table import DeviceTable
 from fewbit.kernels.grid import LARGE_SAMPLE, Grid
-from fewbit.kernels.layers_reference import First, Vectors
+from fewbit.kernels.layers_reference import Codes, First, Vectors
 
-__all__ = ["Grid", "Vectors"]
+__all__ = ["Codes", "Grid", "Vectors"]
 
 Tensor = torch.Tensor
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -107,38 +107,43 @@ def _encode(
     return kernels.encode(rounded.reshape(-1), table), finite
 
 
-def decode(packed: Tensor, *arguments: Any) -> Tensor:
+def decode(codes: Codes, *arguments: Any) -> Tensor:
     """As `fewbit.kernels.layers_reference.decode`."""
-    return backend_of(packed).decode(packed, *arguments)
+    return backend_of(codes.packed).decode(codes, *arguments)
 
 
-def times_slope(packed: Tensor, *arguments: Any) -> Tensor:
+def times_slope(codes: Codes, *arguments: Any) -> Tensor:
     """As `fewbit.kernels.layers_reference.times_slope`."""
-    return backend_of(packed).times_slope(packed, *arguments)
+    return backend_of(codes.packed).times_slope(codes, *arguments)
 
 
-def rows_backward(packed: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def rows_backward(
+    codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, centered: bool, has_bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As of the reference; the gradients of weight and bias in the dtype of the weight, if there is one."""
-    weight, (grad_x, by_weight, by_bias) = arguments[5], backend_of(packed).rows_backward(packed, *arguments)
+    backend = backend_of(codes.packed)
+    grad_x, by_weight, by_bias = backend.rows_backward(codes, grad, scale, weight, centered, has_bias)
     if weight is None:
         return grad_x, by_weight, by_bias
     return grad_x, by_weight.to(weight.dtype), None if by_bias is None else by_bias.to(weight.dtype)
 
 
-def channels_backward(packed: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def channels_backward(
+    codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """As of the reference; the gradients of weight and bias in the dtype of the weight, if there is one."""
-    weight, (grad_x, by_weight, by_bias) = arguments[4], backend_of(packed).channels_backward(packed, *arguments)
+    grad_x, by_weight, by_bias = backend_of(codes.packed).channels_backward(codes, grad, scale, weight, training)
     return grad_x, *((by_weight, by_bias) if weight is None else (by_weight.to(weight.dtype), by_bias.to(weight.dtype)))
 
 
-def gate_backward(packed: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def gate_backward(up: Codes, *arguments: Any) -> tuple[Tensor, Tensor]:
     """As `fewbit.kernels.layers_reference.gate_backward`."""
-    return backend_of(packed).gate_backward(packed, *arguments)
+    return backend_of(up.packed).gate_backward(up, *arguments)
 
 
-def gate_value(packed: Tensor, *arguments: Any) -> Tensor:
+def gate_value(up: Codes, *arguments: Any) -> Tensor:
     """As `fewbit.kernels.layers_reference.gate_value`."""
-    return backend_of(packed).gate_value(packed, *arguments)
+    return backend_of(up.packed).gate_value(up, *arguments)
 
 
 def backend_of(tensor: Tensor) -> Any:

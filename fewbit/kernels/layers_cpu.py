@@ -13,7 +13,7 @@ from fewbit.kernels import layers_reference as reference
 from fewbit.kernels.device_table import DeviceTable
 from fewbit.kernels.grid import Grid
 from fewbit.kernels.layer_tables import levels_of, prepared_table
-from fewbit.kernels.layers_reference import First, Vectors
+from fewbit.kernels.layers_reference import Codes, First, Vectors
 from fewbit.kernels.spans import KINDS
 from fewbit.kernels.system import Kernel, in_huge_pages
 from fewbit.torch_internals import is_zero
@@ -21,6 +21,8 @@ from fewbit.torch_internals import is_zero
 Tensor = torch.Tensor
 _WIDE = {torch.float32: "float32", torch.float64: "float64"}
 _LONG = 128  # elements from which on a loop of its own pays for each channel
+_PASSES = 4  # over a sample, each of which takes what a pass of other kernels does
+_OF_COMBINED = Vectors(factor=0, offset=1, move=2)  # grad * move + level * factor + offset
 _PIECE = 1 << 14  # elements of a piece of work, about, where rows are claimed
 
 
@@ -102,84 +104,48 @@ def encode(
     if not _takes(x.dtype, wide, grid, table.levels.dtype, coding.dtype, vectors.dtype) or not vectors.is_contiguous():
         return reference.encode(x, grid, first, coding, table, vectors, where)
     bits, words, prepared = table.bits, packing.words(grid.n, table.bits), prepared_table(table)
-    given = x, grid, first, coding
     shift, scale = _of_first(first, grid, wide)
-    of_channels = (None, None) if first.by_row else (shift, scale)
-    grid, x, (coding, *of_channels) = _merged(grid, _readable(x), _contiguous(coding, wide), *of_channels)
-    shift, scale = (shift, scale) if first.by_row else of_channels
-    own = -1 if where is None or grid.inner != given[1].inner else where.center, -1 if where is None else where.offset
+    coding, (grid, x, repeat) = _contiguous(coding, wide), _merged(grid, _readable(x))
+    own = -1 if where is None else where.center, -1 if where is None else where.offset
     packed = torch.empty(bits * words, dtype=torch.uint8)
     pieces = -(-words // layer_loops.CHUNK)
     block = layer_loops.EncodeBlock(
-        *(0, 0, 0, 0, pieces, *_of_grid(grid), *_view(x), packed.data_ptr(), words, bits, 0),
+        *(0, 0, 0, 0, pieces, *_of_grid(grid, repeat), *_view(x), packed.data_ptr(), words, bits, 0),
         *(_address(shift), _address(scale), first.by_row, _has_eps(first), coding.data_ptr()),
         *(vectors.data_ptr(), vectors.numel(), *own),
         *prepared.search,
         first.eps or 0.0,
     )
-    _kernel(layer_loops.encoder, wide).share(block, grid.n, pieces, layer_loops.encoder_scratch(_WIDE[wide]))
-    if block.lost and where is not None and own[0] < 0:  # channels were merged
-        reference.mark(reference.standard(*given), vectors, where)
+    scratch = layer_loops.encoder_scratch(_WIDE[wide], _repeated(grid, repeat))
+    _kernel(layer_loops.encoder, wide).share(block, grid.n, pieces, scratch)
     return packed, block.lost == 0
 
 
-def decode(
-    packed: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    where: Vectors,
-    row: Tensor | None,
-    eps: float | None,
-    table: DeviceTable,
-    dtype: torch.dtype,
-    below: float = 1.0,
-    above: float = 1.0,
-) -> Tensor:
+def decode(codes: Codes, dtype: torch.dtype, below: float = 1.0, above: float = 1.0) -> Tensor:
     """As `fewbit.kernels.layers_reference.decode`."""
-    if not _takes(dtype, vectors.dtype, grid, table.levels.dtype):
-        return reference.decode(packed, grid, vectors, where, row, eps, table, dtype, below, above)
-    product, (grid, _, (vectors,)) = _empty(grid.n, dtype), _merged(grid, None, vectors)
-    _rebuild(layer_loops.DECODE, packed, None, grid, vectors, where, row, eps, table, product, slopes=(below, above))
+    if not _takes(dtype, codes.vectors.dtype, codes.grid, codes.table.levels.dtype):
+        return reference.decode(codes, dtype, below, above)
+    product = _empty(codes.grid.n, dtype)
+    _rebuild(layer_loops.DECODE, codes, None, product, slopes=(below, above))
     return product
 
 
-def times_slope(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    where: Vectors,
-    row: Tensor | None,
-    eps: float | None,
-    table: DeviceTable,
-    below: float,
-    above: float,
-) -> Tensor:
+def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tensor:
     """As `fewbit.kernels.layers_reference.times_slope`."""
-    if not _takes(grad.dtype, vectors.dtype, grid, table.levels.dtype):
-        return reference.times_slope(packed, grad, grid, vectors, where, row, eps, table, below, above)
-    product, (grid, _, (vectors,)) = _empty(grid.n, grad.dtype), _merged(grid, None, vectors)
-    grad, where = _readable(grad).view(grid[:3]), where._replace(move=-1)
-    _rebuild(layer_loops.SLOPE, packed, grad, grid, vectors, where, row, eps, table, product, slopes=(below, above))
+    if not _takes(grad.dtype, codes.vectors.dtype, codes.grid, codes.table.levels.dtype):
+        return reference.times_slope(codes, grad, below, above)
+    product, codes = _empty(codes.grid.n, grad.dtype), codes._replace(where=codes.where._replace(move=-1))
+    _rebuild(layer_loops.SLOPE, codes, _readable(grad).view(codes.grid[:3]), product, slopes=(below, above))
     return product
 
 
 def rows_backward(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    scale: Tensor,
-    eps: float | None,
-    weight: Tensor | None,
-    table: DeviceTable,
-    centered: bool,
-    has_bias: bool,
+    codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, centered: bool, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `fewbit.kernels.layers_reference.rows_backward`."""
-    wide = vectors.dtype
-    if not _takes(grad.dtype, wide, grid, table.levels.dtype):
-        return reference.rows_backward(packed, grad, grid, vectors, scale, eps, weight, table, centered, has_bias)
+    grid, wide = codes.grid, codes.vectors.dtype
+    if not _takes(grad.dtype, wide, grid, codes.table.levels.dtype):
+        return reference.rows_backward(codes, grad, scale, weight, centered, has_bias)
     rows_of_piece = _rows_of_piece(grid.rows)
     pieces = -(-grid.rows // rows_of_piece)
     has_sums = weight is not None or has_bias
@@ -187,120 +153,75 @@ def rows_backward(
     partial = torch.empty((pieces, 2, grid.channels) if has_sums else 0, dtype=wide)
     product = _empty(grid.n, grad.dtype)
     own = grid.rows, rows_of_piece, grid.channels, grid.row_size, centered
-    arguments = packed, grad, grid, vectors, scale, eps, weight, table
-    _backward(layer_sums.rows_backward, *arguments, pieces, own, partial, sums, product)
+    _backward(layer_sums.rows_backward, codes, grad, scale, weight, pieces, own, partial, sums, product)
     return product, None if weight is None else sums[0], sums[1] if has_bias else None
 
 
 def channels_backward(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    table: DeviceTable,
-    training: bool,
+    codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fewbit.kernels.layers_reference.channels_backward`."""
-    wide = vectors.dtype
-    if not _takes(grad.dtype, wide, grid, table.levels.dtype):
-        return reference.channels_backward(packed, grad, grid, vectors, scale, weight, table, training)
-    channels, (grid, grad, _) = grid.channels, _merged(grid, grad)
-    down = _rows_of_piece(grid.outer) if grid.inner == 1 else max(1, grid.outer // 64)
-    across = grid.channels if grid.inner == 1 else max(1, min(grid.channels, _PIECE // (down * grid.inner)))
-    pieces = -(-grid.outer // down)
-    sums, partial = torch.empty(3, grid.channels, dtype=wide), torch.empty(pieces, 3, grid.channels, dtype=wide)
-    product = _empty(grid.n, grad.dtype)
-    own = grid.outer, down, across, grid.places, training
-    pieces *= -(-grid.channels // across)
-    arguments = packed, grad, grid, sums, sums[0], None, None, table  # of which it reads no vectors and no scale
-    _backward(layer_sums.channel_sums, *arguments, pieces, own, partial, sums, product)
-    of_products, of_grads, of_levels = sums if grid.channels == channels else sums.view(3, channels, -1).sum(2)
-    (center, spread), factor = vectors[:2], scale if weight is None else scale * weight
-    if not training:
-        combined = torch.stack([torch.zeros_like(factor), torch.zeros_like(factor), factor])
-        by_weight = spread * of_products + center * of_grads
-    else:  # grad_x = (grad - mean grad - x̂ mean(grad x̂)) * factor, with x̂ = spread * (level - its mean)
-        count = grid.n // channels
-        mean, spread = of_levels / count, spread + 0 * center  # which is NaN where what is not finite is marked
-        by_weight = spread * (of_products - mean * of_grads)
-        of_level = spread * by_weight * factor / -count
-        combined = torch.stack([of_level, of_grads * factor / -count - of_level * mean, factor])
-    combined = combined.to(wide).repeat_interleave(grid.channels // channels, 1)
-    _rebuild(layer_loops.COMBINE, packed, grad, grid, combined, Vectors(0, 0, 1, 0, -1, 2), None, None, table, product)
-    return product, by_weight.to(wide), of_grads.clone()
+    grid, wide = codes.grid, codes.vectors.dtype
+    if not _takes(grad.dtype, wide, grid, codes.table.levels.dtype):
+        return reference.channels_backward(codes, grad, scale, weight, training)
+    channels, (merged, grad, repeat) = grid.channels, _merged(grid, grad)
+    down = _rows_of_piece(merged.outer) if merged.inner == 1 else max(1, merged.outer // 64)
+    across = merged.channels if merged.inner == 1 else max(1, min(channels, _PIECE // (down * merged.inner)))
+    pieces = -(-merged.outer // down)
+    partial, combined = torch.empty(pieces, 3, merged.channels, dtype=wide), torch.empty(3, channels, dtype=wide)
+    sums, product = torch.empty(2, channels, dtype=wide), _empty(grid.n, grad.dtype)
+    own, codes = (merged.outer, down, across, grid.places, training), codes._replace(grid=merged)
+    pieces *= -(-merged.channels // across)
+    _backward(layer_sums.channel_sums, codes, grad, scale, weight, pieces, own, partial, sums, product, combined, repeat)
+    _rebuild(layer_loops.COMBINE, codes._replace(vectors=combined, where=_OF_COMBINED), grad, product)
+    return product, sums[0], sums[1]
 
 
-def _merged(grid: Grid, x: Tensor | None, *by_channel: Tensor | None) -> tuple[Grid, Any, Any]:
-    """The same, with a channel for each element of an outer place, where channels have few elements there: loops along channels
-    are then long."""
+def _merged(grid: Grid, x: Tensor | None) -> tuple[Grid, Any, int]:
+    """The same, with a channel for each element of an outer place where channels have few elements there, so that loops along
+    channels are long; and how many channels then share their numbers."""
     is_one = x is None or x.stride(1) == grid.inner * x.stride(2)
     if not (1 < grid.inner < _LONG and grid.channels * grid.inner <= _PIECE and is_one):
-        return grid, x, by_channel
+        return grid, x, 1
     merged = grid._replace(channels=grid.channels * grid.inner, inner=1)
-    x = None if x is None else x.as_strided(merged[:3], (x.stride(0), x.stride(2), 1))
-    repeated = (each if each is None else each.repeat_interleave(grid.inner, -1) for each in by_channel)
-    return merged, x, tuple(repeated)
+    return merged, None if x is None else x.as_strided(merged[:3], (x.stride(0), x.stride(2), 1)), grid.inner
 
 
 def gate_backward(
-    packed: Tensor,
-    packed_up: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    row: Tensor,
-    derivative: DeviceTable,
-    value: DeviceTable,
-    normal: DeviceTable,
+    up: Codes, packed: Tensor, grad: Tensor, derivative: DeviceTable, value: DeviceTable
 ) -> tuple[Tensor, Tensor]:
     """As `fewbit.kernels.layers_reference.gate_backward`."""
-    if not _takes(grad.dtype, vectors.dtype, grid, *(each.levels.dtype for each in (derivative, value, normal))):
-        return reference.gate_backward(packed, packed_up, grad, grid, vectors, row, derivative, value, normal)
-    of_gate, of_up = _empty(grid.n, grad.dtype), _empty(grid.n, grad.dtype)
-    gate = packed, derivative, value, of_up
-    _rebuild(layer_loops.GATE_BACKWARD, packed_up, grad, grid, vectors, Vectors(), row, None, normal, of_gate, gate)
+    if not _takes(grad.dtype, up.vectors.dtype, up.grid, *(each.levels.dtype for each in (derivative, value, up.table))):
+        return reference.gate_backward(up, packed, grad, derivative, value)
+    of_gate, of_up = _empty(up.grid.n, grad.dtype), _empty(up.grid.n, grad.dtype)
+    _rebuild(layer_loops.GATE_BACKWARD, up, grad, of_gate, (packed, derivative, value, of_up))
     return of_gate, of_up
 
 
-def gate_value(
-    packed: Tensor,
-    packed_up: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    row: Tensor,
-    value: DeviceTable,
-    normal: DeviceTable,
-    dtype: torch.dtype,
-) -> Tensor:
+def gate_value(up: Codes, packed: Tensor, value: DeviceTable, dtype: torch.dtype) -> Tensor:
     """As `fewbit.kernels.layers_reference.gate_value`."""
-    if not _takes(dtype, vectors.dtype, grid, value.levels.dtype, normal.levels.dtype):
-        return reference.gate_value(packed, packed_up, grid, vectors, row, value, normal, dtype)
-    product = _empty(grid.n, dtype)
-    gate = packed, value, value, product
-    _rebuild(layer_loops.GATE_VALUE, packed_up, None, grid, vectors, Vectors(), row, None, normal, product, gate)
+    if not _takes(dtype, up.vectors.dtype, up.grid, value.levels.dtype, up.table.levels.dtype):
+        return reference.gate_value(up, packed, value, dtype)
+    product = _empty(up.grid.n, dtype)
+    _rebuild(layer_loops.GATE_VALUE, up, None, product, (packed, value, value, product))
     return product
 
 
 def _rebuild(
     mode: int,
-    packed: Tensor,
+    of: Codes,
     grad: Tensor | None,
-    grid: Grid,
-    vectors: Tensor,
-    where: Vectors,
-    row: Tensor | None,
-    eps: float | None,
-    table: DeviceTable,
     product: Tensor,
     gate: tuple[Tensor, DeviceTable, DeviceTable, Tensor] | None = None,
     slopes: tuple[float, float] = (0.0, 0.0),
 ) -> None:
-    """Fill the product; gate: its codes, the tables of slopes and values, and the second product."""
+    """Fill the product; gate: its codes, the tables of slopes and values, and the second product. Channels may be merged
+    already."""
+    packed, grid, vectors, where, row, eps, table = of
     wide, words, bits = vectors.dtype, packing.words(grid.n, table.bits), table.bits
     levels, vectors = levels_of(table, packed), _contiguous(vectors, wide)
-    grad = None if grad is None else _readable(grad)
+    grid, grad, _ = _merged(grid, None if grad is None else _readable(grad))
+    repeat = grid.channels // vectors.shape[1]
     row = None if row is None else _contiguous(row, wide)
     of_gate: tuple[int, ...] = (0, 0, 0, 0, 0, 0)
     if gate is not None:
@@ -308,46 +229,46 @@ def _rebuild(
         tables = levels_of(derivative, codes), levels_of(value, codes)
         addresses = (*(each.data_ptr() for each in tables), other.data_ptr())
         of_gate = codes.data_ptr(), packing.words(grid.n, value.bits), value.bits, *addresses
-    begin, step = vectors.data_ptr(), grid.channels * vectors.element_size()
+    begin, step = vectors.data_ptr(), vectors.shape[1] * vectors.element_size()
     pieces, largest = -(-words // layer_loops.CHUNK), torch.finfo(product.dtype).max
     block = layer_loops.RebuildBlock(
-        *(0, 0, 0, 0, pieces, *_of_grid(grid), *((0,) * 6 if grad is None else _view(grad)), packed.data_ptr(), words, bits),
+        *(0, 0, 0, 0, pieces, *_of_grid(grid, repeat), *(_NOTHING if grad is None else _view(grad))),
+        *(packed.data_ptr(), words, bits),
         *(mode, begin + where.factor * step, begin + where.offset * step),
         *(begin + each * step if each >= 0 else 0 for each in (where.move, where.shift)),
         *(_address(row), eps is not None, levels.data_ptr(), product.data_ptr(), KINDS[product.dtype], *of_gate),
         *(eps or 0.0, largest, *slopes),
     )
-    _kernel(layer_loops.rebuilder, wide).share(block, grid.n, pieces, layer_loops.rebuilder_scratch(_WIDE[wide]))
+    scratch = layer_loops.rebuilder_scratch(_WIDE[wide], _repeated(grid, repeat))
+    _kernel(layer_loops.rebuilder, wide).share(block, grid.n, pieces, scratch)
 
 
 def _backward(
     make: Any,
-    packed: Tensor,
+    of: Codes,
     grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
     scale: Tensor,
-    eps: float | None,
     weight: Tensor | None,
-    table: DeviceTable,
     pieces: int,
     own: tuple[int, ...],
     partial: Tensor,
     sums: Tensor,
     product: Tensor,
+    combined: Tensor | None = None,
+    repeat: int = 1,
 ) -> None:
     """Run a kernel of a BackwardBlock."""
+    packed, grid, vectors, where, _, eps, table = of
     wide, words, bits = vectors.dtype, packing.words(grid.n, table.bits), table.bits
     vectors, scale = _contiguous(vectors, wide), _contiguous(scale, wide)
     grad, levels = _readable(grad), levels_of(table, packed)
     weight = None if weight is None else _contiguous(weight, wide)
-    begin, step = vectors.data_ptr(), grid.channels * vectors.element_size()
-    where = Vectors()
+    begin, step = vectors.data_ptr(), vectors.shape[1] * vectors.element_size()
     block = layer_sums.BackwardBlock(
-        *(0, 0, 0, 0, pieces, *_of_grid(grid), *_view(grad), packed.data_ptr(), words, bits),
+        *(0, 0, 0, 0, pieces, *_of_grid(grid, repeat), *_view(grad), packed.data_ptr(), words, bits),
         *(begin + where.center * step, begin + where.spread * step, scale.data_ptr(), eps is not None, _address(weight)),
         *(levels.data_ptr(), *own, partial.data_ptr(), sums.data_ptr() if sums.numel() else 0),
-        *(product.data_ptr(), KINDS[product.dtype], eps or 0.0, torch.finfo(product.dtype).max),
+        *(_address(combined), product.data_ptr(), KINDS[product.dtype], eps or 0.0, torch.finfo(product.dtype).max),
     )
     _kernel(make, wide).share(block, grid.n, pieces, layer_sums.backward_scratch(_WIDE[wide]))
 
@@ -365,15 +286,17 @@ def _rows(x: Tensor, grid: Grid, out: Tensor, magnitude: int, centered: bool, nu
 
 
 def _sample(x: Tensor, grid: Grid, wide: torch.dtype, magnitudes: int, *integers: int, **numbers: float) -> None:
-    pieces, sampled = -(-grid.channels // layer_sample.WIDTH), grid.sampled
+    sampled, across = grid.sampled, layer_sample.width_of_block(grid.channels)
+    pieces = -(-grid.channels // across)
     block = layer_sample.SampleBlock(
-        *(0, 0, 0, 0, pieces, *_of_grid(grid), *_view(x), 0, 0, 0, sampled, grid.places, magnitudes, *integers),
+        *(0, 0, 0, 0, pieces, *_of_grid(grid), *_view(x), 0, 0, 0, across, sampled, grid.places, magnitudes, *integers),
         **numbers,
         tiny=torch.finfo(wide).tiny ** 0.5,
         by_sample=1 / sampled,
     )
-    scratch = layer_sample.sample_scratch(_WIDE[wide], sampled)
-    _kernel(layer_sample.sampler, wide).share(block, sampled * grid.channels, pieces, scratch)
+    scratch = layer_sample.sample_scratch(_WIDE[wide], sampled, across)
+    work = _PASSES * sampled * grid.channels
+    _kernel(layer_sample.sampler, wide).share(block, work, pieces, scratch)
 
 
 def _takes(dtype: torch.dtype, wide: torch.dtype, grid: Grid, *others: torch.dtype) -> bool:
@@ -405,9 +328,17 @@ def _of_first(first: First, grid: Grid, wide: torch.dtype) -> tuple[Tensor | Non
     return shift, scale
 
 
-def _of_grid(grid: Grid) -> tuple[int, ...]:
-    _, channels, inner, per_row, groups, _ = grid
-    return grid.n, channels, inner, per_row, groups, channels // groups
+def _of_grid(grid: Grid, repeat: int = 1) -> tuple[int, ...]:
+    outer, channels, inner, per_row, groups, _ = grid
+    return outer * channels * inner, channels, inner, per_row, groups, channels // groups, repeat
+
+
+def _repeated(grid: Grid, repeat: int) -> int:
+    """How many channels need memory for numbers of their own."""
+    return grid.channels if repeat > 1 else 0
+
+
+_NOTHING = (0,) * 6  # the view of no tensor
 
 
 def _view(x: Tensor) -> tuple[int, ...]:

@@ -19,14 +19,13 @@ from fewbit.kernels import cuda
 from fewbit.kernels.cuda import ProgramTable
 from fewbit.kernels.device_table import DeviceTable
 from fewbit.kernels.grid import Grid
-from fewbit.kernels.layers_reference import COEFFICIENT, HEADROOM, First, Vectors, wide_dtype
+from fewbit.kernels.layers_reference import COEFFICIENT, HEADROOM, Codes, First, Vectors, wide_dtype
 
 Tensor = torch.Tensor
 _ROWS = 4  # of a program that sums rows in a fixed order
 _CHANNELS = 8  # of a program that holds their sample
 _TILE, _LARGEST_ROW = 1024, 8192  # elements of a program of `rows_backward`, at least and at most
 _PARTS = 512  # partial sums of a channel, at most
-_OF_NORM = Vectors()
 
 
 class Tile(NamedTuple):
@@ -228,58 +227,26 @@ def encode(
     return packed, True
 
 
-def decode(
-    packed: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    where: Vectors,
-    row: Tensor | None,
-    eps: float | None,
-    table: DeviceTable,
-    dtype: torch.dtype,
-    below: float = 1.0,
-    above: float = 1.0,
-) -> Tensor:
+def decode(codes: Codes, dtype: torch.dtype, below: float = 1.0, above: float = 1.0) -> Tensor:
     """As `fewbit.kernels.layers_reference.decode`."""
-    product = torch.empty(grid.n, dtype=dtype, device=packed.device)
-    kind, slopes = "values" if below == above == 1 else "sloped values", (_bits(below), _bits(above))
-    return _decode(kind, packed, grid, vectors, table, product, where=where, row=row, eps=eps, slopes=slopes)
+    product = torch.empty(codes.grid.n, dtype=dtype, device=codes.packed.device)
+    kind = "values" if below == above == 1 else "sloped values"
+    return _decode(kind, codes, product, slopes=(_bits(below), _bits(above)))
 
 
-def times_slope(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    where: Vectors,
-    row: Tensor | None,
-    eps: float | None,
-    table: DeviceTable,
-    below: float,
-    above: float,
-) -> Tensor:
+def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tensor:
     """As `fewbit.kernels.layers_reference.times_slope`."""
-    grad = grad.resolve_neg().contiguous().view(grid[:3])
-    product = grad.new_empty(grid.n)
-    slopes = _bits(below), _bits(above)
-    return _decode("slopes", packed, grid, vectors, table, product, grad, where=where, row=row, eps=eps, slopes=slopes)
+    grad = grad.resolve_neg().contiguous().view(codes.grid[:3])
+    return _decode("slopes", codes, grad.new_empty(codes.grid.n), grad, slopes=(_bits(below), _bits(above)))
 
 
 def rows_backward(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    scale: Tensor,
-    eps: float | None,
-    weight: Tensor | None,
-    table: DeviceTable,
-    centered: bool,
-    has_bias: bool,
+    codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, centered: bool, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `fewbit.kernels.layers_reference.rows_backward`."""
     from fewbit.kernels import row_programs
 
+    packed, grid, vectors, _, _, eps, table = codes
     grad, tile = grad.resolve_neg(), _tile(grad, grid)
     grad_x, has_weight = grad.new_empty(grid.n), weight is not None
     single, vector = grid.row_size <= _LARGEST_ROW, tile.vector
@@ -306,91 +273,48 @@ def rows_backward(
     if parts is not None:
         found = list(_added(parts))
         return grad_x, found.pop(0) if has_weight else None, found.pop(0) if has_bias else None
-    by_weight, by_bias, _ = _added(_channel_sums(packed, grad, grid, vectors, scale, eps, table))
+    by_weight, by_bias, _ = _added(_channel_sums(codes, grad))
     return grad_x, by_weight if has_weight else None, by_bias if has_bias else None
 
 
 def channels_backward(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    table: DeviceTable,
-    training: bool,
+    codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fewbit.kernels.layers_reference.channels_backward`."""
     from fewbit.kernels import row_programs
 
-    grad = grad.resolve_neg()
-    parts, block = _channel_sums(packed, grad, grid, vectors, None, None, table), 64
+    grid, vectors, grad = codes.grid, codes.vectors, grad.resolve_neg()
+    parts, block = _channel_sums(codes, grad), 64
     sums, means = vectors.new_empty(2, grid.channels), vectors.new_empty(3, grid.channels) if training else None
     sizes = len(parts), grid.channels, _bits(1 / grid.places), block
     _launch(row_programs.batch_norm_sums, (-(-grid.channels // block),), parts, sums, means, *sizes)
     product = grad.new_empty(grid.n)
-    _decode("batch norm", packed, grid, vectors, table, product, grad, sums=means, scale=scale, weight=weight)
+    _decode("batch norm", codes, product, grad, sums=means, scale=scale, weight=weight)
     return product, sums[0], sums[1]
 
 
 def gate_backward(
-    packed: Tensor,
-    packed_up: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    row: Tensor,
-    derivative: DeviceTable,
-    value: DeviceTable,
-    normal: DeviceTable,
+    up: Codes, packed: Tensor, grad: Tensor, derivative: DeviceTable, value: DeviceTable
 ) -> tuple[Tensor, Tensor]:
     """As `fewbit.kernels.layers_reference.gate_backward`."""
     grad = grad.resolve_neg()
-    product, of_up = grad.new_empty(grid.n), grad.new_empty(grid.n)
-    _decode(
-        "gradients",
-        packed_up,
-        grid,
-        vectors,
-        normal,
-        product,
-        grad,
-        row=row,
-        gate=packed,
-        product_other=of_up,
-        derivative=derivative,
-        value=value,
-    )
-    return product, of_up
+    product, of_up = grad.new_empty(up.grid.n), grad.new_empty(up.grid.n)
+    of_gate = {"gate": packed, "product_other": of_up, "derivative": derivative, "value": value}
+    return _decode("gradients", up, product, grad, **of_gate), of_up
 
 
-def gate_value(
-    packed: Tensor,
-    packed_up: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    row: Tensor,
-    value: DeviceTable,
-    normal: DeviceTable,
-    dtype: torch.dtype,
-) -> Tensor:
+def gate_value(up: Codes, packed: Tensor, value: DeviceTable, dtype: torch.dtype) -> Tensor:
     """As `fewbit.kernels.layers_reference.gate_value`."""
-    product = torch.empty(grid.n, dtype=dtype, device=packed.device)
-    return _decode("gated", packed_up, grid, vectors, normal, product, row=row, gate=packed, value=value)
+    product = torch.empty(up.grid.n, dtype=dtype, device=packed.device)
+    return _decode("gated", up, product, gate=packed, value=value)
 
 
 def _decode(
     kind: str,
-    packed: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    table: DeviceTable,
+    codes: Codes,
     product: Tensor,
     grad: Tensor | None = None,
     *,
-    where: Vectors = _OF_NORM,
-    row: Tensor | None = None,
-    eps: float | None = None,
     slopes: tuple[int, int] = (0, 0),
     sums: Tensor | None = None,
     scale: Tensor | None = None,
@@ -403,6 +327,7 @@ def _decode(
     """Fill the product: see `fewbit.kernels.layer_programs.decode`."""
     from fewbit.kernels import layer_programs
 
+    packed, grid, vectors, where, row, eps, table = codes
     tile = Tile.of(grid, product.dtype, True) if grad is None else _tile(grad, grid)
     words = packing.words(grid.n, table.bits)
     levels = (None if each is None else ProgramTable.of(each).levels for each in (table, derivative, value))
@@ -418,12 +343,11 @@ def _decode(
     return product
 
 
-def _channel_sums(
-    packed: Tensor, grad: Tensor, grid: Grid, vectors: Tensor, scale: Tensor | None, eps: float | None, table: DeviceTable
-) -> Tensor:
+def _channel_sums(codes: Codes, grad: Tensor) -> Tensor:
     """(parts, 3, channels): sums of grad * the rebuilt values, of grad and of these values over parts of the places."""
     from fewbit.kernels import row_programs
 
+    packed, grid, vectors, _, row, eps, table = codes
     tile = _tile(grad, grid)
     size = max(128, tile.vector) if tile.along_channels else 1
     count, places = (16, 16) if tile.along_channels else (2048 // tile.vector, 2048)
@@ -432,7 +356,7 @@ def _channel_sums(
     _launch(
         row_programs.channel_sums,
         (blocks, len(parts)),
-        *(packed, grad, parts, ProgramTable.of(table).levels, vectors, scale),
+        *(packed, grad, parts, ProgramTable.of(table).levels, vectors, row),
         *(grid.places, packing.words(grid.n, table.bits), None if eps is None else _bits(eps)),
         *(grid.channels, *_row_sizes(grid), *grad.stride()),
         *(table.bits, count, size, tile),

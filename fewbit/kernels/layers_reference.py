@@ -7,6 +7,7 @@ what stands for them, are then the same bytes on every backend. What is rounded 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,7 @@ class Vectors(NamedTuple):
         return Vectors(0, 1, self.offset - 2, self.factor - 2, shift, move)
 
     @classmethod
+    @cache
     def of(cls, has_weight: bool, has_bias: bool, by_sign: bool, by_row: bool) -> Vectors:
         """Those of a norm: factor and offset are spread and center times its weight; its bias is the shift or, where rows have
         no units, part of the offset."""
@@ -74,6 +76,24 @@ class Vectors(NamedTuple):
         if has_bias and by_row:
             found, number = found._replace(shift=number), number + 1
         return found._replace(move=number) if by_sign else found
+
+
+class Codes(NamedTuple):
+    """Packed codes of a tensor (outer, channels, inner), and what makes its values anew of them:
+    (level * factor + offset [+ move]) * row + shift.
+
+    vectors  (k, channels) wide, of which `where` tells which row is which
+    row      (rows,) wide, or None for 1; with an eps, the scales 1/σ of which `unit` is meant
+    table    in which the levels of the codes stand
+    """
+
+    packed: Tensor
+    grid: Grid
+    vectors: Tensor
+    where: Vectors
+    row: Tensor | None
+    eps: float | None
+    table: DeviceTable
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -149,7 +169,7 @@ def standardize(
     v, rows = _sample(x, grid)
     u = _first(v, first, rows)
     u = torch.where(u.isfinite(), u, 0)
-    center = _mean(u)
+    center = mean_of_u = _mean(u)
     d = u - center
     largest = d.abs().amax(0)
     relative = d / _or_one(largest)
@@ -179,7 +199,7 @@ def standardize(
             of_row = unit(first.scale, first.eps)
         w = one.expand_as(u) if of_row is None else of_row[rows]
         w = torch.where(w.isfinite(), w, 0)
-        spread = _of_gain_one(u, q, spread, sparse, level)
+        spread = _of_gain_one((u - torch.where(sparse, 0, mean_of_u)) * coding[1], q - torch.where(sparse, level, 0), spread)
         value = u * w
         mean, mean_level, mean_weight, size = _mean(value), _mean(q * w), _mean(w), _mean(value.abs())
         center = torch.where(sparse, -level * spread, middle - onto * spread)
@@ -236,67 +256,33 @@ def standard(x: Tensor, grid: Grid, first: First, coding: Tensor) -> Tensor:
     return (u - middle) * inverse + onto
 
 
-def decode(
-    packed: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    where: Vectors,
-    row: Tensor | None,
-    eps: float | None,
-    table: DeviceTable,
-    dtype: torch.dtype,
-    below: float = 1.0,
-    above: float = 1.0,
-) -> Tensor:
-    """(n,): v = (level * factor + offset + move) * row + shift, times `above` where it is positive, else `below`, rounded to
-    the dtype.
-
-    row  (rows,) wide, or None for 1; with an eps, the scales of which `unit` is meant
-    """
-    value = _rebuilt(packed, grid, vectors, where, row, eps, table, moved=True)
+def decode(codes: Codes, dtype: torch.dtype, below: float = 1.0, above: float = 1.0) -> Tensor:
+    """(n,): the values, times `above` where they are positive, else `below`, rounded to the dtype."""
+    value = _rebuilt(codes, moved=True)
     value = value * _slopes(value, below, above)
     return _narrowed(value, dtype).reshape(-1)
 
 
-def times_slope(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    where: Vectors,
-    row: Tensor | None,
-    eps: float | None,
-    table: DeviceTable,
-    below: float,
-    above: float,
-) -> Tensor:
-    """grad (n,), in packed order, times `above` where what is rebuilt (without the move) is positive, else `below`."""
-    value = _rebuilt(packed, grid, vectors, where, row, eps, table, moved=False).reshape(-1)
-    return (grad.to(vectors.dtype) * _slopes(value, below, above)).to(grad.dtype)
+def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tensor:
+    """grad (n,), in packed order, times `above` where the value (without the move) is positive, else `below`."""
+    value = _rebuilt(codes, moved=False).reshape(-1)
+    return (grad.to(value.dtype) * _slopes(value, below, above)).to(grad.dtype)
 
 
 def rows_backward(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    scale: Tensor,
-    eps: float | None,
-    weight: Tensor | None,
-    table: DeviceTable,
-    centered: bool,
-    has_bias: bool,
+    codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, centered: bool, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Backward of a norm along rows: of LayerNorm, RMSNorm (not `centered`), GroupNorm.
 
+    codes     of x̂: its row is the scale or, where it was coded as it is, None
     grad      (outer, channels, inner), any strides
-    scale     (rows,) wide: 1/σ; with an eps, x̂ was coded in units of `unit`
+    scale     (rows,) wide: 1/σ
     Returns   grad_x (n,) of grad's dtype, in packed order; the gradients of weight and bias (channels,) wide, None without them
 
     With g = grad * weight and means along rows: grad_x = (g - mean(g) - x̂ mean(g x̂)) * scale.
     """
-    g = grad.to(vectors.dtype)
-    x_hat = _rebuilt(packed, grid, vectors, Vectors(), None if eps is None else scale, eps, table, moved=False)
+    grid, x_hat = codes.grid, _rebuilt(codes, moved=False)
+    g = grad.to(x_hat.dtype)
     by_weight = None if weight is None else (g * x_hat).sum((0, 2))
     by_bias = g.sum((0, 2)) if has_bias else None
     g = g if weight is None else g * weight.to(g.dtype).view(1, -1, 1)
@@ -308,84 +294,52 @@ def rows_backward(
 
 
 def channels_backward(
-    packed: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    table: DeviceTable,
-    training: bool,
+    codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of a batch norm.
 
+    codes     of x̂
     grad      (outer, channels, inner), any strides
     scale     (channels,) wide: 1/σ
     training  then x̂ has the mean 0, about which the rebuilt one is taken; else the statistics are constants, and grad_x is
               grad * weight * scale
     Returns   grad_x (n,) of grad's dtype, in packed order; the gradients of weight and bias (channels,) wide
     """
-    g = grad.to(vectors.dtype)
-    x_hat = _rebuilt(packed, grid, vectors, Vectors(), None, None, table, moved=False)
+    places, x_hat = codes.grid.places, _rebuilt(codes, moved=False)
+    g = grad.to(x_hat.dtype)
     if training:
         x_hat = x_hat - x_hat.mean((0, 2), keepdim=True)
     by_weight, by_bias = (g * x_hat).sum((0, 2)), g.sum((0, 2))
     factor = scale if weight is None else scale * weight.to(scale.dtype)
     rest = g
     if training:
-        rest = g - (by_bias / grid.places).view(1, -1, 1) - x_hat * (by_weight / grid.places).view(1, -1, 1)
+        rest = g - (by_bias / places).view(1, -1, 1) - x_hat * (by_weight / places).view(1, -1, 1)
     return _narrowed(rest * factor.view(1, -1, 1), grad.dtype).reshape(-1), by_weight, by_bias
 
 
 def gate_backward(
-    packed: Tensor,
-    packed_up: Tensor,
-    grad: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    row: Tensor,
-    derivative: DeviceTable,
-    value: DeviceTable,
-    normal: DeviceTable,
+    up: Codes, packed: Tensor, grad: Tensor, derivative: DeviceTable, value: DeviceTable
 ) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up, both (n,) of grad's dtype in packed order, of f(gate) * up.
 
-    packed         codes of gate (n,) in packed order, by the table of which `derivative` and `value` hold the levels
-    packed_up      codes of up, by `normal`: up = (level * spread + center) * row
-    grad           (outer, channels, inner), any strides
+    packed  codes of gate (n,) in packed order, by the table of which `derivative` and `value` hold the levels
+    grad    (outer, channels, inner), any strides
     """
-    up = _rebuilt(packed_up, grid, vectors, Vectors(), row, None, normal, moved=False).reshape(-1)
-    g = grad.to(vectors.dtype).reshape(-1)
-    slope, f = (reference.values(packed, grid.n, table, vectors.dtype) for table in (derivative, value))
-    return _narrowed((up * g) * slope, grad.dtype), _narrowed(g * f, grad.dtype)
+    times = _rebuilt(up, moved=False).reshape(-1)
+    g = grad.to(times.dtype).reshape(-1)
+    slope, f = (reference.values(packed, up.grid.n, table, times.dtype) for table in (derivative, value))
+    return _narrowed((times * g) * slope, grad.dtype), _narrowed(g * f, grad.dtype)
 
 
-def gate_value(
-    packed: Tensor,
-    packed_up: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    row: Tensor,
-    value: DeviceTable,
-    normal: DeviceTable,
-    dtype: torch.dtype,
-) -> Tensor:
+def gate_value(up: Codes, packed: Tensor, value: DeviceTable, dtype: torch.dtype) -> Tensor:
     """f(gate) * up (n,) of the dtype in packed order, from the codes of both."""
-    up = _rebuilt(packed_up, grid, vectors, Vectors(), row, None, normal, moved=False).reshape(-1)
-    return _narrowed(reference.values(packed, grid.n, value, vectors.dtype) * up, dtype)
+    times = _rebuilt(up, moved=False).reshape(-1)
+    return _narrowed(reference.values(packed, up.grid.n, value, times.dtype) * times, dtype)
 
 
-def _rebuilt(
-    packed: Tensor,
-    grid: Grid,
-    vectors: Tensor,
-    where: Vectors,
-    row: Tensor | None,
-    eps: float | None,
-    table: DeviceTable,
-    moved: bool,
-) -> Tensor:
+def _rebuilt(codes: Codes, moved: bool) -> Tensor:
     """(outer, channels, inner), wide."""
+    packed, grid, vectors, where, row, eps, table = codes
     level = reference.values(packed, grid.n, table, vectors.dtype).view(grid[:3])
     offset = vectors[where.offset]
     if moved and where.move >= 0:
@@ -495,15 +449,15 @@ def _with_zero_on_a_threshold(
     )
 
 
-def _of_gain_one(u: Tensor, q: Tensor, spread: Tensor, sparse: Tensor, level: Tensor) -> Tensor:
-    """The spread a of gain one: <a q, u> = <u, u>, about the means, or, where zeros lie on a level, about these; the spread
-    given where that is far from it.
+def _of_gain_one(d: Tensor, e: Tensor, spread: Tensor) -> Tensor:
+    """The spread a of gain one, by which levels a e are on average as far from their center as the values spread * d that they
+    stand for: <a e, spread d> = <spread d, spread d>. The spread given where that is far from it.
+
+    d  deviations from the mean, so that e needs no center, or from where zeros lie on a level, of which e is the distance
 
     Levels are conditional means: what is rebuilt by them is short of x by the mean squared error, always in the same direction.
     A norm's backward would then leave a part of the gradient along x̂ in the residual stream, where the exact one leaves none.
     """
-    d = (u - torch.where(sparse, 0, _mean(u))) / spread
-    e = q - torch.where(sparse, level, _mean(q))
     gain = _mean(d * d) / _mean(d * e)
     return torch.where((gain >= 0.7) & (gain <= 2), gain * spread, spread)
 

@@ -35,6 +35,16 @@ def encode(x: Tensor, table: DeviceTable) -> Tensor:
     return torch.cat([_encode(x, DeviceTable(thresholds, codes, levels, table.bits)), rung.to(torch.uint8)])
 
 
+def encode_checked(x: Tensor, table: DeviceTable) -> tuple[Tensor, bool]:
+    """The same, and whether all of x is finite, of which nothing is known here."""
+    return encode(x, table), True
+
+
+def has_formula(name: str) -> bool:
+    """Whether there is a `forward`, that computes the built-in activation of that name together with the codes."""
+    return False
+
+
 def rung_of(x: Tensor, table: DeviceTable) -> Tensor:
     """The number of the rung of a ladder that x (*) takes: (1,) int64, on x's device."""
     x, size = x.reshape(-1), min(x.numel(), SAMPLE)

@@ -225,6 +225,7 @@ def standardize(
     if bias is not None:
         b = tl.load(bias + channel, mask=known, other=0).to(wide)
 
+    mean_of_u = center
     middle = center
     onto = tl.full([block], 0, wide)
     sparse = tl.full([block], 0, tl.int1)
@@ -252,34 +253,24 @@ def standardize(
     if keep_means and has_others:
         mean, size = tl.full([block, SIDE], 0, wide), tl.full([block, SIDE], 0, wide)
         mean_level, mean_weight = tl.full([block, SIDE], 0, wide), tl.full([block, SIDE], 0, wide)
-        plain, plain_level = tl.full([block, SIDE], 0, wide), tl.full([block, SIDE], 0, wide)
+        square, product = tl.full([block, SIDE], 0, wide), tl.full([block, SIDE], 0, wide)
+        about, about_level = tl.where(sparse, 0.0, mean_of_u), tl.where(sparse, level, 0.0)
         for start in tl.range(0, sampled, SIDE, loop_unroll_factor=UNROLLED):
             u, of_row, inside = _first_tile(
                 x, shift, scale, row_weight, channel, start, sizes, rows, strides, eps, by_row, wide, big
             )
             z = (u - middle[:, None]) * inverse_spread[:, None] + onto[:, None]
-            q = tl.where(inside, looked_up(z, bounds, results, depth), 0.0)
+            q = looked_up(z, bounds, results, depth)
             value = u * of_row
             mean += value * share
             size += tl.abs(value) * share
-            mean_level += q * of_row * share
+            mean_level += tl.where(inside, q, 0.0) * of_row * share
             mean_weight += of_row * share
-            plain += u * share
-            plain_level += q * share
+            d = tl.where(inside, (u - about[:, None]) * inverse_spread[:, None], 0.0)
+            square += d * d * share
+            product += d * tl.where(inside, q - about_level[:, None], 0.0) * share
         mean, size = folded(mean, SIDE), folded(size, SIDE)
         mean_level, mean_weight = folded(mean_level, SIDE), folded(mean_weight, SIDE)
-        about = tl.where(sparse, 0.0, folded(plain, SIDE))
-        about_level = tl.where(sparse, level, folded(plain_level, SIDE))
-        square, product = tl.full([block, SIDE], 0, wide), tl.full([block, SIDE], 0, wide)
-        for start in tl.range(0, sampled, SIDE, loop_unroll_factor=UNROLLED):
-            u, _, inside = _first_tile(
-                x, shift, scale, row_weight, channel, start, sizes, rows, strides, eps, by_row, wide, big
-            )
-            z = (u - middle[:, None]) * inverse_spread[:, None] + onto[:, None]
-            d = tl.where(inside, divide(u - about[:, None], spread[:, None]), 0.0)
-            e = tl.where(inside, looked_up(z, bounds, results, depth) - about_level[:, None], 0.0)
-            square += d * d * share
-            product += d * e * share
         gain = divide(folded(square, SIDE), folded(product, SIDE))
         spread = tl.where((gain >= 0.7) & (gain <= 2.0), gain * spread, spread)
         center = tl.where(sparse, -level * spread, middle - onto * spread)

@@ -34,6 +34,22 @@ def view_of(block):
 
 
 @_inlined
+def of_channels(address, channels, repeat, memory, like):
+    """The numbers at the address, (channels // repeat,) of like's dtype, each repeated; none for address 0.
+
+    memory  an address where there is room for the repeated ones
+    """
+    given = _array(pointer(address), channels // repeat if address else 0, like.dtype)
+    if repeat == 1 or address == 0:
+        return given
+    repeated = _array(pointer(memory), channels, like.dtype)
+    for c in range(given.size):
+        for i in range(repeat):
+            repeated[c * repeat + i] = given[c]
+    return repeated
+
+
+@_inlined
 def segment(place, grid):
     """Of an element, by its number: its three indices, its row, and how many elements from there on are one segment."""
     channels, inner, per_row, groups, per_group = grid

@@ -114,14 +114,9 @@ def _pool(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fewbit")
 
 
-def empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    """torch.empty_like, see `in_huge_pages`."""
-    return in_huge_pages(torch.empty_like(tensor))
-
-
 def in_huge_pages(empty: torch.Tensor) -> torch.Tensor:
     """A new tensor; where it is large, in huge pages if the system has them: each fault then maps 512 times as much."""
-    size = empty.numel() * empty.element_size()
+    size = empty.nbytes
     if size >= _HUGE and (advise := _madvise()) is not None:
         begin = -(-empty.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         advise(begin, size - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)  # advice: whether it is taken does not matter

@@ -52,7 +52,7 @@ class CodedActivation(Coded):
     @property
     def table_channels(self) -> tuple[str, ...]:
         """Those of its table: "derivative", and "value" where others read the same code."""
-        joint = self.shared or getattr(self.table, "channels", None) == resolve.JOINT
+        joint = self.shared or (self.table is not None and getattr(self.table, "channels", None) == resolve.JOINT)
         return resolve.JOINT if joint else ("derivative",)
 
     def record(self) -> Activation:
@@ -75,12 +75,12 @@ class CodedActivation(Coded):
 
     def forward(self, input: Tensor, up: Tensor | None = None) -> Tensor:
         """The activation of the input; with `up`, activation(input) * up, from codes of both, as `fewbit.functional.swiglu`."""
-        values = self._values_of(self)
         if up is not None:
             code = Code(None if self.table is not None else self.bits or DEFAULT_BITS, self.table, by_name=False)
-            return gated_unit(code, type(self), values, input, up)
-        joint, named = len(self.table_channels) > 1, (*values.items(), ("inplace", self.inplace))
-        return run(activation_operation, (type(self), joint, (), named), (input,), self.bits, self.table, by_name=False)
+            return gated_unit(code, type(self), self._values_of(self), input, up)
+        values = [(name, getattr(self, name)) for name in self._taken]
+        options = type(self), len(self.table_channels) > 1, (), (*values, ("inplace", self.inplace))
+        return run(activation_operation, options, (input,), self.bits, self.table, False)
 
     def extra_repr(self) -> str:
         torchs = (

@@ -27,12 +27,19 @@ def run_python(*arguments, **environment):
     )
 
 
+INTERPRETED = ["tests/kernels/interpreted_cuda.py", "tests/kernels/interpreted_layers.py"]
+
+
 @needs_triton
-@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("file", ["interpreted_cuda.py", "interpreted_layers.py"])
-def test_in_the_interpreter(file, marked):
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("marked", "files"),
+    [("not slow", INTERPRETED), *(pytest.param("slow", [file], marks=pytest.mark.slow) for file in INTERPRETED)],
+    ids=["quick", "slow", "slow, layers"],
+)
+def test_in_the_interpreter(marked, files):
     """In a process where Triton interprets: it decides when the kernels are decorated."""
-    command = ["-m", "pytest", "-p", "no:cacheprovider", "-m", marked, f"tests/kernels/{file}"]
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-m", marked, *files]
     result = run_python(*command, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout
@@ -62,8 +69,8 @@ def test_shipped_tables_are_searched_in_registers(record, bits):
 def test_tensors_on_the_cpu_are_not_taken():
     x = torch.zeros(3)
     assert not cuda.supports(x.device, x.dtype)
-    assert kernels._backend(x) is not cuda
-    assert kernels._backend(x.to("meta")) is reference
+    assert kernels.backend(x) is not cuda
+    assert kernels.backend(x.to("meta")) is reference
 
 
 def check_machine_code(row):
@@ -156,12 +163,16 @@ def test_machine_code_of_layers():
         check_layer_code(widths)
 
 
+LAYER_CODE = [  # of neighbours, which are alike, one is compiled for sm_80 at 4 bits and the other for sm_90 at 2
+    (call, *target)
+    for i, call in enumerate(aot_layers.calls(torch.float32, 1))
+    for target in (("bfloat16", 3, 90), ("float16", 8, 90), (("float32", 4, 80), ("float32", 2, 90))[i % 2])
+]
+
+
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("call", aot_layers.calls(torch.float32, 1))
-@pytest.mark.parametrize(
-    ("dtype", "bits", "arch"), [("bfloat16", 3, 90), ("float32", 4, 80), ("float16", 8, 90), ("float32", 2, 90)]
-)
+@pytest.mark.parametrize(("call", "dtype", "bits", "arch"), LAYER_CODE)
 def test_machine_code_of_every_layer(call, dtype, bits, arch):
     check_layer_code([asdict(row) for row in aot_layers.report(call, dtype, bits, arch)])
 
@@ -213,7 +224,7 @@ class TestOnADevice:
                     device_table.thresholds.cuda(), device_table.codes.cuda(), device_table.levels.cuda(), bits
                 )
                 x, grad = adversarial(device_table, n, rng).to(dtype), torch.from_numpy(rng.normal(size=n)).to(dtype)
-                assert kernels._backend(x.cuda()) is cuda
+                assert kernels.backend(x.cuda()) is cuda
                 packed = cuda.encode(x.cuda(), on_device)
                 assert torch.equal(packed.cpu(), reference.encode(x, device_table))
                 product = cuda.decode(packed, grad.cuda(), on_device)

@@ -12,7 +12,7 @@ from fewbit import activations, kernels, resolve
 from fewbit.kernels import DeviceTable, layer_loops, layer_rows, layer_sample, layer_sums, layers, layers_cpu, loops
 from fewbit.kernels import layers_reference as reference
 from fewbit.kernels.grid import Grid
-from fewbit.kernels.layers_reference import First, Vectors, wide_dtype
+from fewbit.kernels.layers_reference import Codes, First, Vectors, wide_dtype
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CPU = torch.device("cpu")
@@ -171,10 +171,10 @@ def check_codes(grid, dtype, bits, kind, layout, of, affine, by_sign, keep_means
         assert_same(found, packed)
         assert_same(own, expected)
         assert told == is_finite
-    arguments = grid, marked, where, row, eps, table
-    assert_same(layers_cpu.decode(packed, *arguments, dtype), reference.decode(packed, *arguments, dtype))
+    codes = Codes(packed, grid, marked, where, row, eps, table)
+    assert_same(layers_cpu.decode(codes, dtype), reference.decode(codes, dtype))
     grad = random_input(rng, grid, dtype, "normal").reshape(-1)
-    arguments = packed, grad, grid, unmarked, where, row, eps, table, 0.1, 0.9
+    arguments = codes._replace(vectors=unmarked), grad, 0.1, 0.9
     assert_same(layers_cpu.times_slope(*arguments), reference.times_slope(*arguments))
 
 
@@ -202,12 +202,14 @@ def check_gradients(grid, dtype, bits, layout, seed):
     weight = [None, torch.from_numpy(rng.normal(size=grid.channels)).to(dtype)][rng.integers(2)]
     eps, centered, has_bias = [None, 0.3][rng.integers(2)], bool(rng.integers(2)), bool(rng.integers(2))
     scale = torch.from_numpy(rng.uniform(0.5, 2, grid.rows)).to(wide)
-    x_hat = reference.decode(packed, grid, vectors, Vectors(), None if eps is None else scale, eps, table, wide)
-    found = layers_cpu.rows_backward(packed, grad, grid, vectors, scale, eps, weight, table, centered, has_bias)
+    codes = Codes(packed, grid, vectors, Vectors(), None if eps is None else scale, eps, table)
+    x_hat = reference.decode(codes, wide)
+    found = layers_cpu.rows_backward(codes, grad, scale, weight, centered, has_bias)
     check_norm(found, grad, x_hat, scale, weight, row_of_elements(grid), grid, centered, True, weight is not None, has_bias)
     scale = torch.from_numpy(rng.uniform(0.5, 2, grid.channels)).to(wide)
-    x_hat = reference.decode(packed, grid, vectors, Vectors(), None, None, table, wide)
-    found = layers_cpu.channels_backward(packed, grad, grid, vectors, scale, weight, table, centered)
+    codes = Codes(packed, grid, vectors, Vectors(), None, None, table)
+    x_hat = reference.decode(codes, wide)
+    found = layers_cpu.channels_backward(codes, grad, scale, weight, centered)
     size = x_hat.abs().view(grid[:3])
     if centered:  # it is taken about its mean
         mean = x_hat.double().view(grid[:3]).mean((0, 2), keepdim=True)
@@ -219,11 +221,11 @@ def check_gradients(grid, dtype, bits, layout, seed):
         kernels.encode(torch.from_numpy(rng.normal(size=grid.n)).to(wide), derivative),
         torch.rand(grid.rows, dtype=wide),
     )
-    arguments = gate, packed, grad, grid, vectors, row, derivative, value, table
+    up = codes._replace(row=row)
+    arguments = up, gate, grad, derivative, value
     for own, expected in zip(layers_cpu.gate_backward(*arguments), reference.gate_backward(*arguments), strict=True):
         assert_same(own, expected)
-    arguments = gate, packed, grid, vectors, row, value, table, dtype
-    assert_same(layers_cpu.gate_value(*arguments), reference.gate_value(*arguments))
+    assert_same(layers_cpu.gate_value(up, gate, value, dtype), reference.gate_value(up, gate, value, dtype))
 
 
 def channel_of_elements(grid):
@@ -297,13 +299,13 @@ def test_gradients_are_torchs_where_codes_are_exact(name, dtype, rng):
     grad = torch.from_numpy(rng.normal(size=shape)).to(dtype)
     leaves = [each.double().requires_grad_() for each in (sigma * signs, weight, bias)]
     expected = torch.autograd.grad(norm(*leaves), leaves, grad.double())
-    arguments = packed, grad.view(grid[:3]), grid, vectors
+    arguments = Codes(packed, grid, vectors, Vectors(), None, None, ONE_BIT), grad.view(grid[:3])
     if "batch" in name:
         scale = torch.full((grid.channels,), 1 / sigma)
-        found = layers_cpu.channels_backward(*arguments, scale, weight, ONE_BIT, True)
+        found = layers_cpu.channels_backward(*arguments, scale, weight, True)
     else:
         scale = torch.full((grid.rows,), 1 / sigma)
-        found = layers_cpu.rows_backward(*arguments, scale, None, weight, ONE_BIT, name != "RMS norm", True)
+        found = layers_cpu.rows_backward(*arguments, scale, weight, name != "RMS norm", True)
     for own, of in zip(found, expected, strict=True):
         torch.testing.assert_close(own.double(), of.flatten(), atol=1e-4, rtol=torch.finfo(own.dtype).eps)
 
@@ -320,14 +322,16 @@ def all_results(x, grad, grid):
     assert is_finite
     derivative, value = gate_tables(4, x.dtype)
     gate = kernels.encode(x.float().reshape(-1), derivative)
+    codes = Codes(packed, grid, vectors, where, moments[1], 1e-5, table)
+    of_x_hat, up = codes._replace(where=Vectors()), Codes(packed, grid, vectors, Vectors(), scales[0], None, table)
     return [
         *(magnitude, scales, moments, coding, vectors, packed),
-        layers_cpu.decode(packed, grid, vectors, where, moments[1], 1e-5, table, x.dtype),
-        layers_cpu.times_slope(packed, grad.reshape(-1), grid, vectors, where, moments[1], 1e-5, table, 0.0, 1.0),
-        *layers_cpu.rows_backward(packed, grad, grid, vectors, moments[1], 1e-5, weight, table, True, True),
-        *layers_cpu.channels_backward(packed, grad, grid, vectors, weight, weight, table, True),
-        *layers_cpu.gate_backward(gate, packed, grad, grid, vectors, scales[0], derivative, value, table),
-        layers_cpu.gate_value(gate, packed, grid, vectors, scales[0], value, table, x.dtype),
+        layers_cpu.decode(codes, x.dtype),
+        layers_cpu.times_slope(codes, grad.reshape(-1), 0.0, 1.0),
+        *layers_cpu.rows_backward(of_x_hat, grad, moments[1], weight, True, True),
+        *layers_cpu.channels_backward(of_x_hat._replace(row=None, eps=None), grad, weight, weight, True),
+        *layers_cpu.gate_backward(up, gate, grad, derivative, value),
+        layers_cpu.gate_value(up, gate, value, x.dtype),
     ]
 
 
@@ -355,9 +359,9 @@ def test_dtypes_that_the_kernels_do_not_mix_go_to_the_reference(dtype, rng):
     packed = kernels.encode(torch.randn(99, dtype=dtype), table)
     vectors, scale = torch.randn(2, 11, dtype=dtype), torch.rand(9, dtype=dtype)
     grad = torch.randn(grid[:3], dtype=other)
-    arguments = packed, grid, vectors, Vectors(), scale, None, table, other
-    assert_same(layers_cpu.decode(*arguments), reference.decode(*arguments))
-    arguments = packed, grad, grid, vectors, scale, None, None, table, True, True
+    codes = Codes(packed, grid, vectors, Vectors(), scale, None, table)
+    assert_same(layers_cpu.decode(codes, other), reference.decode(codes, other))
+    arguments = codes._replace(row=None), grad, scale, None, True, True
     for found, expected in zip(layers_cpu.rows_backward(*arguments), reference.rows_backward(*arguments), strict=True):
         assert (found is None) == (expected is None)
         if found is not None:
@@ -377,8 +381,8 @@ def test_tables_with_any_thresholds_and_codes(rng):
         arguments = x, grid, First(None, None, True), coding, table, vectors, None
         packed = reference.encode(*arguments)[0]
         assert_same(layers_cpu.encode(*arguments)[0], packed)
-        arguments = packed, grid, vectors, Vectors(), None, None, table, torch.float32
-        assert_same(layers_cpu.decode(*arguments), reference.decode(*arguments))
+        codes = Codes(packed, grid, vectors, Vectors(), None, None, table)
+        assert_same(layers_cpu.decode(codes, torch.float32), reference.decode(codes, torch.float32))
         for by_sign in (False, True):
             arguments = x, grid, First(None, None, True), None, table, None, None, by_sign, True
             for found, expected in zip(
@@ -398,7 +402,7 @@ def test_who_serves_what():
 def test_a_kernel_that_does_not_finish_raises(monkeypatch):
     kernel = layers_cpu._kernel(layer_sample.sampler, torch.float32)
     monkeypatch.setattr(kernel, "call_at_once", lambda argument: None)
-    with pytest.raises(RuntimeError, match="a kernel of fewbit did 0 of 1 pieces; run it again"):
+    with pytest.raises(RuntimeError, match="a kernel of fewbit did 0 of 2 pieces; run it again"):
         layers_cpu.magnitudes(torch.ones(4, 40, 1), Grid(4, 40))
 
 

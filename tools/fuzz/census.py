@@ -79,14 +79,15 @@ class Group(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
-def groups(compiled: bool, dtypes: Iterable[str]) -> Iterator[Group]:
-    """All of them."""
-    for way, layer, dtype, training in itertools.product(WAYS, LAYERS, dtypes, (True, False)):
+def groups(compiled: bool, dtypes: Iterable[str], turns: int = 1) -> Iterator[Group]:
+    """All of them; where there are more turns than one, each with the shapes whose turn it is, and the next with others."""
+    for (i, way), layer, (j, dtype), training in itertools.product(enumerate(WAYS), LAYERS, enumerate(dtypes), (True, False)):
         base = LAYERS[layer][1]
         shapes = list(itertools.product(*({size, 0, 1} for size in base)))
         if compiled:
             shapes = [shape for shape in shapes if sum(a != b for a, b in zip(shape, base, strict=True)) == 1]
-        yield Group(layer, replace(way, compiled=compiled), dtype, training, tuple(sorted(shapes)))
+        if chosen := sorted(shapes)[(i + j + training) % turns :: turns]:
+            yield Group(layer, replace(way, compiled=compiled), dtype, training, tuple(chosen))
 
 
 def differences(group: Group) -> list[str]:
@@ -143,9 +144,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--compiled", action="store_true", help="compiled code, of fewer shapes")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--turns", type=int, default=1, help="a group runs one shape of so many, the next group another")
     parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args(arguments)
-    chosen = [*groups(given.compiled, given.dtypes.split(","))]
+    chosen = [*groups(given.compiled, given.dtypes.split(","), given.turns)]
     counts, screen = Counter(), terminal.console(at_least=160)
     pending = chosen
     while pending:
