@@ -185,12 +185,6 @@ class TestTinyStudies:
         assert results["4 bits"][common.ALL] < results["1 bits"][common.ALL] < 1
         assert "blocks.*.norm1" in printed(screen)
 
-    def test_gpt_times(self, screen):
-        results = gpt.times(screen, repeats=2, widths=(64,))
-        assert set(results["block, width 64"]) == {"exact", "checkpoint", "4 bits", "5 bits"}
-        whole = results["4 blocks, width 128"]
-        assert whole["4 bits"]["peak_bytes"] < whole["exact"]["peak_bytes"] / 2
-
     def test_gpt_training(self, screen):
         results = gpt.training(screen, steps=2)
         assert results["exact"]["losses"][0] == results["4 bits"]["losses"][0]  # forward is exact
@@ -199,7 +193,6 @@ class TestTinyStudies:
         results = resnet.accuracy(screen, seeds=1, epochs=1, widths=(8, 8), blocks=1)
         assert set(results) == {*resnet.CODED, *resnet.NAIVE}
         assert results["joint codes, 4 bits"]["kept_bytes"]["all"] < results["exact"]["kept_bytes"]["all"] / 6
-        resnet.times(screen, repeats=2, sizes=((8, 8),), blocks=1)
 
     def test_swiglu(self, screen):
         results = swiglu.memory(screen, width=64, hidden=128)
@@ -241,6 +234,15 @@ class TestWorkingSizes:
         assert min(each.size(-1) for each in subject.batch.values()) in (8, 128, 224)
         Step(subject)()
         assert all(each.grad is not None for each in subject.model.parameters())
+
+    @pytest.mark.slow
+    def test_table(self, screen, monkeypatch):
+        monkeypatch.setattr(working_sizes, "TOKENS", 64)
+        found = working_sizes.compare_all(screen, ["GPT-2", "ResNet, digits"], repeats=1)
+        for each in found.values():
+            assert each["coded"]["kept"] < each["checkpoint"]["kept"] + 0.2
+            assert each["coded"]["calls"] < 2
+        assert "ResNet, digits" in printed(screen)
 
     def test_digits(self):
         subject = working_sizes.digits()

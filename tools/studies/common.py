@@ -1,4 +1,4 @@
-"""What the studies share: bytes counted, gradients compared, steps timed in turn, results written."""
+"""What the studies share: bytes counted, gradients compared, results written."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fewbit
-from fewbit import files, resolve, terminal
-from fewbit.measuring import Task, peak_bytes, quantiles, saved_storages, time_rounds
+from fewbit import files, resolve
+from fewbit.measuring import saved_storages
 from fewbit.models.arguments import arguments_of
 
 Tensor = torch.Tensor
@@ -27,17 +24,6 @@ Gradients = dict[str, Tensor]  # group -> the gradients of its parameters, one a
 
 RESULTS = Path(__file__).parents[1] / "results"
 ALL = "all"
-
-
-class Checkpointed(nn.Module):
-    """The module run under torch.utils.checkpoint: it keeps its input and runs a second time in backward."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[return-value]
 
 
 def coded(model: nn.Module, **options: Any) -> nn.Module:
@@ -94,36 +80,6 @@ def gradient_noise(exact: list[Gradients]) -> dict[str, float]:
         deviation = batches.var(dim=0).sum().sqrt()
         noise[group] = float(deviation / batches.norm(dim=1).mean())
     return noise
-
-
-def step_times(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of each step, (repeats,): all of them in turn in every round, in an order shuffled anew."""
-    tasks = {("step", label): Task(lambda: None, lambda _, step=step: step()) for label, step in steps.items()}
-    samples = time_rounds(tasks, repeats, torch.device("cpu"))
-    return {label: samples["step", label] for label in steps}
-
-
-def compare_steps(
-    console: Console, title: str, models: dict[str, Callable[[], Tensor]], repeats: int
-) -> dict[str, dict[str, Any]]:
-    """Print, and give, times and peak memory of forward and backward of each loss; "exact" and "checkpoint" are among them."""
-
-    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
-        return lambda: loss().backward()
-
-    steps = {label: step(loss) for label, loss in models.items()}
-    samples = step_times(steps, repeats)
-    view = terminal.table((title,), ("ms a step", "over exact", "over checkpoint", "peak MiB", "of exact"))
-    results: dict[str, dict[str, Any]] = {}
-    for label, run in steps.items():
-        ratios = {base: quantiles(samples[label] / samples[base]) for base in ("exact", "checkpoint")}
-        peak = peak_bytes(run, torch.device("cpu"))
-        results[label] = {"seconds": quantiles(samples[label]), "ratios": ratios, "peak_bytes": peak}
-        cells = [f"{each['median']:.2f} ({each['p25']:.2f}–{each['p75']:.2f})" for each in ratios.values()]
-        share = peak / results["exact"]["peak_bytes"]
-        view.add_row(label, f"{1e3 * results[label]['seconds']['median']:.1f}", *cells, f"{peak / 2**20:.1f}", f"{share:.2f}")
-    console.print(view, "")
-    return results
 
 
 def write(name: str, results: Any, directory: Path = RESULTS) -> None:

@@ -1,9 +1,8 @@
-"""A GPT with joint codes: `python -m tools.studies.gpt [memory] [errors] [times] [training]`, all of them by default.
+"""A GPT with joint codes: `python -m tools.studies.gpt [memory] [errors] [training]`, all of them by default.
 
 memory    bytes that a block keeps, by the part that keeps them
 errors    of the gradient of a trained model, coded in several ways, against exact, by group of parameters beside SGD's noise:
           by joint codes all layers, or those of the blocks alone with the last norm and the head exact
-times     of a step, coded over exact and over checkpointing, with the memory it needs
 training  from the same seed, exact and coded
 
 The model is the demo's, 4 blocks of width 128 on the standard library's source. Tables go to the terminal and, as JSON, to
@@ -13,7 +12,6 @@ tools/results/; the picture of the errors goes there too.
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -167,33 +165,6 @@ def _stochastic(model: nn.Module) -> nn.Module:
     return model
 
 
-def times(console: Console, repeats: int = 30, widths: tuple[int, ...] = (128, 512)) -> dict[str, Any]:
-    """Of a forward and backward pass of a block, and of the whole model with every block checkpointed."""
-    models: dict[str, tuple[nn.Module, Callable[[nn.Module], Callable[[], Tensor]]]] = {}
-    for width in widths:
-        x = torch.randn(BATCH, TOKENS, width, requires_grad=True)
-        models[f"block, width {width}"] = block(width), lambda model, x=x: lambda: model(x).square().mean()
-    torch.manual_seed(0)
-    data = torch.randint(256, (BATCH, TOKENS + 1))
-    models["4 blocks, width 128"] = demo.GPT(None), lambda model: lambda: demo.batch_loss(model, data)
-    results = {}
-    for name, (exact, loss_of) in models.items():
-        variants = {"exact": exact, "checkpoint": _checkpointed(exact)}
-        variants |= {f"{bits} bits": common.coded(exact, bits=bits) for bits in (4, 5)}
-        results[name] = common.compare_steps(console, name, {k: loss_of(v) for k, v in variants.items()}, repeats)
-    return results
-
-
-def _checkpointed(model: nn.Module) -> nn.Module:
-    """A copy in which each block, or the one block that the model is, is checkpointed."""
-    if isinstance(model, demo.Block):
-        return common.Checkpointed(copy.deepcopy(model))
-    copied = copy.deepcopy(model)
-    assert isinstance(copied, demo.GPT)
-    copied.blocks = nn.ModuleList(common.Checkpointed(each) for each in copied.blocks)
-    return copied
-
-
 def training(console: Console, steps: int = 200) -> dict[str, Any]:
     """From the same weights on the same batches: the last losses, exact and coded."""
     _, held_out = demo.read_text(torch.device("cpu"))
@@ -215,7 +186,7 @@ def training(console: Console, steps: int = 200) -> dict[str, Any]:
 
 def main() -> None:
     """Run the parts asked for."""
-    parts = ("memory", "errors", "times", "training")
+    parts = ("memory", "errors", "training")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[[], *parts], help="all by default")
     default = Path(tempfile.gettempdir()) / "fewbit-study-gpt.pt"
@@ -229,7 +200,7 @@ def main() -> None:
             whole = {label: error for label, error in results["errors"].items() if "blocks" not in label}
             save(plot_errors_beside_noise(results["noise"], whole, GROUPS), common.RESULTS / "gpt-errors.png")
         else:
-            results = {"memory": memory, "times": times, "training": training}[part](console)
+            results = {"memory": memory, "training": training}[part](console)
         common.write(f"gpt-{part}", results)
 
 

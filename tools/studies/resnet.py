@@ -1,8 +1,7 @@
-"""A ResNet with joint codes on the digits of scikit-learn: `python -m tools.studies.resnet [accuracy] [times]`, else both.
+"""A ResNet with joint codes on the digits of scikit-learn: `python -m tools.studies.resnet`.
 
-accuracy  on held-out digits after training exactly, with joint codes, with the second method's uniform codes, and with
-          activations quantized in forward and backward alike; the bytes that a step keeps for backward
-times     of a step, coded over exact and over checkpointing, with the memory it needs
+Accuracy on held-out digits after training exactly, with joint codes, with the second method's uniform codes, and with
+activations quantized in forward and backward alike; and the bytes that a step keeps for backward.
 
 The network is pre-activated: batch norm and ReLU come before each convolution, and sums carry the residual. Tables go to the
 terminal and, as JSON, to tools/results/.
@@ -10,8 +9,6 @@ terminal and, as JSON, to tools/results/.
 
 from __future__ import annotations
 
-import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +28,6 @@ Tensor = torch.Tensor
 Norm = Callable[[int], nn.Module]
 
 WIDTHS, BLOCKS = (16, 32, 64), 3  # channels of each stage, blocks in each
-WIDE = (64, 128, 256)  # timed too: convolutions weigh more there, as in networks of common size
 BATCH, EPOCHS, TRAINING_IMAGES, LEARNING_RATE = 64, 15, 1437, 0.1
 
 
@@ -192,34 +188,5 @@ def kept_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, in
     return kinds
 
 
-def times(
-    console: Console, repeats: int = 15, sizes: tuple[tuple[int, ...], ...] = (WIDTHS, WIDE), blocks: int = BLOCKS
-) -> dict[str, Any]:
-    """Of a forward and backward pass, checkpointing each residual block; by the channels of each stage."""
-    (images, labels), _ = digits()
-    results = {}
-    for widths in sizes:
-        torch.manual_seed(0)
-        exact = ResNet(widths, blocks)
-        checkpointed = copy.deepcopy(exact)
-        checkpointed.blocks = nn.Sequential(*(common.Checkpointed(block) for block in checkpointed.blocks))
-        models = {"exact": exact, "checkpoint": checkpointed}
-        models |= {f"{bits} bits": common.coded(exact, bits=bits) for bits in (4, 8)}
-        losses = {label: partial(loss_of, model, images[:BATCH], labels[:BATCH]) for label, model in models.items()}
-        name = f"channels {', '.join(map(str, widths))}"
-        results[name] = common.compare_steps(console, name, losses, repeats)
-    return results
-
-
-def main() -> None:
-    """Run the parts asked for."""
-    parts = {"accuracy": accuracy, "times": times}
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *parts], help="all by default")
-    console = terminal.console(at_least=100)
-    for part in parser.parse_args().parts or parts:
-        common.write(f"resnet-{part}", parts[part](console))
-
-
 if __name__ == "__main__":
-    main()
+    common.write("resnet", accuracy(terminal.console(at_least=100)))
