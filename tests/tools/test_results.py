@@ -76,6 +76,16 @@ def ratio(above, below):
     return lambda results: at(results, above) / at(results, below)
 
 
+def final_loss_above_exact(label):
+    """Percent, of the losses at the end of training, on average over the starts of both."""
+
+    def above(results):
+        losses = {name: [run["loss"] for run in results["runs"] if run["label"] == name] for name in (label, "exact")}
+        return 100 * (fmean(losses[label]) / fmean(losses["exact"]) - 1)
+
+    return above
+
+
 def worst_held_out(results):
     """Percent between the held-out losses of coded and exact training, at most."""
     exact = results["exact"]["held_out"]
@@ -144,6 +154,11 @@ QUOTED = [
         *(f"errors/{label}, 4 bits/all" for label in ("joint codes", "stochastic rounding")),
     ),
     ("held-out loss within {:.1f} %", "gpt-training", worst_held_out),
+    (
+        "end {:.1f} % above exact at 5 bits, {:.1f} % at 4 and {:.1f} % at 3",
+        "final_loss",
+        *(final_loss_above_exact(label) for label in ("5", "4", "3")),
+    ),
     (
         "A SwiGLU keeps {:.1f} bits for each hidden number instead of {:.0f}",
         "swiglu",
