@@ -97,6 +97,7 @@ class Codes(NamedTuple):
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which to compute what is given in the dtype: float64 for itself, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

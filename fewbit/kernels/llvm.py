@@ -41,6 +41,8 @@ def advance_ordered(typing_context, address, offset, step):
 
 @_intrinsic
 def pointer(typing_context, address):
+    """The address, an int64, as a pointer."""
+
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
@@ -49,21 +51,25 @@ def pointer(typing_context, address):
 
 @_intrinsic
 def shift_left(typing_context, number, shift):
+    """number << shift, in the width of both."""
     return number(number, number), lambda context, builder, signature, arguments: builder.shl(*arguments)
 
 
 @_intrinsic
 def shift_right(typing_context, number, shift):
+    """number >> shift, in the width of both, filled with zeros."""
     return number(number, number), lambda context, builder, signature, arguments: builder.lshr(*arguments)
 
 
 @_intrinsic
 def bits_or(typing_context, a, b):
+    """a | b, in the width of both."""
     return a(a, a), lambda context, builder, signature, arguments: builder.or_(*arguments)
 
 
 @_intrinsic
 def bits_and(typing_context, a, b):
+    """a & b, in the width of both."""
     return a(a, a), lambda context, builder, signature, arguments: builder.and_(*arguments)
 
 
@@ -79,6 +85,8 @@ def float_of(typing_context, pattern):
 
 @_intrinsic
 def is_negative(typing_context, number):
+    """Whether the integer is below 0."""
+
     def generate(context, builder, signature, arguments):
         return builder.icmp_signed("<", arguments[0], ir.Constant(arguments[0].type, 0))
 

@@ -25,11 +25,13 @@ SMALLEST_UNIT = 2.0**-22  # as in `layers_reference`
 
 @_inlined
 def grid_of(block):
+    """The grid in a block of arguments."""
     return block.channels, block.inner, block.per_row, block.groups, block.per_group
 
 
 @_inlined
 def view_of(block):
+    """The view of the tensor in a block of arguments."""
     return block.x, block.outer_stride, block.channel_stride, block.inner_stride, block.kind, block.in_order
 
 
@@ -258,6 +260,7 @@ def _add_number(values, number):
 
 @_inlined
 def multiply(values, others):
+    """In place, each by its own."""
     for i in range(np.uintp(values.size)):
         values[i] *= others[i]
 
