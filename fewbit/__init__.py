@@ -34,6 +34,7 @@ _HOMES = {  # all public names but `design`, and where they come from on first u
     "memory": "fewbit.models.memory.report",
     "nn": "fewbit",
     "patch": "fewbit.models.conversion.patch",
+    "recompute": "fewbit.functional.recompute",
     "register": "fewbit.activations",
     "revert": "fewbit.models.conversion.convert",
     "watch": "fewbit.models.gradients.watch",

@@ -281,7 +281,21 @@ RESERVED = frozenset(
 # For activations, since functions and modules of fewbit.functional have them:
 _CONVOLUTIONS = tuple(f"{name}{dims}d" for name in ("conv", "conv_transpose") for dims in (1, 2, 3))
 _NORMS = "layer_norm", "rms_norm", "group_norm", "batch_norm"
-TAKEN = frozenset({"linear", *_CONVOLUTIONS, *_NORMS, "glu", "swiglu", "geglu", "reglu", "operation", "activations", "layers"})
+TAKEN = frozenset(
+    {
+        "linear",
+        *_CONVOLUTIONS,
+        *_NORMS,
+        "glu",
+        "swiglu",
+        "geglu",
+        "reglu",
+        "scaled_dot_product_attention",
+        "operation",
+        "activations",
+        "layers",
+    }
+)
 # For modules of activations, since layers have them:
 TAKEN_MODULES = frozenset(
     {"Linear", *(f"{name}{dims}d" for name in ("Conv", "ConvTranspose", "BatchNorm") for dims in (1, 2, 3))}

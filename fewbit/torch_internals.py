@@ -227,6 +227,23 @@ def raw_saved(node: Any) -> Iterator[Any]:
         yield from saved if isinstance(saved, (list, tuple)) else (saved,)
 
 
+def raw_saved_by_name(node: Any) -> Iterator[tuple[str, Any]]:
+    """What hooks made of all that a node saved, by torch's names for that."""
+    for attribute in _raw_saved_names(type(node)):
+        saved = getattr(node, attribute)
+        for each in saved if isinstance(saved, (list, tuple)) else (saved,):
+            yield attribute.removeprefix("_raw_saved_"), getattr(each, "data", None)
+
+
+# the number that the next node of this thread's graphs gets, by which to tell which nodes a call has made
+sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr  # type: ignore[attr-defined]
+
+
+def sequence_number_of(node: Any) -> int:
+    """The number of a node; -1 for those that accumulate gradients, which have the highest of all."""
+    return -1 if type(node).__name__ == "AccumulateGrad" else node._sequence_nr()
+
+
 @lru_cache(maxsize=1024)
 def _raw_saved_names(node: type) -> list[str]:
     return [name for name in dir(node) if name.startswith("_raw_saved")]
@@ -237,8 +254,13 @@ def hook_on_saved() -> Any:
 
     Without it codes would be shared across the edge of a checkpointed region, which does not find them when it runs again.
     """
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    hooks = hooks_on_saved()
     return hooks and hooks[0]
+
+
+def hooks_on_saved() -> Any:
+    """The functions that pack and unpack what is saved for backward now; None without."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
 
 
 def keeps_its_output(node: type) -> bool:
@@ -304,11 +326,6 @@ def waits_for_output(module: torch.nn.Module) -> bool:
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def remove_submodule(module: torch.nn.Module, name: str) -> None:
-    """Take a submodule out, so that another kind of attribute may have its name."""
-    del module._modules[name]
-
-
 # The compiler and the interception of functions
 
 
@@ -333,6 +350,21 @@ def function_modes() -> Iterator[Any]:
     """The modes that intercept torch's functions on this thread, the innermost first."""
     for position in reversed(range(torch._C._len_torch_function_stack())):
         yield torch._C._get_function_stack_at(position)
+
+
+def traces_a_region() -> bool:
+    """Whether the compiler traces what becomes a graph within its graph, as a checkpointed region does: there it lets no mode
+    be entered. To be asked while it traces, as a constant."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return not InstructionTranslator.current_tx().output.is_root_tracer()
+
+
+# whether a mode intercepts torch's functions on this thread: within `unintercepted` none does
+is_intercepted: Callable[[], bool] = torch._C._is_torch_function_mode_enabled  # type: ignore[attr-defined]
+
+# a context in which calls go to torch directly, which spares a few microseconds at each look at a tensor
+unintercepted: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
 
 
 def native_functions() -> Any:
@@ -360,6 +392,11 @@ def is_fake(x: Tensor) -> bool:
     """Whether x is a fake tensor, of sizes alone: what is done to it stands for what would be done to a real one."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")  # loaded by whoever has made one
     return fake is not None and type(x) is fake.FakeTensor
+
+
+def is_rehearsal(x: Tensor) -> bool:
+    """Whether x is a fake tensor and no more than that looks on: a run for its sizes, of which no trace is made."""
+    return is_fake(x) and _number_of_modes() == 1 and not is_compiling() and not is_transformed()
 
 
 def fake_mode() -> Any:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,14 @@ from torch import nn
 
 import fewbit
 from fewbit import activations
-from fewbit.functional.layers import FUNCTIONS
+from fewbit.functional import exact_codes, layers
 from fewbit.nn.activations import CodedActivation
-from fewbit.nn.layers import CLASSES
+from fewbit.nn.exact_codes import CLASSES as EXACT_CODES
+from fewbit.nn.layers import CLASSES as LAYERS
 
 ROOT = Path(fewbit.__file__).parent
 HEAD = '"""Written by tools/stubs.py."""\n\n'
-_NAMES = [*dict.fromkeys(record.module for record in activations.BUILT_IN.values()), *CLASSES]
+_NAMES = [*dict.fromkeys(record.module for record in activations.BUILT_IN.values()), *LAYERS, *EXACT_CODES]
 
 
 def stubs() -> dict[Path, str]:
@@ -31,7 +33,7 @@ def stubs() -> dict[Path, str]:
 
 
 def _formatted(text: str) -> str:
-    for command in (["check", "--select", "F401,I,UP007", "--fix", "--quiet"], ["format"]):
+    for command in (["check", "--select", "F401,I,RUF036,UP007", "--fix", "--quiet"], ["format"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--stdin-filename", ROOT / "stub.pyi", "-"]
         text = subprocess.run(ruff, input=text, capture_output=True, text=True, check=True).stdout
     return text
@@ -46,8 +48,9 @@ def _package() -> str:
 
 
 def _functions() -> str:
-    functions = [getattr(fewbit.functional, name) for name in (*activations.BUILT_IN, *FUNCTIONS)]
-    lines = [f"def {each.__name__}({_parameters(each)}) -> Tensor: ..." for each in functions]
+    names = *activations.BUILT_IN, *layers.FUNCTIONS, *exact_codes.FUNCTIONS
+    functions = [getattr(fewbit.functional, name) for name in names]
+    lines = [f"def {each.__name__}({_parameters(each)}) -> {_returned(each)}: ..." for each in functions]
     imports = "from collections.abc import Callable, Sequence\nfrom typing import Any\n\nfrom torch import Tensor\n\n"
     others = "def __getattr__(name: str) -> Callable[..., Tensor]: ...  # those of fewbit.register\n"
     return imports + "from fewbit.design.table import CodeTable\n\n" + "\n".join(lines) + "\n" + others
@@ -63,15 +66,20 @@ def _modules() -> str:
 def _module(cls: type[nn.Module]) -> str:
     torchs = getattr(nn, cls.__name__, nn.Module)
     added = {"shared": "bool", "inplace": "bool"} if issubclass(cls, CodedActivation) else {"rounding": "str"}
-    attributes = {"bits": "int | None", "table": "CodeTable | None", **added}
+    attributes = {} if cls in EXACT_CODES.values() else {"bits": "int | None", "table": "CodeTable | None", **added}
     lines = [f"class {cls.__name__}(torch.nn.{torchs.__name__}):"]
     lines += [f"    {name}: {kind}" for name, kind in attributes.items()]
     parameters = _parameters(cls)
     lines.append(f"    def __init__(self{', ' * bool(parameters)}{parameters}) -> None: ...")
     forward = list(inspect.signature(cls.forward).parameters.values())[1:]
-    inputs = ", ".join(_parameter(each) for each in forward if each.name != "up" or cls in CLASSES.values())
-    lines.append(f"    def forward(self, {inputs}) -> Tensor: ...")
+    inputs = ", ".join(_parameter(each) for each in forward if each.name != "up" or cls in LAYERS.values())
+    lines.append(f"    def forward(self, {inputs}) -> {_returned(cls.forward)}: ...")
     return "\n".join(lines)
+
+
+def _returned(function: object) -> str:
+    """Any, for functions that return a tensor, or a tuple where they are asked for more; else Tensor."""
+    return "Any" if inspect.signature(function).return_annotation == "Any" else "Tensor"  # type: ignore[arg-type]
 
 
 def _parameters(of: object) -> str:
@@ -87,7 +95,9 @@ def _parameters(of: object) -> str:
 def _parameter(parameter: inspect.Parameter) -> str:
     kind = parameter.annotation
     text = "Any" if kind is parameter.empty else kind if isinstance(kind, str) else inspect.formatannotation(kind)
-    text = "Tensor" if text == "torch.Tensor" else text
+    text = "Tensor" if text == "torch.Tensor" else text.replace("NoneType", "None")
+    if parameter.default is None and not {"None", "Any", "Optional"} & set(re.findall(r"\w+", text)):
+        text += " | None"  # which torch leaves out
     return f"{parameter.name}: {text}" + ("" if parameter.default is parameter.empty else f" = {parameter.default!r}")
 
 

@@ -7,14 +7,15 @@ With y = x W^T + b, backward needs W for x's gradient, which is exact, and x for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fewbit.autograd import sharing, watched
+from fewbit.autograd import watched
 from fewbit.autograd.double_backward import differentiable_once
-from fewbit.autograd.quantize import Quantizer, nan_if_not_finite, scaled
+from fewbit.autograd.quantize import Quantizer, nan_if_not_finite, recipe_of, scaled
 from fewbit.autograd.sharing import Recipe
 from fewbit.errors import InputError
 from fewbit.kernels import DeviceTable
@@ -145,34 +146,13 @@ def coded_product(
     """
     recipe, lost = None, None
     if weight.requires_grad:
-        recipe = _recipe_of(x, Quantizer(table, stochastic), product.channel)
+        recipe = recipe_of(x, Quantizer(table, stochastic), partial(scaled, channel=product.channel))
         if recipe is None:
             return product(x, weight, bias)
         lost = nan_if_not_finite(x.detach(), product.channel) if recipe.hides else None
-    dtype = _autocast_dtype(x, weight, bias) if watched.is_autocast(x) else None
+    dtype = watched.autocast_dtype(x, weight, bias)
     y, _ = _CodedProduct.apply(x, weight, bias, product, recipe, lost, dtype)  # type: ignore[misc]
     return y
-
-
-def _recipe_of(x: Tensor, quantizer: Quantizer, channel: int) -> Recipe | None:
-    """What to keep of x; None where it is seen not to be finite, so that what is lost of a gradient is what torch loses."""
-    recipe, table, stochastic = sharing.find(x), quantizer.table, quantizer.stochastic
-    if recipe is not None and recipe.bits is not None and (stochastic or recipe.bits < table.bits):
-        recipe = None  # codes that another reader made, of less than is asked for here
-    if recipe is not None:
-        return recipe if recipe.with_zeros is None else recipe.with_zeros(x.detach())
-    if not x.requires_grad or sharing.is_kept_exactly(x):  # what needs no gradient is a batch, which the caller holds anyway
-        return sharing.as_it_is(x)
-    recipe = scaled(x.detach(), quantizer, channel)
-    if recipe is not None and x.grad_fn is not None and not stochastic:  # a leaf may outlive this pass, and its codes with it
-        sharing.attach(x, recipe._replace(bits=table.bits))
-    return recipe
-
-
-def _autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
-    """In which autocast computes torch's operation, which here runs where it does not reach; None for that of the tensors."""
-    found = [each for each in tensors if each is not None]
-    return None if any(each.dtype == torch.float64 for each in found) else torch.get_autocast_dtype(found[0].device.type)
 
 
 class _CodedProduct(EagerFunction):

@@ -5,7 +5,7 @@ Codes are made and read by the kernels directly in plain eager code, and through
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fewbit import kernels
-from fewbit.autograd import watched
+from fewbit.autograd import sharing, watched
 from fewbit.autograd.layout import Arrangement, Layout
 from fewbit.autograd.sharing import Recipe, as_it_is
 from fewbit.kernels import DeviceTable, layer_ops, layers, ops
@@ -91,6 +91,31 @@ def nan_if_not_finite(x: Tensor, channel: int) -> Tensor | None:
     return 0 * by_channel.amax(1) + 0 * by_channel.amin(1)
 
 
+def recipe_of(
+    x: Tensor, quantizer: Quantizer, make: Callable[[Tensor, Quantizer], Recipe | None], is_own: bool = False
+) -> Recipe | None:
+    """What to keep of x, an input of an operation; None where it is seen not to be finite. The operation is then left to torch,
+    so that what is lost of a gradient is what torch loses.
+
+    make    gives the recipe of codes of its own, for an x that brings along none and is not kept anyway; x brings it along from
+            then on
+    is_own  whether x is what the operation itself gives, and asks for codes of
+    """
+    recipe, table, stochastic = sharing.find(x), quantizer.table, quantizer.stochastic
+    if recipe is not None and recipe.bits is not None and (stochastic or recipe.bits < table.bits):
+        recipe = None  # codes that another reader made, of less than is asked for here
+    if recipe is not None:
+        return recipe if recipe.with_zeros is None else recipe.with_zeros(x.detach())
+    if not is_own and (
+        not x.requires_grad or sharing.is_kept_exactly(x)
+    ):  # what needs no gradient is a batch, which the caller holds anyway
+        return as_it_is(x)
+    recipe = make(x.detach(), quantizer)
+    if recipe is not None and x.grad_fn is not None and not stochastic:  # a leaf may outlive this pass, and its codes with it
+        sharing.attach(x, recipe._replace(bits=table.bits))
+    return recipe
+
+
 def scaled(x: Tensor, quantizer: Quantizer, channel: int, marks: bool = True) -> Recipe | None:
     """The recipe of codes of x, standardized by channel and scaled by row; None where x is seen not to be finite.
 
@@ -121,6 +146,11 @@ def scaled(x: Tensor, quantizer: Quantizer, channel: int, marks: bool = True) ->
         return layout.unflatten(of_layers(packed).decode(codes, dtype))
 
     return Recipe((packed, row, vectors), rebuild) if finite else None
+
+
+def coded_by_shape(x: Tensor, quantizer: Quantizer) -> Recipe | None:
+    """As `scaled`, of a tensor of which nothing is known: of four or five dimensions channels are the second, else the last."""
+    return scaled(x, quantizer, 1 if x.dim() in (4, 5) else -1) if x.dim() else as_it_is(x)
 
 
 def is_small(x: Tensor, statistics: int, table: DeviceTable) -> bool:

@@ -6,7 +6,7 @@ reads the very tensor, unchanged since, keeps the same codes and no more.
 
 Recipes are found by the identity of the tensor object, and belong to one version of it: after an in-place change, for another
 tensor that lies in the same memory, for a slice, a copy or the output of another operation none is found, and the reader makes
-codes of its own. Only a view of all of a tensor in the same order, a reshape, counts as the tensor.
+codes of its own. Only a view of all of a tensor, in another shape or with its dimensions in another order, counts as it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from weakref import ref
 
 import torch
 
+from fewbit.autograd.layout import Layout
 from fewbit.torch_internals import base_of, hook_on_saved, keeps_its_output, state_of, storage_key
 
 Tensor = torch.Tensor
@@ -56,19 +57,26 @@ class Recipe(NamedTuple):
     hides: bool = False
     with_zeros: Callable[[Tensor], Recipe] | None = None
 
-    def viewed(self, shape: torch.Size, view: torch.Size) -> Recipe:
-        """The recipe of the tensor, of that shape, as a view of another."""
+    def viewed(self, shape: torch.Size, view: Layout) -> Recipe:
+        """The recipe of the tensor, of that shape and contiguous, as a view of all of it."""
         rebuild, by_sign, with_zeros = self.rebuild, self.by_sign, self.with_zeros
-        viewed = self._replace(rebuild=lambda kept, dtype: rebuild(kept, dtype).reshape(view))
+
+        def seen(tensor: Tensor) -> Tensor:
+            return view.unflatten(tensor.reshape(-1))
+
+        def unseen(tensor: Tensor) -> Tensor:
+            return view.flatten(tensor).view(shape)
+
+        viewed = self._replace(rebuild=lambda kept, dtype: seen(rebuild(kept, dtype)))
         if by_sign is not None:
             viewed = viewed._replace(
                 by_sign=BySign(
-                    lambda kept, dtype, *slopes: by_sign.rebuild(kept, dtype, *slopes).reshape(view),
-                    lambda kept, grad, *slopes: by_sign.times(kept, grad.reshape(shape), *slopes).reshape(view),
+                    lambda kept, dtype, *slopes: seen(by_sign.rebuild(kept, dtype, *slopes)),
+                    lambda kept, grad, *slopes: seen(by_sign.times(kept, unseen(grad), *slopes)),
                 )
             )
         if with_zeros is not None:
-            viewed = viewed._replace(with_zeros=lambda x: with_zeros(x.reshape(shape)).viewed(shape, view))
+            viewed = viewed._replace(with_zeros=lambda x: with_zeros(unseen(x)).viewed(shape, view))
         return viewed
 
 
@@ -94,7 +102,7 @@ class ByTensor(Generic[Value]):
     def note(self, tensor: Tensor, value: Value) -> None:
         key = id(tensor)
         dies = ref(tensor, partial(self._entries.pop, key))  # called with the reference, which is pop's default
-        hook = _hook()
+        hook = region()
         self._entries[key] = dies, state_of(tensor), hook and ref(hook), value
 
     def find(self, tensor: Tensor) -> Value | None:
@@ -103,10 +111,10 @@ class ByTensor(Generic[Value]):
         if found is None:
             return None
         _, state, hook, value = found
-        return value if state == state_of(tensor) and (hook and hook()) is _hook() else None
+        return value if state == state_of(tensor) and (hook and hook()) is region() else None
 
 
-def _hook() -> Any:
+def region() -> Any:
     """What packs saved tensors now: one function for each checkpointed region and each run of it; None outside of all."""
     hook = hook_on_saved()
     return getattr(hook, "__func__", hook)  # bound methods are made anew each time
@@ -129,13 +137,16 @@ def find(tensor: Tensor) -> Recipe | None:
     recipe = None if base is None else _recipes.find(base)
     if base is None or recipe is None:
         return None
-    if tensor.numel() != base.numel() or not (tensor.is_contiguous() and base.is_contiguous()):
+    if tensor.numel() != base.numel() or not base.is_contiguous():
+        return None
+    layout = Layout.of(tensor)
+    if not tensor.permute(layout.order).is_contiguous():
         return None
     if (tensor.dtype, tensor.is_neg(), tensor.storage_offset()) != (base.dtype, base.is_neg(), base.storage_offset()):
         return None
     if storage_key(tensor.untyped_storage()) != storage_key(base.untyped_storage()):  # after `tensor.data = ...`
         return None
-    return recipe.viewed(base.shape, tensor.shape)
+    return recipe.viewed(base.shape, layout)
 
 
 def as_it_is(tensor: Tensor) -> Recipe:
@@ -148,9 +159,14 @@ _VIEW_NODES = frozenset(f"{name}Backward{number}" for name in _VIEWS for number 
 
 
 def is_kept_exactly(tensor: Tensor) -> bool:
-    """Whether the operation that made the tensor, or made what it is a view of, keeps this output for its own backward, as
-    scaled_dot_product_attention, tanh and relu do. To keep the tensor exactly then costs nothing, and codes would."""
-    node, output = tensor.grad_fn, tensor.output_nr
+    """Whether the tensor is there anyway, or it is a view of one that is: a parameter, or what the operation that made it keeps
+    for its own backward, as tanh and relu do. To keep the tensor exactly then costs nothing, and codes would."""
+    node: Any = tensor.grad_fn
+    output = tensor.output_nr
+    if node is None:
+        return isinstance(tensor, torch.nn.Parameter)
     while node is not None and type(node).__name__ in _VIEW_NODES:
         node, output = node.next_functions[0]
+    if node is not None and type(node).__name__ == "AccumulateGrad":
+        return isinstance(node.variable, torch.nn.Parameter)
     return output == 0 and keeps_its_output(type(node))

@@ -24,6 +24,14 @@ def is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
+def autocast_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype | None:
+    """In which autocast computes an operation of the lower precision; None for the dtype of the tensors. A Function asks, since
+    autocast does not reach what it calls."""
+    if not is_autocast(x) or any(each is not None and each.dtype == torch.float64 for each in (x, *others)):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def check_no_tangent(x: Tensor, name: str) -> None:
     """Raise InputError if x takes part in forward-mode differentiation, by `torch.func.jvp` or `torch.autograd.forward_ad`."""
     if torch_internals.in_forward_mode() and torch_internals.has_tangent(x):  # jvp opens a level too

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import torch
 from torch.nn import functional
 
 from fewbit import activations, resolve
-from fewbit.autograd import gated, norm
+from fewbit.autograd import attention, gated, norm
 from fewbit.autograd.product import Convolution, Linear, TransposedLinear, coded_product, numbers, padded
 from fewbit.design.table import CodeTable
 from fewbit.errors import DesignError, InputError
@@ -36,6 +37,7 @@ from fewbit.resolve import JOINT
 from fewbit.torch_internals import check_batch_size
 
 Tensor = torch.Tensor
+FINER = 1  # bit of codes of queries and keys, above those of values
 ROUNDINGS = ("nearest", "stochastic")
 FUNCTIONS: dict[str, Any] = {}  # all that this module offers, by name
 
@@ -277,6 +279,29 @@ def reglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
     return code.run(_gated, ("reglu", reglu.gate), (gate, up))
 
 
+@_layer("attention")
+def scaled_dot_product_attention(
+    code: Code,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention, from codes of query, key and value.
+
+    query (batch, …, queries, channels), key (batch, …, keys, channels), value (batch, …, keys, values) -> (batch, …, queries,
+    values); attn_mask broadcasts to (batch, …, queries, keys). Nothing else is kept: backward runs torch's operation once more,
+    with the same random numbers, on what the codes stand for. Codes of query and key have one bit more than those of value,
+    since gradients err by them the most.
+    """
+    options = (dropout_p, is_causal, scale, enable_gqa)
+    return code.run(_attention, options, (query, key, value, attn_mask))
+
+
 def gated_unit(code: Code, maker: type[RecordMaker], values: dict[str, Any], gate: Tensor, up: Tensor) -> Tensor:
     """activation(gate) * up, as `swiglu`, for the activation that a class makes of these values."""
     return code.run(_gated_unit, (maker, tuple(values.items())), (gate, up))
@@ -385,6 +410,16 @@ def _gated_by(name: str, rounding: str, gate: Activation) -> Operation:
         return forward(gate) * up
 
     return _operation(name, rounding, exact, partial(gated.coded_gate, exact=exact), gate)
+
+
+def _attention(rounding: str, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> Operation:
+    def exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    coded = partial(attention.coded_attention, exact=exact, is_random=dropout_p > 0)
+    return replace(_operation("scaled_dot_product_attention", rounding, exact, coded), finer=FINER)
 
 
 def _glu(rounding: str, dim: int) -> Operation:

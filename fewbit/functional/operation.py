@@ -26,11 +26,13 @@ from fewbit.torch_internals import (
     constant_number,
     in_forward_mode,
     is_empty,
+    is_intercepted,
     is_torchs_own,
     is_traced,
     is_transformed,
     is_watched_in_eager,
     levels,
+    unintercepted,
 )
 
 Tensor = torch.Tensor
@@ -48,23 +50,27 @@ class Operation:
     coded     the same with codes for backward: takes the operands, then the device tables
     watched   the same where something looks on; `coded` itself, if that may be traced
     record    of the activation that its table is for; the identity for what codes values
-    channels  of its table
+    channels  of its table; none for exact codes
     bits      the default where neither bits nor a table is given
     table     the default table, used before `bits`; without one the ladder of an activation is, and the table of values
     values    whether the device table of a standard normal number is passed behind those of `channels`
+    finer     of how many bits more there is a device table before those of `channels`, if that is not 0
     transforms  whether codes are kept under torch.func; if not, the operation is torch's own there
+    tables    of a dtype and a device: the device tables of an exact code, which there are no bits and tables to choose for
     """
 
     name: str
     exact: Callable[..., Tensor]
     coded: Callable[..., Tensor]
     watched: Callable[..., Tensor]
-    record: Activation
-    channels: tuple[str, ...]
+    record: Activation = activations.IDENTITY
+    channels: tuple[str, ...] = ()
     bits: int = DEFAULT_LAYER_BITS
     table: CodeTable | None = None
     values: bool = False
+    finer: int = 0
     transforms: bool = False
+    tables: Callable[[torch.dtype, torch.device], tuple[DeviceTable, ...]] | None = None
 
 
 def run(
@@ -90,6 +96,9 @@ def run(
     """
     if torch.compiler.is_compiling():
         return _run_in_graph(make, options, operands, bits, table, by_name)
+    if is_intercepted():  # each look at a tensor would go through Python
+        with unintercepted():
+            return run(make, options, operands, bits, table, by_name)
     operation, x = _operation(make, *options), operands[0]
     _check(operation, x, bits, table, by_name)
     chosen = _decide(operation, operands, by_name)
@@ -137,17 +146,18 @@ def not_codable(name: str, x: Any) -> str:
 
 def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
     """What is to run: the operation's `exact`, `coded` or `watched`."""
-    x, needed, codable = operands[0], False, True
+    x, needed = operands[0], False
     if exact_mode.active or exact_mode.compiled_depth or not torch.is_grad_enabled() or not isinstance(x, Tensor):
         return operation.exact
     if is_traced():  # a script holds torch's operation: of ours it would hold the codes of this batch, as constants
         return operation.exact
     if is_watched_in_eager(x):
         return _decide_watched(operation, operands, by_name)
+    codable = x.dtype in _DTYPES
     for each in operands:
         if isinstance(each, Tensor):
             needed = needed or each.requires_grad
-            codable = codable and is_codable(each)
+            codable = codable and takes_part(each)
     if not needed or (not operation.transforms and codable and x.numel() == 0):  # statistics of nothing would divide by zero
         return operation.exact
     if not codable:
@@ -165,7 +175,7 @@ def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool
     # exported programs hold torch's operation, since an exported graph keeps no autograd Function
     if torch.compiler.is_exporting() or not any(level.requires_grad for each in given for level in levels(each)):
         return operation.exact
-    codable = all(map(is_codable, given))
+    codable = is_codable(given[0]) and all(map(takes_part, given))
     if codable and not operation.transforms and is_empty(given[0]):
         return operation.exact
     return operation.watched if codable else _exact_or_refused(operation, given, by_name)
@@ -175,15 +185,20 @@ def _exact_or_refused(operation: Operation, operands: Sequence[Any], by_name: bo
     """torch's own operation for operands that cannot be coded, unless the user asked for codes by name."""
     if not by_name:
         return operation.exact
-    wrong = next(each for each in operands if isinstance(each, Tensor) and not is_codable(each))
+    wrong = next((each for each in operands if isinstance(each, Tensor) and not takes_part(each)), operands[0])
     raise InputError(not_codable(operation.name, wrong))
 
 
 def is_codable(x: Any) -> bool:
     """Whether codes can be made of x or with it, by its dtype, layout and class."""
+    return takes_part(x) and x.dtype in _DTYPES
+
+
+def takes_part(x: Any) -> bool:
+    """Whether x may be an operand: what can be coded, or a mask of booleans."""
     return (
         (type(x) in _MOST or (isinstance(x, Tensor) and is_torchs_own(type(x))))
-        and x.dtype in _DTYPES
+        and (x.dtype in _DTYPES or x.dtype == torch.bool)
         and x.layout == torch.strided
         and not x.is_nested
     )
@@ -194,12 +209,17 @@ def _tables(
     operation: Operation, bits: int | None, table: CodeTable | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[DeviceTable, ...]:
     """Resolve: the device tables for these bits, or of this table."""
+    if not operation.channels:
+        return () if operation.tables is None else operation.tables(dtype, device)
     table = table or (operation.table if bits is None else None)
     bits = table.bits if table is not None else bits or operation.bits
     if table is not None:
         found = resolve.device_tables(table, dtype, device)
     else:
         found = resolve.shipped_tables(operation.record, operation.channels, bits, dtype, device)
+    if operation.finer:
+        more = min(bits + operation.finer, MAX_BITS)
+        found = (found if table else resolve.shipped_tables(operation.record, operation.channels, more, dtype, device)) + found
     if operation.values:
         found += resolve.shipped_tables(activations.IDENTITY, ("value",), bits, dtype, device)
     return found
@@ -225,7 +245,7 @@ class _Ready:
     """An operation that is checked and resolved, in what a graph can hold: the key of `_in_graph`, tensors and a number."""
 
     def __init__(self, key: str, tables: Sequence[DeviceTable]):
-        self.key, self.bits = key, tables[0].bits
+        self.key, self.bits = key, tables[0].bits if tables else 0
         self.tensors = [tensor for table in tables for tensor in (table.thresholds, table.codes, table.levels)]
 
 

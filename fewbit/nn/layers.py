@@ -11,7 +11,7 @@ from torch import nn
 from fewbit.constants import DEFAULT_LAYER_BITS
 from fewbit.design.table import CodeTable
 from fewbit.errors import InputError
-from fewbit.functional import layers
+from fewbit.functional import exact_codes, layers
 from fewbit.functional.layers import ADDED, Code
 from fewbit.functional.operation import not_codable
 from fewbit.nn.base import Coded
@@ -79,7 +79,7 @@ class _Convolution(CodedLayer):
     def _conv_forward(self: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         function, padding = layers.FUNCTIONS[f"conv{len(self.kernel_size)}d"], self.padding
         if self.padding_mode != "zeros":
-            input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            input = exact_codes.pad.quietly(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return function.with_code(self.code, input, weight, bias, self.stride, padding, self.dilation, self.groups)
 

@@ -204,7 +204,8 @@ def test_autocast():
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False], ids=["checkpoint inside", "checkpoint outside"])
 def test_checkpoint(inside):
-    model = fewbit.convert(Block(), bits=4)
+    # without attention: a compiler lets no interception begin in a checkpointed region, where its attention is torch's own
+    model = fewbit.convert(Block(), bits=dict.fromkeys(("activation", "linear", "norm", "product"), 4))
     x = torch.randn(4, 16, 32)
     plain = step(model, x)[1]
     if inside:

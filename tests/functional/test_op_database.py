@@ -71,6 +71,7 @@ def test_samples(name, dtype):
         for entry in entries(name)
         if dtype in entry.dtypes
         for sample in entry.sample_inputs("cpu", dtype, requires_grad=True)
+        if not sample.kwargs.get("dropout_p")  # which draws other numbers each time
     )
     samples = [*islice(samples, DTYPES[dtype])]
     assert samples

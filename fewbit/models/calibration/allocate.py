@@ -83,7 +83,7 @@ def allocate(
         if not coded:
             raise InputError(
                 "allocate found no module in the model that is coded or can be with these bits: check the kinds in bits, "
-                "and filter_fn if you gave one. Activations that code calls as functions are coded by fewbit.patch"
+                "and filter_fn if you gave one. Activations that code calls as functions have one number of bits"
             )
         first, batches = _peeked(batches)
         histograms = observe(inner, model, batches, [each for each in coded if each.calibrates], loss_fn)

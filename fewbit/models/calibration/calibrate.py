@@ -84,8 +84,8 @@ def calibrate(
         if not coded:
             raise InputError(
                 "calibrate found no activation or gate in the model that is coded or can be with these bits: check "
-                "the kinds in bits, and filter_fn if you gave one. Activations that code calls as functions are coded by "
-                "fewbit.patch"
+                "the kinds in bits, and filter_fn if you gave one. Activations that code calls as functions have the table of "
+                "their scale"
             )
         histograms = observe(inner, model, batches, coded, loss_fn)
         layers = [_calibrated(each, histograms[each.name], _bits_of(each, setting), loss_fn is not None) for each in coded]

@@ -12,6 +12,7 @@ import types
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -19,14 +20,20 @@ from torch.nn.utils import parametrize
 
 from fewbit import activations
 from fewbit.models.conversion import gated_mlp, other_activations, own_forwards
+from fewbit.models.conversion.interception import Intercepted, forward_of
 from fewbit.models.preserve import cells_of
 from fewbit.nn import activations as activation_modules
+from fewbit.nn import exact_codes
 from fewbit.nn.activations import CodedActivation
+from fewbit.nn.exact_codes import ExactlyCoded
 from fewbit.nn.layers import CLASSES, CodedLayer
 
-CODED = (CodedActivation, CodedLayer, gated_mlp.GatedMLP)
+CODED = (CodedActivation, CodedLayer, ExactlyCoded, gated_mlp.GatedMLP)
+_OURS = (*CODED, Intercepted)
+# of torch's modules those whose forward calls functions that can be coded
+_OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # lazy modules are no layers yet; of out_proj MultiheadAttention reads the weight, and never calls it
-_EXCEPT = (LazyModuleMixin, NonDynamicallyQuantizableLinear, *CODED)
+_EXCEPT = (LazyModuleMixin, NonDynamicallyQuantizableLinear, torch.jit.ScriptModule, *_OURS)
 _ATTRIBUTES = {"bits", "table", "shared", "rounding"}  # what coded modules hold
 # which class of fewbit's, if any, codes one that is not torch's
 _FINDERS = (other_activations.activation_class, gated_mlp.gated_mlp_class, own_forwards.own_forward_class)
@@ -43,12 +50,19 @@ class Twin:
         function, arguments, *rest = reduced
         if function.__name__ != "__newobj__" or Twin not in type(self).__bases__:  # a way of the module's own class
             return reduced
-        return _new, (type(self).__bases__[-1], *arguments[1:]), *rest
+        return (_new_intercepted if isinstance(self, Intercepted) else _new), (type(self).__bases__[-1], *arguments[1:]), *rest
 
 
 def _new(own: type[nn.Module], *arguments: Any) -> nn.Module:
-    coded = coded_class(own, torch_twins())
-    assert coded is not None, f"{own} had a coded class when it was saved"
+    return _made_again(own, coded_class(own, torch_twins()), *arguments)
+
+
+def _new_intercepted(own: type[nn.Module], *arguments: Any) -> nn.Module:
+    return _made_again(own, intercepted_class(own), *arguments)
+
+
+def _made_again(own: type[nn.Module], coded: type[nn.Module] | None, *arguments: Any) -> nn.Module:
+    assert coded is not None, f"{own} had a class of fewbit's when it was saved"
     return coded.__new__(coded, *arguments)
 
 
@@ -61,7 +75,7 @@ def torch_twins() -> dict[type[nn.Module], type[nn.Module]]:
 
 @cache
 def _layer_twins() -> dict[type[nn.Module], type[nn.Module]]:
-    return {getattr(nn, name): coded for name, coded in CLASSES.items() if hasattr(nn, name)}
+    return {getattr(nn, name): coded for name, coded in {**CLASSES, **exact_codes.CLASSES}.items() if hasattr(nn, name)}
 
 
 def coded_class(own: type[nn.Module], twins: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module] | None:
@@ -89,6 +103,23 @@ def coded_class(own: type[nn.Module], twins: dict[type[nn.Module], type[nn.Modul
     return None
 
 
+def intercepted_class(own: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that runs the `forward` of a class under an interception; None for fewbit's own, and for those that resist."""
+    if issubclass(own, _EXCEPT):
+        return None
+    try:
+        return _made(Intercepted, own)
+    except TypeError:  # as above
+        return None
+
+
+def calls_functions(own: type[nn.Module]) -> bool:
+    """Whether the forward of a class may call functions of torch that can be coded: of a class that is not torch's, mostly."""
+    if own.__module__.partition(".")[0] == "torch":
+        return issubclass(own, _OF_TORCH)
+    return own.forward not in (nn.Module.forward, nn.Sequential.forward)
+
+
 def _names(cls: type, base: type) -> set[str]:
     """What is defined between a class and one of its bases, or all that they do not share, but for special methods."""
     own = [each for each in cls.__mro__[: cls.__mro__.index(nn.Module)] if each not in base.__mro__]
@@ -101,6 +132,8 @@ def _made(ours: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
         if known.__bases__ == (Twin, ours, own):
             return known
     contents = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    if ours is Intercepted:
+        contents["forward"] = forward_of(own)
     return types.new_class(own.__name__, (Twin, ours, own), exec_body=lambda namespace: namespace.update(contents))
 
 
@@ -158,4 +191,4 @@ def _exchanged(cls: type, old: type, new: type) -> type:
 
 def fewbits_class(module: nn.Module, own: type[nn.Module]) -> type[nn.Module] | None:
     """The class that fewbit put in the place of `own` for this module; None if it put none."""
-    return next((each for each in type(module).__mro__ if issubclass(each, CODED) and each.__bases__[-1] is own), None)
+    return next((each for each in type(module).__mro__ if issubclass(each, _OURS) and each.__bases__[-1] is own), None)

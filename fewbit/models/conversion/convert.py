@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from fewbit.autograd.sharing import is_kept_exactly
-from fewbit.constants import DEFAULT_LAYER_BITS, KINDS, NOT_YET
+from fewbit.constants import DEFAULT_LAYER_BITS, EXACT, KINDS, NOT_YET
 from fewbit.errors import ConversionWarning
 from fewbit.models.arguments import Filter, check_filter, check_model
-from fewbit.models.conversion.engine import Converted, convert_modules, left_exact, revert_modules
+from fewbit.models.conversion.engine import CALLS, Converted, convert_modules, left_exact, revert_modules
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.grouping import some
 from fewbit.nn.activations import CodedActivation
@@ -35,17 +35,20 @@ def convert(
     """Let the modules of a model keep codes for backward, in place. The forward pass stays as it is, bit for bit.
 
     model      its modules are converted by class: activations, torch's and Hugging Face's, linear layers, convolutions, norms,
-               GLU and gated MLPs, and RMS norms and GPT-2's Conv1D as Hugging Face's models write them. Subclasses are, if
-               they leave as it is what fewbit replaces: `forward`, mostly. A function that a torch.nn.TransformerEncoderLayer
-               or TransformerDecoderLayer has for its activation becomes a module. Each module remains the same object, with
-               its weights, hooks, names and state, and only changes its class, for one that its own is a base of.
+               GLU and gated MLPs, RMS norms and GPT-2's Conv1D as Hugging Face's models write them, and, whatever kinds are
+               named, dropout, pooling and padding, whose codes lose nothing. Subclasses are, if they leave as it is what
+               fewbit replaces: `forward`, mostly. All other modules with a forward of their own, and torch's
+               MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer, run it as it is, and torch's functions
+               that are called there are coded, as by `fewbit.patch`. Each module remains the same object, with its weights,
+               hooks, names and state, and only changes its class, for one that its own is a base of.
     bits       of one code, 1 to 8: one number for every kind of what is kept, or a mapping from kind to number, as
                {"activation": 3, "linear": 4}; kinds that are not named stay exact. The kinds: "activation"; "linear", inputs of
-               linear layers and convolutions; "norm"; "product", the gated ones; "attention", "recurrent" and "rest", of which
-               no module is coded yet. With "linear", what linear layers read is coded once, by what made it, with the larger
-               of both numbers of bits. Without "product" the activation of a gated MLP alone is coded, one tensor of the four
-               that such an MLP keeps of its hidden width.
-    filter_fn  of a module and its dotted name: whether to convert it
+               linear layers and convolutions; "norm"; "product", of two tensors element by element; "attention", its query
+               and key with one bit more; "rest", what else torch's operations keep, at 8 bits at least where one number is
+               given; "recurrent", of which no module is coded yet. With "linear", what linear layers read is coded once, by
+               what made it, with the larger of both numbers of bits. Without "product" the activation of a gated MLP alone is
+               coded, one tensor of the four that such an MLP keeps of its hidden width.
+    filter_fn  of a module and its dotted name: whether to convert it; what is left out stays exact within others, too
     coding     of the tables, as in `fewbit.design`; None for the optimal one
     Returns    the model
 
@@ -97,16 +100,22 @@ def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Conve
         return
     if _log.isEnabledFor(logging.INFO):
         kinds = Counter(each.kind for each in converted)
-        numbers = ", ".join(f"{number} {kind} at {plural(setting.bits_of(kind) or 0, 'bit')}" for kind, number in kinds.items())
+        calls = kinds.pop(CALLS, 0)
+        numbers = [f"{number} {_described(kind, setting)}" for kind, number in kinds.items()]
+        numbers += [f"{calls} whose calls of functions are coded"] if calls else []
         total = plural(sum(1 for _ in model.modules()), "module")
         _log.info(
             "convert: %d of %s of the %s: %s%s",
             len(converted),
             total,
             type(model).__name__,
-            numbers,
+            ", ".join(numbers),
             _not_yet(setting) + _left_exact(model, setting) + _caveat(converted, setting),
         )
+
+
+def _described(kind: str, setting: Setting) -> str:
+    return "by exact codes" if kind == EXACT else f"{kind} at {plural(setting.bits_of(kind) or 0, 'bit')}"
 
 
 def _not_yet(setting: Setting) -> str:

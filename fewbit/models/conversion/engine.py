@@ -14,22 +14,22 @@ from fewbit.design.request import Request
 from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, DesignError
 from fewbit.models.arguments import Filter
-from fewbit.models.conversion import classes, other_activations
+from fewbit.models.conversion import classes
 from fewbit.models.conversion.gated_mlp import GatedMLP
+from fewbit.models.conversion.interception import Interception
 from fewbit.models.conversion.setting import Setting
 from fewbit.models.preserve import structure_restored_on_error
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.layers import CodedLayer
 from fewbit.record import Activation
-from fewbit.torch_internals import registered, remove_submodule
+from fewbit.torch_internals import registered
 
 _BEFORE = "_before_fewbit"  # the attribute of a converted module that holds what `revert` needs
-_FUNCTION = "_function_before_fewbit"  # that of a module in the place of a function: the function
-_ACTIVATION = "activation"  # the attribute of torch's transformer layers that may be a function
+CALLS = "calls"  # in the place of a kind: of modules whose calls of torch's functions are intercepted
 
 
 class Converted(NamedTuple):
-    """A module that was converted: its dotted name, the module itself, the kind of what it keeps."""
+    """A module that was converted: its dotted name, the module itself, the kind of what it keeps, or CALLS."""
 
     name: str
     module: nn.Module
@@ -48,13 +48,11 @@ def convert_modules(
     with structure_restored_on_error(model):
         if not keep_others:
             revert_modules(model)
-        installed, changes = _changes(model, setting, filter_fn)
-        for layer, activation in installed:
-            del vars(layer)[_ACTIVATION]
-            layer.add_module(_ACTIVATION, activation)
+        changes = _changes(model, setting, filter_fn)
+        changes += _interceptions(model, setting, filter_fn, {each.name for each in changes}, keep_others)
         for change in changes:
             change.apply()
-    return [Converted(each.name, each.module, each.kind) for each in changes]
+    return [Converted(each.name, each.module, each.kind) for each in changes if each.kind]
 
 
 def revert_modules(model: nn.Module) -> list[nn.Module]:
@@ -62,11 +60,6 @@ def revert_modules(model: nn.Module) -> list[nn.Module]:
     found = [module for module in model.modules() if is_converted(module)]
     for module in found:
         _revert_module(module)
-    for module in [*model.modules()]:
-        for name, child in [*module.named_children()]:
-            if _FUNCTION in vars(child):
-                remove_submodule(module, name)
-                setattr(module, name, vars(child)[_FUNCTION])
     return found
 
 
@@ -82,7 +75,7 @@ def left_exact(model: nn.Module, setting: Setting) -> dict[str, list[str]]:
         own = classes.own_class(module)
         coded = classes.coded_class(own, twins)
         kind = getattr(coded, "coded_kind", "")
-        if coded is None or setting.bits_of(kind) is None:
+        if coded is None or not setting.codes(kind):
             continue
         if not classes.runs_its_forward(module, own):
             found["others have replaced the forward; convert before that"].append(name)
@@ -121,24 +114,52 @@ def _revert_module(module: nn.Module) -> None:
     vars(module).update(before)
 
 
-def _changes(
-    model: nn.Module, setting: Setting, filter_fn: Filter | None
-) -> tuple[list[tuple[nn.Module, nn.Module]], list[_Change]]:
-    """Modules to install, as (parent, module), in the place of functions; and all changes."""
-    installed = [(module, function) for module in model.modules() if (function := _activation_function(module))]
-    candidates = _candidates(model, dict(installed), filter_fn)
+def _changes(model: nn.Module, setting: Setting, filter_fn: Filter | None) -> list[_Change]:
+    """Modules that become coded ones."""
+    candidates = _candidates(model, filter_fn)
     # activations of what becomes gated MLPs, which are then no activations of their own
     mlps = [each for each in candidates if issubclass(each.coded, GatedMLP) and setting.bits_of(each.coded.coded_kind)]
     gates = {id(each.coded.part_of(each.module, "act")) for each in mlps}  # type: ignore[attr-defined]
     changes = {}
     for name, module, own, coded in candidates:
         kind = "product" if id(module) in gates else coded.coded_kind  # type: ignore[attr-defined]
-        if setting.bits_of(kind) is not None and _has_a_table(module, coded):
+        if setting.codes(kind) and _has_a_table(module, coded):
             attributes = _attributes(module, coded, kind, setting)
             if not _names_in_use(module, own, coded, attributes):
                 changes[id(module)] = _Change(name, module, kind, own, coded, attributes)
-    installed = [each for each in installed if id(each[1]) in changes]
-    return installed, [each for each in changes.values() if _has_its_gate(each, changes)]
+    return [each for each in changes.values() if _has_its_gate(each, changes)]
+
+
+def _interceptions(
+    model: nn.Module, setting: Setting, filter_fn: Filter | None, coded: Collection[str], keep_others: bool
+) -> list[_Change]:
+    """Modules with a forward of their own, which runs under an interception; and modules within them that are to stay exact.
+
+    coded  names of modules that are coded themselves
+    """
+    settings, nothing, found = Interception(setting), Interception(None), {}
+    for name, module in model.named_modules():
+        own = classes.own_class(module)
+        passes = filter_fn is None or filter_fn(module, name)
+        if name in coded or (passes and not classes.calls_functions(own)) or is_converted(module):
+            continue
+        if not passes and (keep_others or not any(each in found for each in _around(name))):
+            continue
+        attributes = {"interception": settings if passes else nothing}
+        intercepted = classes.intercepted_class(own) if classes.runs_its_forward(module, own) else None
+        if intercepted is not None and not _names_in_use(module, own, intercepted, attributes):
+            found[name] = _Change(name, module, CALLS if passes else "", own, intercepted, attributes)
+    return [*found.values()]
+
+
+def _around(name: str) -> list[str]:
+    """The names of the modules that a module lies in, the model's, which is empty, among them.
+
+    >>> _around("blocks.0.norm"), _around("")
+    (['', 'blocks', 'blocks.0'], [])
+    """
+    parts = name.split(".") if name else []
+    return [".".join(parts[:number]) for number in range(len(parts))]
 
 
 class _Candidate(NamedTuple):
@@ -150,13 +171,10 @@ class _Candidate(NamedTuple):
     coded: type[nn.Module]
 
 
-def _candidates(model: nn.Module, functions: dict[nn.Module, nn.Module], filter_fn: Filter | None) -> list[_Candidate]:
-    """The modules of the model that can be converted, and those in the place of functions, that the filter lets pass."""
+def _candidates(model: nn.Module, filter_fn: Filter | None) -> list[_Candidate]:
+    """The modules of the model that can be converted, and that the filter lets pass."""
     twins, found = classes.torch_twins(), []
-    named = [*model.named_modules()]
-    names = {id(module): name for name, module in named}
-    named += [(f"{names[id(layer)]}.{_ACTIVATION}".lstrip("."), function) for layer, function in functions.items()]
-    for name, module in named:
+    for name, module in model.named_modules():
         own = classes.own_class(module)
         coded = classes.coded_class(own, twins)
         if coded is not None and classes.runs_its_forward(module, own) and (filter_fn is None or filter_fn(module, name)):
@@ -196,17 +214,6 @@ def _names_in_use(module: nn.Module, own: type[nn.Module], coded: type[nn.Module
     # torch's modules have `inplace`, `name` and `record` are read from the class, and others may wrap `forward`
     plain = vars(module).keys() - {"inplace", "name", "record", "forward"}
     return ours & {*plain, *(name for entries in registered(module).values() for name in entries)}
-
-
-def _activation_function(module: nn.Module) -> nn.Module | None:
-    """torch's module for the function that a layer of torch's transformers has for its activation."""
-    if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) or _ACTIVATION not in vars(module):
-        return None
-    found = other_activations.module_for(vars(module)[_ACTIVATION])
-    if found is not None:
-        vars(found)[_FUNCTION] = vars(module)[_ACTIVATION]
-        found.train(module.training)
-    return found
 
 
 def _attributes(module: nn.Module, coded: type[nn.Module], kind: str, setting: Setting) -> dict[str, Any]:

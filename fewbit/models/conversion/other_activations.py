@@ -1,14 +1,12 @@
-"""Activations in other forms than torch's modules: Hugging Face's classes, and plain functions that modules hold.
+"""Activations in other forms than torch's modules: Hugging Face's classes.
 
-Hugging Face's are recognized by the names of module and class, so that transformers is never imported. Each computes forward in
+They are recognized by the names of module and class, so that transformers is never imported. Each computes forward in
 its own way, which stays, bit for bit; backward reads a table of the function that it computes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import SimpleNamespace
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fewbit import activations
 from fewbit.nn.activations import CodedActivation
@@ -86,27 +83,3 @@ def _record(name: str, owner: type[nn.Module], attributes: tuple[tuple[str, Any]
     record = {**activations.UNLISTED, **activations.BUILT_IN}[name]
     record = record.with_parameters(**{key: value for key, value in attributes if key in record.parameters})
     return dataclasses.replace(record, torch_function=_OwnForward(owner, attributes))
-
-
-def module_for(function: Any) -> nn.Module | None:
-    """torch's module that computes what a function of torch's does, also one with keywords bound by functools.partial; None for
-    what is no activation in the registry."""
-    keywords: dict[str, Any] = {}
-    if isinstance(function, functools.partial) and not function.args:
-        function, keywords = function.func, function.keywords
-    try:
-        found = _functions().get(function)
-        return found(**keywords) if found else None
-    except TypeError:  # not hashable, or keywords that the module does not take
-        return None
-
-
-@cache
-def _functions() -> dict[Callable[..., Any], type[nn.Module]]:
-    names = [name for name, record in activations.BUILT_IN.items() if hasattr(nn, record.module) and record.torch_name]
-    found = {}
-    for name in names:
-        for home in (torch, functional, torch.Tensor):
-            if hasattr(home, name):
-                found[getattr(home, name)] = getattr(nn, activations.BUILT_IN[name].module)
-    return found

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fewbit.constants import CODINGS, KINDS, MAX_BITS, REST_BITS
+from fewbit.constants import CODINGS, EXACT, KINDS, MAX_BITS, REST_BITS
 from fewbit.design.table import CodeTable
 from fewbit.errors import DesignError
 from fewbit.record import Activation
@@ -63,6 +63,15 @@ class Setting:
         if kind in ("activation", "norm", "product") and kind in found:
             return max(found[kind], found.get("linear", 0))
         return found.get(kind)
+
+    def codes(self, kind: str) -> bool:
+        """Whether modules of this kind are converted: exact codes always are.
+
+        >>> setting = Setting.of({"linear": 4})
+        >>> setting.codes("linear"), setting.codes("norm"), setting.codes("exact")
+        (True, False, True)
+        """
+        return kind == EXACT or self.bits_of(kind) is not None
 
     @property
     def shares(self) -> bool:

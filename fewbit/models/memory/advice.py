@@ -4,30 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
-import torch
-
-from fewbit import activations
 from fewbit.models.grouping import pattern
-from fewbit.models.memory.saved import ACTIVATIONS, Storage, operation_name
+from fewbit.models.memory.saved import ACTIVATIONS, Storage
 from fewbit.models.memory.storages import kept_by
 from fewbit.models.memory.trials import Outcome
 from fewbit.terminal import bytes_label
 
 CODE, LEAVE = "code", "leave"
-
-
-@cache
-def called_activations() -> frozenset[str]:
-    """The operations, as savers are called, that keep something for activations which code calls as functions: those that
-    `fewbit.patch` codes. An activation that torch composes of several operations has none of its own."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.zeros(2, requires_grad=True)
-        made = [record.forward(x).grad_fn for record in activations.BUILT_IN.values()]
-        made.append(torch.nn.functional.glu(x).grad_fn)
-    return frozenset(operation_name(node) for node in made if node is not None and len(node.next_functions) == 1)
 
 
 @dataclass(frozen=True)
@@ -140,9 +125,6 @@ def _of_other(name: str, convertible: bool, seen: _Sight) -> tuple[str, str]:
     kept = [each for each in seen.best.get(name, ()) if each.role == ACTIVATIONS]
     if convertible:
         return LEAVE, "stays exact with these bits"
-    called = dict.fromkeys(each.savers[0].operation for each in kept if each.savers[0].module == name)
-    if functions := ", ".join(operation for operation in called if operation in called_activations()):
-        return LEAVE, f"{functions}: called as functions, which fewbit.patch codes, if that pays"
     if not kept:
         return LEAVE, "keeps nothing once its neighbours are coded"
     operations = ", ".join(dict.fromkeys(saver.operation for each in kept for saver in each.savers if saver.module == name))

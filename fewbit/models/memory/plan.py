@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class Plan(Report):
     candidates  what `fewbit.convert` would convert
     advice      for each module that is converted or keeps something
     how         on what the converted model ran
+    filter_fn   that of the user
     """
 
     forward: Forward
@@ -57,6 +58,7 @@ class Plan(Report):
     candidates: frozenset[str]
     advice: list[advice.Advice]
     how: str
+    filter_fn: Filter | None = None
 
     @property
     def before_bytes(self) -> int:
@@ -82,7 +84,7 @@ class Plan(Report):
         """
         self.forward.check_unchanged()
         model = self.forward.model
-        converted = convert_modules(model, self.setting, lambda module, name: name in self.outcome.chosen)
+        converted = convert_modules(model, self.setting, _choice(self.outcome.chosen, self.candidates, self.filter_fn))
         if converted or not self.candidates:
             log_conversion(model, self.setting, converted)
         for each in self.advice:
@@ -149,20 +151,18 @@ def plan(forward: Forward, measured: list[Storage] | None, setting: Setting, fil
     with preserved_structure(model):
         candidates = _convert(model, setting, filter_fn)
     before, fake, how = _baseline(forward, measured)
-    installed = set(candidates) - {name for name, _ in model.named_modules()}
-    before = _attributed(before, installed)
     with terminal.progress("trying conversions") as advance:
 
         def run(names: Collection[str]) -> list[Storage]:
             with preserved_structure(model):
-                _convert(model, setting, lambda module, name: name in names and _passes(filter_fn, module, name))
-                storages = _attributed(forward.saved(fake), installed)
+                _convert(model, setting, _choice(names, frozenset(candidates), filter_fn))
+                storages = forward.saved(fake)
             advance()
             return storages
 
         after = run(candidates)
         if fake and measured is not None and abs(total(before) - total(measured)) > _AGREEMENT * total(after):
-            fake, how, before = False, _by_running(_difference(before, measured)), _attributed(measured, installed)
+            fake, how, before = False, _by_running(_difference(before, measured)), measured
             after = run(candidates)
         was_converted = any(is_converted(module) for module in model.modules())
         before = run(()) if was_converted else before
@@ -170,32 +170,21 @@ def plan(forward: Forward, measured: list[Storage] | None, setting: Setting, fil
         outcome = (trials.all_or_none if compiled else partial(trials.choose, run))(candidates, before, after)
     convertible, classes = _convertible(model)
     found = advice.of_modules(classes, candidates, convertible - {*candidates}, before, after, outcome)
-    return Plan(forward, setting, before, after, outcome, frozenset(candidates), found, how)
+    return Plan(forward, setting, before, after, outcome, frozenset(candidates), found, how, filter_fn)
 
 
 def _convert(model: nn.Module, setting: Setting, filter_fn: Filter | None) -> list[str]:
     return [each.name for each in convert_modules(model, setting, filter_fn)]
 
 
-def _passes(filter_fn: Filter | None, module: nn.Module, name: str) -> bool:
-    return filter_fn is None or filter_fn(module, name)
+def _choice(chosen: Collection[str], candidates: Collection[str], filter_fn: Filter | None) -> Filter:
+    """A filter that lets those of the candidates pass that are chosen; and of all others, which may be called within the chosen
+    ones, those that the user's filter lets pass."""
 
+    def passes(module: nn.Module, name: str) -> bool:
+        return name in chosen if name in candidates else filter_fn is None or filter_fn(module, name)
 
-def _attributed(storages: list[Storage], installed: set[str]) -> list[Storage]:
-    """The storages, with what an activation function saves assigned to the module that takes its place.
-
-    installed  names of these modules, each the only one in its parent
-    """
-    parents = {name.rpartition(".")[0]: name for name in installed}
-
-    def moved(storage: Storage) -> Storage:
-        names = {saver.module: parents[saver.module] for saver in storage.savers if saver.module in parents}
-        if storage.savers[0].operation not in advice.called_activations() or not names:
-            return storage
-        savers = tuple(saver._replace(module=names.get(saver.module, saver.module)) for saver in storage.savers)
-        return replace(storage, savers=savers, slots=tuple((names.get(name, name), number) for name, number in storage.slots))
-
-    return [moved(each) for each in storages]
+    return passes
 
 
 def _convertible(model: nn.Module) -> tuple[set[str], dict[str, str]]:

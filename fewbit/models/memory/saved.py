@@ -14,6 +14,7 @@ from weakref import ref
 import torch
 from torch import nn
 
+from fewbit.autograd.rest import Held
 from fewbit.torch_internals import dynamo_is_loaded, parts_of, raw_saved, storage_key
 
 Tensor = torch.Tensor
@@ -172,9 +173,10 @@ def _operations(outputs: Iterable[Tensor]) -> dict[int, str]:
         node = pending.pop()
         name = operation_name(node)
         for saved in raw_saved(node):
-            packed = getattr(saved, "data", None)  # older torch does not tell; then operations are unknown
-            if isinstance(packed, _Token):
-                found[id(packed)] = name
+            held = getattr(saved, "data", None)
+            for packed in held.packed if isinstance(held, Held) else (held,):
+                if isinstance(packed, _Token):
+                    found[id(packed)] = name
         for other, _ in node.next_functions:
             if other is not None and other not in seen:
                 seen.add(other)

@@ -357,13 +357,15 @@ def test_a_checkpointed_part_counts_once():
     assert found.layers[0].elements == 3 * 16 * 8
 
 
-def test_installs_on_transformer_layers_that_hold_functions():
-    def encoder():
-        return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True), 1)
+def test_transformer_layers_whose_activation_is_a_module():
+    def encoder(activation):
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, activation, batch_first=True), 1)
 
-    calibration = fewbit.calibrate(encoder(), [torch.randn(4, 5, 8)], bits={"activation": 2})
-    model = calibration.install(encoder())
+    calibration = fewbit.calibrate(encoder(nn.GELU()), [torch.randn(4, 5, 8)], bits={"activation": 2})
+    model = calibration.install(encoder(nn.GELU()))
     assert model.layers[0].activation.table == calibration.layers[0].table
+    with pytest.raises(InputError, match="that code calls as functions have the table of their scale"):
+        fewbit.calibrate(encoder("gelu"), [torch.randn(4, 5, 8)], bits={"activation": 2})
 
 
 @pytest.mark.parametrize(

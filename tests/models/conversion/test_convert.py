@@ -13,6 +13,9 @@ from torch import nn
 import fewbit
 from fewbit.constants import KINDS
 from fewbit.errors import ConversionWarning, DesignError, InputError
+from fewbit.models.conversion.interception import Intercepted
+
+EXACT = {"mlp.4"}  # the modules that any conversion converts
 
 
 def batch():
@@ -20,8 +23,14 @@ def batch():
 
 
 def converted(model):
-    """The names of the modules that convert has changed."""
-    return {name for name, module in model.named_modules() if "_before_fewbit" in vars(module)}
+    """The names of the modules that convert lets keep codes themselves."""
+    named = model.named_modules()
+    return {name for name, module in named if "_before_fewbit" in vars(module) and not isinstance(module, Intercepted)}
+
+
+def intercepted(model):
+    """The names of the modules whose calls of torch's functions keep codes."""
+    return {name for name, module in model.named_modules() if isinstance(module, Intercepted) and module.interception.setting}
 
 
 def test_outputs_gradients_and_bytes(model):
@@ -62,8 +71,9 @@ def test_everything_stays_in_place(model):
     assert model.head.weight is model.own.weight
     assert model.again is model.leaky
     assert all(issubclass(now, then) for now, then in zip(types(model), before, strict=True))
-    assert type(model.own) is own
-    assert type(model.mlp[4]) is nn.Dropout
+    assert intercepted(model) == {"", "own"}
+    assert issubclass(type(model.own), own)
+    assert type(model.mlp[4]) is fewbit.Dropout
     assert repr(model.norm) == repr(nn.LayerNorm(8))[:-1] + ", bits=5)"
     assert repr(model.mlp[3]) == "GELU(approximate='none', bits=5, shared=True)"
     assert repr(model.stem[2]) == "ReLU(inplace=True, bits=5, shared=True)"
@@ -83,7 +93,8 @@ def test_everything_stays_in_place(model):
 
 @pytest.mark.filterwarnings("ignore::fewbit.ConversionWarning")
 def test_each_kind_alone(model):
-    """A mapping converts the modules of the kinds that it names, and no others; no number means four bits for every kind."""
+    """A mapping converts the modules of the kinds that it names, and no others but for exact codes; no number means four bits
+    for every kind."""
     of_kind = {
         "activation": {"stem.2", "mix.2", "mlp.3", "leaky"},
         "linear": {"stem.0", "mix.0", "mlp.0", "mlp.2", "mlp.5", "frozen", "head"},
@@ -94,12 +105,13 @@ def test_each_kind_alone(model):
     for kind in KINDS:
         fewbit.convert(model, bits={kind: 3})
         found = of_kind.get(kind, set())
-        assert converted(model) == found, kind
+        assert converted(model) == found | EXACT, kind
+        assert intercepted(model) == {"", "own"}
         assert {model.get_submodule(name).bits for name in found} <= {3}
         assert not any(getattr(module, "shared", False) for module in model.modules())
     fewbit.convert(model)
-    assert converted(model) == set().union(*of_kind.values())
-    assert {model.get_submodule(name).bits for name in converted(model)} == {4}
+    assert converted(model) == EXACT.union(*of_kind.values())
+    assert {model.get_submodule(name).bits for name in converted(model) - EXACT} == {4}
     assert model.mlp[3].shared
     assert types(fewbit.revert(model)) == before
 
@@ -112,9 +124,9 @@ def test_the_filter(model):
         return name.startswith("mlp")
 
     fewbit.convert(model, bits=4, filter_fn=choose)
-    assert converted(model) == {"mlp.0", "mlp.1", "mlp.2", "mlp.3", "mlp.5"}
-    assert "own" not in seen
-    assert "stem.0" in seen
+    assert converted(model) == {"mlp.0", "mlp.1", "mlp.2", "mlp.3", "mlp.4", "mlp.5"}
+    assert intercepted(model) == set()
+    assert {"own", "stem.0"} <= {*seen}
 
 
 class TestAgain:
@@ -129,7 +141,7 @@ class TestAgain:
         assert type(model.norm) is nn.LayerNorm
         assert type(model.mlp[1]) is nn.GLU
         fewbit.convert(model, bits={"activation": 3})
-        assert converted(model) == {"stem.2", "mix.2", "mlp.3", "leaky"}
+        assert converted(model) == {"stem.2", "mix.2", "mlp.3", "leaky"} | EXACT
         assert (model.leaky.bits, model.leaky.shared) == (3, False)
         fewbit.revert(fewbit.revert(model))
         assert type(model.head) is nn.Linear
@@ -149,25 +161,24 @@ class TestAgain:
         fewbit.convert(model, bits=4, filter_fn=lambda _, name: name == "head")
         assert converted(model) == {"head"}
 
-    def test_nothing_is_left_where_nothing_is_of_the_new_kinds(self, model):
+    def test_nothing_is_left_where_nothing_is_of_the_new_kinds(self):
+        model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
         before = types(model)
         fewbit.convert(model, bits=4)
         with pytest.warns(fewbit.ConversionWarning):
             fewbit.convert(model, bits={"recurrent": 4})
         assert types(model) == before
 
-    def test_functions_of_transformer_layers(self):
+    def test_transformer_layers(self):
         model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
         exact, x = copy.deepcopy(model), torch.randn(5, 3, 16)
+        dropouts = {"dropout", "dropout1", "dropout2"}
         fewbit.convert(model, bits=4)
-        assert converted(model) == {"linear1", "linear2", "norm1", "norm2", "activation"}
-        fewbit.convert(model, bits={"linear": 4})
-        assert converted(model) == {"linear1", "linear2"}
-        assert model.activation is nn.functional.relu
-        assert "activation" not in dict(model.named_modules())
+        assert converted(model) == {"linear1", "linear2", "norm1", "norm2"} | dropouts
+        assert intercepted(model) == {"", "self_attn"}
         fewbit.convert(model, bits={"activation": 3})
-        assert converted(model) == {"activation"}
-        assert (model.activation.bits, model.activation.shared) == (3, False)
+        assert converted(model) == dropouts
+        assert model.activation is nn.functional.relu
         assert torch.equal(model(x), exact(x))
         fewbit.revert(model)
         assert vars(model).keys() == vars(exact).keys()
@@ -183,7 +194,7 @@ class TestAgain:
         fewbit.convert(model, bits={"activation": 3})
         assert converted(model) == {"0.act"}
         assert (model[0].act.coded_kind, model[0].act.shared, model[0].act.bits) == ("activation", False, 3)
-        assert type(model[0]) is SwiGLU
+        assert type(model[0]).__bases__[-1] is SwiGLU
         fewbit.convert(model, bits={"product": 2})
         assert converted(model) == {"0", "0.act"}
         assert (model[0].act.coded_kind, model[0].act.shared, model[0].act.bits) == ("product", True, 2)
@@ -274,10 +285,11 @@ class TestTold:
 
     def test_one_line(self, model, told):
         fewbit.convert(model, bits={"activation": 3, "linear": 4, "product": 1})
-        kinds = "7 linear at 4 bits, 4 activation at 4 bits, 1 product at 4 bits"
-        assert told() == [("INFO", f"convert: 12 of {len(list(model.modules()))} modules of the Block: {kinds}")]
+        kinds = "7 linear at 4 bits, 4 activation at 4 bits, 1 product at 4 bits, 1 by exact codes"
+        others = "2 whose calls of functions are coded"
+        assert told() == [("INFO", f"convert: 15 of {len(list(model.modules()))} modules of the Block: {kinds}, {others}")]
         fewbit.revert(model)
-        assert told()[1:] == [("INFO", "revert: 12 modules of the Block")]
+        assert told()[1:] == [("INFO", "revert: 15 modules of the Block")]
 
     def test_bits_of_one(self, told):
         fewbit.convert(nn.Sequential(nn.GELU()), bits={"activation": 1})
@@ -316,7 +328,7 @@ class TestTold:
 
     def test_a_warning_that_nothing_was_converted(self, model, told):
         for call, setting in (
-            (lambda: fewbit.convert(model, bits={"recurrent": 4}), r"bits=\{'recurrent': 4\}"),
+            (lambda: fewbit.convert(nn.Identity(), bits={"recurrent": 4}), r"bits=\{'recurrent': 4\}"),
             (lambda: fewbit.convert(model, filter_fn=lambda *_: False), "bits=4"),
             (lambda: fewbit.convert(nn.Identity(), 2, coding="uniform"), "bits=2, coding='uniform'"),
         ):
@@ -348,7 +360,7 @@ def test_autocast(model):
 
 def test_kinds_that_are_not_coded_yet_are_told(caplog):
     caplog.set_level(logging.INFO, logger="fewbit")
-    fewbit.convert(nn.Sequential(nn.GELU()), {"activation": 3, "attention": 2})
-    assert caplog.messages[-1].endswith("1 activation at 3 bits; not coded yet: attention")
-    with pytest.warns(ConversionWarning, match="not coded yet: attention, rest"):
-        fewbit.convert(nn.Sequential(nn.GELU()), {"rest": 8, "attention": 2})
+    fewbit.convert(nn.Sequential(nn.GELU()), {"activation": 3, "recurrent": 2})
+    assert caplog.messages[-1].endswith("1 activation at 3 bits; not coded yet: recurrent")
+    with pytest.warns(ConversionWarning, match="not coded yet: recurrent"):
+        fewbit.convert(nn.Sequential(nn.GELU()), {"rest": 8, "recurrent": 2})

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 import fewbit
 from fewbit import activations
 from fewbit.errors import ActivationError, DesignError, InputError
-from fewbit.models.conversion import patch as patching
+from fewbit.models.conversion import interception
 
 pytestmark = [
     # torch's own: dynamo asks each input that is no leaf for its .grad
@@ -23,7 +23,7 @@ pytestmark = [
     # torch's own, on the way to its dual numbers
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
 ]
-SPELLINGS = [(function, target) for function, target in patching._TARGETS.items() if not target.layer]
+SPELLINGS = [(function, target) for function, target in interception._TARGETS.items() if not target.layer]
 NEEDED = {"threshold": (0.5, 0.25)}  # arguments that torch asks for
 
 

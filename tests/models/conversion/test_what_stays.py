@@ -33,7 +33,7 @@ def test_a_module_with_a_use_of_its_own_for_our_names_stays(name, value):
     model, x = Gated(name, value), torch.randn(5, 3)
     expected = model(x)
     fewbit.convert(model, bits=4)
-    assert types(model) == [Gated, nn.Linear, fewbit.Linear]
+    assert [type(model).__bases__[-1], *types(model)[1:]] == [Gated, nn.Linear, fewbit.Linear]
     assert torch.equal(model(x), expected)
     assert getattr(model.linear, name) is value
     fewbit.revert(model)

@@ -1,0 +1,123 @@
+"""Dropout that keeps one bit an element, from which backward gets what torch's own mask says: an exact code.
+
+Layers that read the output keep the code of the input, if it has one, and the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fewbit.autograd import sharing
+from fewbit.autograd.activation import check_overwritable, overwritten
+from fewbit.autograd.layout import Layout
+from fewbit.autograd.quantize import at_least_float32, encode_checked, times, values
+from fewbit.kernels import DeviceTable
+from fewbit.torch_internals import EagerFunction, is_watched, unwatched
+
+Tensor = torch.Tensor
+
+
+def coded_dropout(x: Tensor, table: DeviceTable, *, p: float, inplace: bool, exact: Callable[[Tensor], Tensor]) -> Tensor:
+    """exact(x), which is torch's dropout in training, with the same random numbers; kept are the packed bits of its mask.
+
+    p        of an element to become zero, above 0 and below 1
+    table    as `mask_table` gives it
+    inplace  whether the output is written into x
+
+    An x so small that packed bits would take no less than torch's mask is left to torch.
+    """
+    if _is_small(x, table):
+        return exact(x)
+    if inplace and not torch.compiler.is_compiling():
+        check_overwritable("dropout", x)
+    y, mask = _dropped(x.detach(), p)
+    layout = Layout.of(mask)
+    packed, _ = encode_checked(layout.flatten(mask), table)
+    recipe = sharing.find(x)
+    if recipe is not None and recipe.with_zeros is not None:
+        recipe = recipe.with_zeros(x.detach())
+    overwrites = inplace and not is_watched(x)
+    y = _CodedDropout.apply(x, (y,), packed, (table, layout), overwrites)
+    if recipe is not None:
+        sharing.attach(y, _masked(recipe, packed, table, layout))  # type: ignore[arg-type]
+    return overwritten(x, y) if inplace and not overwrites else y  # type: ignore[arg-type, return-value]
+
+
+def _is_small(x: Tensor, table: DeviceTable) -> bool:
+    """Whether packed bits take no less than torch's mask: not known of a compiler's symbols."""
+    n: Any = x.numel()
+    of_torch = 1 if _draws_bits(x) else x.element_size()
+    return isinstance(n, int) and table.packed_bytes(n) >= n * of_torch
+
+
+def _draws_bits(x: Tensor) -> bool:
+    """Whether torch's own dropout makes a mask of bytes, as it does on a GPU and in compiled code, instead of numbers."""
+    return x.is_cuda or torch.compiler.is_compiling()
+
+
+@lru_cache(maxsize=256)
+def mask_table(p: float, dtype: torch.dtype, device: torch.device) -> DeviceTable:
+    """The table by which masks become bits, and bits 0 or 1 / (1 - p), as torch multiplies by it: on the CPU its mask holds
+    that number, rounded to the dtype."""
+    wide = at_least_float32(dtype)
+    with unwatched():
+        scale = torch.tensor(1 / (1 - p), dtype=torch.float64)
+        if device.type == "cpu":
+            scale = torch.ones(1, dtype=dtype).div_(1 - p)
+        levels = torch.zeros(2, dtype=wide)
+        levels[1] = scale.to(wide)
+        tensors = torch.full((1,), 0.5, dtype=wide), torch.arange(2, dtype=torch.uint8), levels
+        return DeviceTable(*(each.to(device) for each in tensors), bits=1)
+
+
+def _dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """x after dropout, by the operations that torch takes, and its mask, which is 0 or above 0.5."""
+    if _draws_bits(x):
+        y, mask = torch.native_dropout(x, p, True)
+        return y, mask.to(x.dtype)
+    mask = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+    return x * mask, mask
+
+
+def _masked(recipe: sharing.Recipe, packed: Tensor, table: DeviceTable, layout: Layout) -> sharing.Recipe:
+    """The recipe of what the mask leaves of a tensor that has a recipe."""
+    rebuild_all = recipe.rebuild
+
+    def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        *of_tensor, packed = kept
+        return times(packed, rebuild_all(of_tensor, dtype), table, layout)
+
+    return sharing.Recipe((*recipe.kept, packed), rebuild, bits=recipe.bits, hides=recipe.hides)
+
+
+class _CodedDropout(EagerFunction):
+    """Linear, and so differentiable as often as torch's own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, made: tuple[Tensor], packed: Tensor, decoding: tuple[DeviceTable, Layout], overwrites: bool
+    ) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.set_materialize_grads(False)
+        ctx.decoding = decoding
+        if overwrites:
+            ctx.mark_dirty(x)
+            return x.copy_(made[0])
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if grad is None:
+            return (None,) * 5
+        (packed,), (table, layout) = ctx.saved_tensors, ctx.decoding
+        if torch.is_grad_enabled():
+            wide = at_least_float32(grad.dtype)
+            found = (grad.to(wide) * values(packed, layout, wide, table)).to(grad.dtype)
+        else:
+            found = times(packed, grad, table, layout)
+        return found, None, None, None, None

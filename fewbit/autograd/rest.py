@@ -1,0 +1,359 @@
+"""What torch's own operations save for backward, kept as codes: products, and the rest that no function of fewbit codes.
+
+Hooks see what an operation saves, and the graph that it leaves tells which of its nodes saved that, and as what. A tensor is
+coded where the node's backward is a polynomial in it, as in products, matrix products and powers: the gradient then errs by
+about as much as the codes do. So are probabilities and their logarithms, by the roots of probabilities. All else stays exact:
+what backward divides by, takes logarithms or exponentials of, or compares; parameters and what the model was called with;
+statistics, indices and random states; what Functions written in Python save; and what is small. Booleans are kept as bits, and
+integers in as many bytes as hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fewbit.autograd import sharing
+from fewbit.autograd.quantize import Quantizer, coded_by_shape, recipe_of
+from fewbit.autograd.sharing import Recipe, as_it_is
+from fewbit.kernels import DeviceTable
+from fewbit.torch_internals import (
+    base_of,
+    hooks_on_saved,
+    is_fake,
+    is_torchs_own,
+    leaves,
+    raw_saved_by_name,
+    sequence_number,
+    sequence_number_of,
+    storage_key,
+    versions_of,
+)
+
+Tensor = torch.Tensor
+# of a kind, for a dtype on a device; None where that kind stays exact
+Tables = Callable[[str, torch.dtype, torch.device], DeviceTable | None]
+
+_PRODUCTS = ("MulBackward0", "DivBackward0", "AddcmulBackward0", "LerpBackward1")
+# node -> what it saves in which its backward is a polynomial
+_POLYNOMIAL = {
+    "MulBackward0": ("self", "other"),
+    "DivBackward0": ("self",),
+    "AddcmulBackward0": ("tensor1", "tensor2"),
+    "LerpBackward1": ("weight", "self", "end"),
+    "PowBackward0": ("self",),  # of a number of at least 2
+    "MmBackward0": ("self", "mat2"),
+    "BmmBackward0": ("self", "mat2"),
+    "MvBackward0": ("self", "vec"),
+    "DotBackward0": ("self", "tensor"),
+    "AddmmBackward0": ("mat1", "mat2"),
+    "AddbmmBackward0": ("batch1", "batch2"),
+    "BaddbmmBackward0": ("batch1", "batch2"),
+    "AddmvBackward0": ("mat", "vec"),
+    "AddrBackward0": ("vec1", "vec2"),
+    "GroupedMmBackward0": ("self", "mat2"),
+    "TrilinearBackward0": ("i1", "i2", "i3"),
+    "ConvolutionBackward0": ("input",),
+    "SigmoidBackward0": ("result",),
+    "TanhBackward0": ("result",),
+    "ExpBackward0": ("result",),
+    "VarBackward0": ("self",),
+    "VarMeanBackward0": ("self",),
+    "GridSampler2DBackward0": ("input",),
+    "GridSampler3DBackward0": ("input",),
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# node -> what it saves for its shape alone
+_SHAPES = {
+    "NllLossBackward0": ("self",),
+    "NllLoss2DBackward0": ("self",),
+    "AvgPool2DBackward0": ("self",),
+    "AvgPool3DBackward0": ("self",),
+    "AdaptiveAvgPool2DBackward0": ("self",),
+    "AdaptiveAvgPool3DBackward0": ("self",),
+    "MaxPool2DWithIndicesBackward0": ("self",),
+    "MaxPool3DWithIndicesBackward0": ("self",),
+    "AdaptiveMaxPool2DBackward0": ("self",),
+    "AdaptiveMaxPool3DBackward0": ("self",),
+    "FractionalMaxPool2DBackward0": ("self",),
+    "FractionalMaxPool3DBackward0": ("self",),
+    "MaxUnpool2DBackward0": ("self",),
+    "ReflectionPad1DBackward0": ("self",),
+    "ReflectionPad2DBackward0": ("self",),
+    "ReflectionPad3DBackward0": ("self",),
+    "ReplicationPad1DBackward0": ("self",),
+    "ReplicationPad2DBackward0": ("self",),
+    "ReplicationPad3DBackward0": ("self",),
+}
+_LEAST = 4096  # bytes of a tensor that is worth the work
+_NARROW = (torch.uint8, torch.int16, torch.int32)
+
+
+class Held:
+    """What stands for a saved tensor in the graph.
+
+    packed  what is kept for it: tensors, or what hooks around these made of them
+    """
+
+    __slots__ = ("_dtype", "_rebuild", "_unpack", "_versions", "packed", "tensor")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor: Tensor | None = tensor
+
+    def keep(self, recipe: Recipe | None, outer: tuple[Any, Any] | None) -> None:
+        """Keep what the recipe does or, without one, the tensor as it is.
+
+        outer  how hooks around these pack and unpack
+        """
+        tensor, self.tensor = self.tensor, None
+        assert tensor is not None, "it is decided once"
+        kept, self._rebuild = ((tensor,), None) if recipe is None or recipe.is_exact else (recipe.kept, recipe.rebuild)
+        self._dtype, self._unpack = tensor.dtype, outer and outer[1]
+        # detached, since an output holds its node, and that what is kept
+        self.packed = [outer[0](each) if outer else each.detach() for each in kept]
+        self._versions = () if outer else versions_of(*kept)
+
+    def unpacked(self) -> Tensor:
+        """The tensor, or what is rebuilt for it. RuntimeError, as torch's own, if it has changed since."""
+        kept = [self._unpack(each) for each in self.packed] if self._unpack else self.packed
+        if self._versions and self._versions != versions_of(*kept):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of "
+                f"shape {tuple(kept[0].shape)} and dtype {kept[0].dtype}"
+            )
+        return kept[0] if self._rebuild is None else self._rebuild(kept, self._dtype)
+
+
+class Saving:
+    """Runs operations of torch with codes of what they save.
+
+    tables  which codes there are
+    given   what the model is called with, which stays as it is
+    """
+
+    def __init__(self, tables: Tables, given: Any):
+        self._tables = tables
+        tensors = [each for each in leaves(given) if isinstance(each, Tensor) and is_torchs_own(type(each))]
+        self._given = {storage_key(each.untyped_storage()) for each in tensors if each.layout == torch.strided}
+
+    def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """function(*args, **kwargs), one of torch's. Hooks that are there are given what is kept."""
+        outer, first = hooks_on_saved(), sequence_number()
+        waiting: list[Held] = []
+
+        def pack(tensor: Tensor) -> Held:
+            waiting.append(Held(tensor))
+            return waiting[-1]
+
+        result = None
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, Held.unpacked):
+                result = function(*args, **kwargs)
+        finally:
+            if waiting:
+                self._decide(waiting, result, first, outer)
+        if isinstance(result, Tensor) and result.grad_fn is not None and not (args and result is args[0]):
+            recipe = _recipe_of_result(result, args)
+            if recipe is not None:
+                sharing.attach(result, recipe)
+        return result
+
+    def _decide(self, waiting: list[Held], result: Any, first: int, outer: tuple[Any, Any] | None) -> None:
+        roles = {id(held): (node, name) for node in _nodes(result, first) for name, held in raw_saved_by_name(node)}
+        by_node: dict[int, dict[str, Tensor]] = {}
+        for held in waiting:
+            node, name = roles.get(id(held), (None, ""))
+            assert held.tensor is not None, "it is decided below"
+            by_node.setdefault(id(node), {})[name] = held.tensor
+        for held in waiting:
+            node, name = roles.get(id(held), (None, ""))
+            held.keep(self._recipe(node, name, held.tensor, by_node[id(node)]), outer)
+
+    def _difference(self, tensor: Tensor, target: Tensor) -> Recipe | None:
+        """What to keep of a tensor of which backward takes the difference from a target, which is kept."""
+        table = self._tables("rest", tensor.dtype, tensor.device) if tensor.dtype in DTYPES else None
+        if table is None or tensor.dtype != target.dtype:
+            return None
+        found = coded_by_shape((tensor - target).detach(), Quantizer(table))
+        if found is None or found.is_exact:
+            return None
+        rebuild = found.rebuild
+        return Recipe((*found.kept, target.detach()), lambda kept, dtype: rebuild(kept[:-1], dtype) + kept[-1])
+
+    def _recipe(self, node: Any, name: str, tensor: Any, saved: dict[str, Tensor]) -> Recipe | None:
+        """What to keep of a tensor that the node saved under that name, beside others; None for the tensor as it is."""
+        if tensor.layout != torch.strided or tensor.nbytes < _LEAST or storage_key(tensor.untyped_storage()) in self._given:
+            return None
+        if not tensor.is_floating_point():
+            return narrowed_integers(tensor, _range(node, name, saved))
+        if node is None or not is_torchs_own(type(tensor)) or tensor.grad_fn is None or _is_of_leaf(tensor):
+            return None
+        label = type(node).__name__
+        if label == "MseLossBackward0" and name == "self" and "target" in saved:
+            return self._difference(tensor, saved["target"])
+        if name in _SHAPES.get(label, ()):
+            return _shape_of(tensor)
+        if name == "result" and label in ("SoftmaxBackward0", "LogSoftmaxBackward0"):
+            if not tensor.dim() or tensor.dtype not in DTYPES or not self._tables("rest", tensor.dtype, tensor.device):
+                return None
+            recipe = _probabilities(tensor, _dimension(node), label.startswith("Log"))
+            if label == "SoftmaxBackward0":  # logarithms of what is next to 0 are rebuilt for this backward alone
+                sharing.attach(tensor, recipe)
+            return recipe
+        if name not in _POLYNOMIAL.get(label, ()) or (label == "PowBackward0" and not node._saved_exponent >= 2):
+            return None
+        table = self._tables("product" if label in _PRODUCTS else "rest", tensor.dtype, tensor.device)
+        if table is None:
+            return None
+        return recipe_of(tensor, Quantizer(table), coded_by_shape, is_own=name == "result")
+
+
+def _nodes(result: Any, first: int) -> Iterator[Any]:
+    """The nodes of the graph of a result that were made since the number `first`."""
+    pending, seen = [each.grad_fn for each in leaves(result) if isinstance(each, Tensor)], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and id(node) not in seen and first <= sequence_number_of(node):
+            seen.add(id(node))
+            yield node
+            pending += [other for other, _ in node.next_functions]
+
+
+def _is_of_leaf(tensor: Tensor) -> bool:
+    """Whether the tensor is a view of a leaf, of a parameter mostly."""
+    base = base_of(tensor)
+    return base is not None and base.grad_fn is None
+
+
+def _recipe_of_result(result: Tensor, args: Sequence[Any]) -> Recipe | None:
+    """The recipe of a product, or of a cast, whose operands have recipes, or are kept anyway."""
+    label = type(result.grad_fn).__name__
+    if label == "ToCopyBackward0" and isinstance(args[0], Tensor) and result.device == args[0].device:
+        return sharing.find(args[0])
+    if label == "MulBackward0" and len(args) == 2:
+        return _product(result.shape, *args)
+    return None
+
+
+def _product(shape: torch.Size, *operands: Any) -> Recipe | None:
+    recipes = [_of_operand(each) for each in operands]
+    if None in recipes or all(each.is_exact for each in recipes if each is not None):
+        return None
+    first, second = (each for each in recipes if each is not None)
+    number, rebuilds = len(first.kept), (first.rebuild, second.rebuild)
+
+    def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        product = rebuilds[0](kept[:number], dtype) * rebuilds[1](kept[number:], dtype)
+        return product.expand(shape)
+
+    return Recipe((*first.kept, *second.kept), rebuild, hides=first.hides or second.hides)
+
+
+def _of_operand(operand: Any) -> Recipe | None:
+    """The recipe of an operand of a product."""
+    if not isinstance(operand, Tensor):
+        return Recipe((), lambda kept, dtype: operand, is_exact=True)
+    found = sharing.find(operand)
+    if found is not None:
+        return found
+    return as_it_is(operand.detach()) if operand.grad_fn is None or operand.nbytes < _LEAST else None
+
+
+def _shape_of(x: Tensor) -> Recipe:
+    """The recipe of zeros of x's shape, which take no memory."""
+    shape, device = x.shape, x.device
+    return Recipe((), lambda kept, dtype: torch.zeros((), dtype=dtype, device=device).expand(shape))
+
+
+def _dimension(node: Any) -> int:
+    """The dimension along which a softmax was taken."""
+    return _signed(node._saved_dim)
+
+
+def _signed(number: int) -> int:
+    """A number of 64 bits that torch shows without its sign."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+def _range(node: Any, name: str, saved: dict[str, Tensor]) -> tuple[int, int] | None:
+    """The least and the largest number that can be among indices, where their node tells."""
+    if hasattr(node, "_saved_weight_sym_argsize_0"):  # of an embedding
+        return 0, node._saved_weight_sym_argsize_0 - 1
+    if hasattr(node, "_saved_ignore_index") and name == "target" and "self" in saved and saved["self"].dim():
+        ignored, classes = _signed(node._saved_ignore_index), saved["self"].shape[min(1, saved["self"].dim() - 1)]
+        return min(0, ignored), max(classes - 1, ignored)
+    return None
+
+
+_STEPS = 255
+_AT_ONCE = 1 << 20  # elements
+
+
+def _probabilities(x: Tensor, dim: int, are_logarithms: bool) -> Recipe:
+    """The recipe of probabilities, or of their logarithms, that add up to one along a dimension: a byte for the root of each,
+    over the largest. Backward multiplies by the probabilities p themselves, and steps Δ of the root give them errors of 2√p·Δ,
+    whose squares add up to 4Δ², however many they are."""
+    rows = x.detach().movedim(dim, -1)
+    shape, rows = rows.shape, rows.reshape(-1, rows.shape[-1])
+    largest = rows.amax(1, keepdim=True)
+    packed = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
+    step = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    for first in range(0, rows.shape[0], step):
+        part = slice(first, first + step)
+        wide = rows[part].float()
+        roots = ((wide - largest[part]) / 2).exp_() if are_logarithms else (wide / largest[part]).sqrt_()
+        packed[part] = roots.mul_(_STEPS).round_()
+
+    def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        packed, largest = kept
+        roots = packed.to(largest.dtype if largest.dtype == torch.float64 else torch.float32).div_(_STEPS)
+        found = roots.log_().mul_(2).add_(largest) if are_logarithms else roots.square_().mul_(largest)
+        return found.to(dtype).view(shape).movedim(-1, dim)
+
+    return Recipe((packed, largest), rebuild, bits=8)
+
+
+def narrowed_integers(x: Tensor, extremes: tuple[int, int] | None = None) -> Recipe | None:
+    """The recipe of booleans as bits, or of integers as narrower ones; None where that would keep more, or is not known.
+
+    extremes  the least and the largest number that can be there, where that is known
+    """
+    if base_of(x) is not None or not x.is_contiguous():
+        return None
+    known = sharing.find(x)
+    if known is not None:
+        return known
+    recipe = _bits(x) if x.dtype == torch.bool else _narrower(x, extremes)
+    if recipe is not None:
+        sharing.attach(x, recipe)
+    return recipe
+
+
+def _bits(x: Tensor) -> Recipe:
+    """Eight booleans a byte."""
+    shape, count = x.shape, x.numel()
+    padded = torch.nn.functional.pad(x.reshape(-1), (0, -count % 8)).view(-1, 8)
+    packed = (padded.to(torch.uint8) << _places(x)).sum(1, dtype=torch.uint8)
+
+    def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return ((kept[0].unsqueeze(1) >> _places(kept[0])) & 1).bool().view(-1)[:count].view(shape)
+
+    return Recipe((packed,), rebuild)
+
+
+def _places(x: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=x.device)
+
+
+def _narrower(x: Tensor, extremes: tuple[int, int] | None) -> Recipe | None:
+    """In the first narrower type that holds all: that can be there, or that is there on the CPU, where it can be looked at."""
+    if x.dtype not in (torch.int64, torch.int32) or (extremes is None and (x.device.type != "cpu" or is_fake(x))):
+        return None
+    least, most = extremes or (int(each) for each in x.aminmax())
+    for dtype in _NARROW:
+        of = torch.iinfo(dtype)
+        if dtype.itemsize < x.dtype.itemsize and of.min <= least and most <= of.max:
+            return Recipe((x.to(dtype),), lambda kept, dtype: kept[0].to(dtype))
+    return None

@@ -1,0 +1,329 @@
+"""Calls of torch's functions, made to keep codes wherever they are written.
+
+A mode of torch (`torch.overrides.TorchFunctionMode`) sees every call of torch's functions and methods on its thread before
+torch does; torch.compile traces through it. What the mode does not code goes on to torch as it came. `patch` enters such a mode
+for a block of code, and `convert` lets modules that have a forward of their own enter one for as long as it runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache, partial, wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fewbit import activations, resolve
+from fewbit.autograd.rest import Saving
+from fewbit.autograd.sharing import region
+from fewbit.design.table import CodeTable
+from fewbit.errors import ActivationError, DesignError, InputError
+from fewbit.functional import exact_codes, layers
+from fewbit.functional.activations import activation_operation
+from fewbit.functional.operation import Operation, fixed, is_codable, run, takes_part
+from fewbit.kernels import DeviceTable
+from fewbit.models.conversion.setting import Setting
+from fewbit.store import load_table
+from fewbit.torch_internals import (
+    function_modes,
+    in_forward_mode,
+    is_transformed,
+    leaves,
+    levels,
+    native_functions,
+    traces_a_region,
+)
+
+Tensor = torch.Tensor
+
+
+class Interception:
+    """What torch's functions become.
+
+    setting      bits and tables by kind; None: nothing is coded
+    activations  the names of those to code; None for all
+    """
+
+    def __init__(self, setting: Setting | None, activations: frozenset[str] | None = None):
+        self.setting, self.activations = setting, activations
+        self.tables = {} if setting is None else _layer_tables(setting)
+
+
+class Mode(TorchFunctionMode):
+    """One entry into an interception, on the stack of its thread.
+
+    active  whether no other one was entered since
+    outer   the one around it
+    region  the checkpointed region in which it was entered. What is called in another one is torch's own, unless the mode holds
+            `anywhere`: when that region runs again, the mode is missing.
+    saving  what makes codes of what torch's own operations save; None where nothing is coded or hooks see nothing
+    """
+
+    def __init__(self, settings: Interception, outer: Mode | None, given: Any, anywhere: bool):
+        self.settings, self.outer, self.active, self.anywhere = settings, outer, settings.setting is not None, anywhere
+        self.region = None if torch.compiler.is_compiling() else region()
+        left_out = torch.compiler.is_compiling() or is_transformed() or not self.active or settings.activations is not None
+        self.saving = None if left_out else Saving(partial(_table, settings.setting), given)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        here = self.active and (self.anywhere or torch.compiler.is_compiling() or region() is self.region)
+        target = _TARGETS.get(func) if here else None
+        if target is not None:
+            x, rest, named = _arguments(args, kwargs)
+            coded = (_coded_layer if target.layer else _coded_activation)(self.settings, target, x, rest, named)
+            if coded is not None:
+                return coded
+        if func in _EXACT_CODES and here and self.settings.activations is None:
+            return _exact_code(func, args, kwargs)
+        if func in _CALL_OTHERS and not torch.compiler.is_compiling():
+            with self:  # again, for what is called within
+                return _redispatch(func, types, args, kwargs)
+        if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
+            return args[0].unflatten(*args[1:], **kwargs)  # dynamo cannot trace the function itself, for its super()
+        if here and self.saving is not None and type(func) is not _GETTER and torch.is_grad_enabled() and not is_transformed():
+            return self.saving.run(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def innermost() -> Mode | None:
+    """The mode in force on this thread."""
+    return next((mode for mode in function_modes() if isinstance(mode, Mode)), None)
+
+
+def enter(settings: Interception, given: Any = (), anywhere: bool = False) -> Mode:
+    """Let these settings be in force on this thread, until `leave`. given: what is called with that, which stays as it is."""
+    outer = innermost()
+    if outer is not None:
+        outer.active = False
+    mode = Mode(settings, outer, given, anywhere)
+    mode.__enter__()
+    return mode
+
+
+def leave(mode: Mode) -> None:
+    """Let the settings be in force again that were before `enter`."""
+    mode.__exit__(None, None, None)
+    if mode.outer is not None:
+        mode.outer.active = mode.outer.settings.setting is not None
+
+
+class Intercepted(torch.nn.Module):
+    """Base of the classes made for modules with a forward of their own: the functions of torch that it calls are intercepted.
+
+    interception  what they become; one that codes nothing in modules that are to stay exact within others
+    """
+
+    interception: Interception
+
+
+def forward_of(own: type[torch.nn.Module]) -> Callable[..., Any]:
+    """The forward of a class as one that enters the module's `interception`, if that is not in force."""
+
+    @wraps(own.forward)  # whose signature others read
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = self.interception
+        if _is_in_force(settings) or not _needs_gradients(self, args, kwargs):
+            return own.forward(self, *args, **kwargs)
+        mode = enter(settings, (args, kwargs))
+        try:
+            return own.forward(self, *args, **kwargs)
+        finally:
+            leave(mode)
+
+    return forward
+
+
+def _needs_gradients(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether there is something to code, where a mode can be entered. Else torch may take a way that it takes where nothing
+    intercepts."""
+    if not torch.is_grad_enabled() or (torch.compiler.is_compiling() and _while_tracing(traces_a_region)):
+        return False
+    if any(each.requires_grad for each in module.parameters()):
+        return True
+    return any(isinstance(each, Tensor) and each.requires_grad for each in leaves((args, kwargs)))
+
+
+def _is_in_force(settings: Interception) -> bool:
+    mode = innermost()
+    if mode is None:
+        return settings.setting is None
+    return mode.settings is settings and (torch.compiler.is_compiling() or mode.region is region())
+
+
+class _Target(NamedTuple):
+    """What one of torch's functions is to fewbit: an activation in the registry or a layer of `fewbit.functional`, by its name,
+    and whether it overwrites its input, as torch.relu_ does."""
+
+    name: str
+    layer: bool = False
+    inplace: bool = False
+
+
+def _targets() -> dict[Callable[..., Any], _Target]:
+    """All of torch's functions and methods that compute a built-in activation or a layer, found by their names."""
+    found: dict[Any, _Target] = {torch.special.expit: _Target("sigmoid")}  # the one of another name
+    homes: tuple[Any, ...] = torch, functional, torch.Tensor, native_functions(), torch.special
+    named = [each.torch_name for each in activations.BUILT_IN.values() if isinstance(each.torch_function, str)]
+    for name in (each.rpartition(".")[2] for each in named):
+        found.update({getattr(home, name): _Target(name) for home in homes if hasattr(home, name)})
+        found.update({getattr(home, name + "_"): _Target(name, inplace=True) for home in homes if hasattr(home, name + "_")})
+    names = [each for each in layers.FUNCTIONS if hasattr(functional, each)]
+    return {**found, **{getattr(functional, each): _Target(each, layer=True) for each in names}}
+
+
+def _exact_codes() -> dict[Callable[..., Any], tuple[str, dict[str, Any]]]:
+    """Those of torch's functions that have exact codes, each with the name of fewbit's, and arguments that its own implies."""
+    found = {getattr(functional, name): (name, {}) for name in exact_codes.FUNCTIONS}
+    for name in exact_codes.FUNCTIONS:
+        if hasattr(functional, name + "_with_indices"):  # what torch calls for return_indices=True
+            found[getattr(functional, name + "_with_indices")] = name, {"return_indices": True}
+    return found
+
+
+_TARGETS: Mapping[Callable[..., Any], _Target] = _targets()
+_GETTER = type(Tensor.shape.__get__)  # type: ignore[attr-defined]
+_EXACT_CODES = _exact_codes()
+# that call others in Python, or code of any kind, as backward does where it recomputes what was checkpointed
+_CALL_OTHERS = frozenset(
+    {functional.multi_head_attention_forward, torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+)
+_redispatch: Callable[..., Any] = torch.overrides.redispatch_function  # calls what it is given without asking modes
+
+
+def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
+    """The input, and all other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs.get("input"), (), {name: value for name, value in kwargs.items() if name != "input"}
+
+
+def _coded_activation(settings: Interception, target: _Target, x: Any, rest: tuple, named: dict[str, Any]) -> Tensor | None:
+    """The activation of x, or None where torch's own function is to give it."""
+    setting, compiling = settings.setting, torch.compiler.is_compiling()
+    if setting is None or setting.bits_of("activation") is None or not is_codable(x) or not (compiling or _wants_codes(x)):
+        return None
+    if not all(isinstance(each, (int, float, str)) for each in (*rest, *named.values())):
+        return None
+    call = target.name, target.inplace, rest, tuple(named.items()), setting.by_kind, setting.coding, settings.activations
+    call = fixed(call) if compiling else call
+    if not (_while_tracing(_can_code, *call) if compiling else _known_to_code(*call)):
+        return None
+    return run(_activation, call, (x,), by_name=False)
+
+
+def _activation(
+    name: str,
+    inplace: bool,
+    rest: tuple,
+    named: tuple[tuple[str, Any], ...],
+    by_kind: tuple[tuple[str, int], ...],
+    coding: str | None,
+    chosen: frozenset[str] | None,
+) -> Operation:
+    """What a call with these arguments asks for under these settings.
+
+    Raises TypeError, ActivationError or DesignError if it cannot be coded, or is not to be.
+    """
+    record, setting = activations.BUILT_IN[name], Setting(by_kind, coding)
+    keywords = {**dict(named), "inplace": True} if inplace else dict(named)
+    found = activation_operation(record, setting.shares, rest, tuple(keywords.items()))
+    if chosen is not None and found.name not in chosen:
+        raise ActivationError(f"{found.name} is not among the activations to code")
+    if coding is not None:
+        return replace(found, table=setting.activation_table(found.record))
+    bits = setting.bits_of("activation")
+    assert bits is not None, "asked for kinds that are coded"
+    load_table(found.record, bits, channels=found.channels)  # which raises where there is none
+    return replace(found, bits=bits)
+
+
+def _can_code(*call: Any) -> bool:
+    """Whether there is such an operation, with a table."""
+    try:
+        _activation(*call)
+    except (TypeError, ActivationError, DesignError):
+        return False
+    return True
+
+
+_known_to_code = lru_cache(maxsize=1024)(_can_code)
+
+
+def _coded_layer(settings: Interception, target: _Target, x: Any, rest: tuple, named: dict[str, Any]) -> Tensor | None:
+    """The layer, or None where torch's own function is to give it."""
+    function = layers.FUNCTIONS[target.name]
+    if settings.setting is None:
+        return None
+    bits, table = settings.setting.bits_of(function.kind), settings.tables.get(function.kind)
+    others = [each for each in (*rest, *named.values()) if isinstance(each, Tensor)]
+    if bits is None or not is_codable(x) or not all(map(takes_part, others)):
+        return None
+    weight = rest[0] if rest else named.get("weight")
+    if target.name == "linear" and isinstance(weight, Tensor) and weight.dim() != 2:  # torch takes a vector, too
+        return None
+    compiling, call = torch.compiler.is_compiling(), (target.name, len(rest), tuple(named))
+    if not (_while_tracing(_takes, *call) if compiling else _known_to_take(*call)):
+        return None
+    code = layers.Code(bits if table is None else None, table, by_name=False)
+    return function.with_code(code, x, *rest, **named)
+
+
+def _exact_code(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What fewbit's function in the place of torch's gives; torch's own where it gets arguments that fewbit's does not have."""
+    name, implied = _EXACT_CODES[function]
+    x, rest, named = _arguments(args, {**kwargs, **implied})
+    compiling, call = torch.compiler.is_compiling(), (name, len(rest), tuple(named))
+    if not (_while_tracing(_takes, *call) if compiling else _known_to_take(*call)):
+        return function(*args, **kwargs)
+    return exact_codes.FUNCTIONS[name].quietly(x, *rest, **named)
+
+
+def _takes(name: str, positional: int, named: tuple[str, ...]) -> bool:
+    """Whether fewbit's function has all the arguments that are given to torch's."""
+    found = layers.FUNCTIONS.get(name) or exact_codes.FUNCTIONS[name]
+    try:
+        inspect.signature(found).bind(None, *(None for _ in range(positional)), **dict.fromkeys(named))
+    except TypeError:
+        return False
+    return True
+
+
+_known_to_take = lru_cache(maxsize=256)(_takes)
+
+
+@lru_cache(maxsize=256)
+def _table(setting: Setting, kind: str, dtype: torch.dtype, device: torch.device) -> DeviceTable | None:
+    """The device table of values of a kind; None where the kind stays exact."""
+    bits = setting.bits_of(kind)
+    if bits is None:
+        return None
+    if setting.coding is None:
+        return resolve.shipped_tables(activations.IDENTITY, ("value",), bits, dtype, device)[0]
+    return resolve.device_tables(setting.layer_table(kind, None), dtype, device)[0]
+
+
+def _layer_tables(setting: Setting) -> dict[str, CodeTable]:
+    """By kind the tables of layers and gated units, where a coding is named; else they are the shipped ones."""
+    if setting.coding is None:
+        return {}
+    if torch.compiler.is_compiling():
+        raise InputError("in compiled code patch takes no coding; make such a patch outside, and enter it inside")
+    gates = {"linear": None, "norm": None, "attention": None, "product": layers.glu.gate}
+    return {kind: setting.layer_table(kind, gate) for kind, gate in gates.items() if setting.bits_of(kind) is not None}
+
+
+def _wants_codes(x: Tensor) -> bool:
+    """Whether an activation of x is to keep codes: x needs a gradient, of the kind that codes can give."""
+    return torch.is_grad_enabled() and not in_forward_mode() and any(level.requires_grad for level in levels(x))
+
+
+def _while_tracing(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), called once while a compiler traces, which does not look into it."""
+    from fewbit.autograd import compiled  # here, since it loads dynamo
+
+    return compiled.constant(function, *args)

@@ -1,0 +1,419 @@
+"""What torch's own operations save, within an interception: which of it is coded, and how far gradients then err."""
+
+import copy
+from itertools import islice
+
+import pytest
+import torch
+from layer_oracles import relative
+from support import bytes_kept
+from torch import nn
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+import fewbit
+from fewbit.autograd import quantize, rest
+
+BITS = {"rest": 8, "product": 8}
+
+
+def gradients(function, *tensors):
+    """The output, and the gradients of tensors that need one, for a random gradient of the output."""
+    y = function(*tensors)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    return y, torch.autograd.grad(y, [each for each in tensors if each.requires_grad], grad)
+
+
+def near(function, *tensors, bits=BITS, bound=0.02):
+    """Whether the function under patch has the same output, and gradients near its own; the bytes kept, coded over exact."""
+    exact, true = gradients(function, *tensors)
+    with fewbit.patch(bits=bits):
+        y, found = gradients(function, *tensors)
+        coded = bytes_kept(lambda: function(*tensors), leave_out=tensors)
+    assert torch.equal(y, exact)
+    for ours, theirs in zip(found, true, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative(ours, theirs) < bound
+    return coded / bytes_kept(lambda: function(*tensors), leave_out=tensors)
+
+
+def normal(*shape, dtype=torch.float32, needs=True):
+    return torch.randn(shape, dtype=dtype, requires_grad=needs)
+
+
+class TestProducts:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+    def test_of_two_tensors(self, dtype):
+        a, b = normal(64, 128, dtype=dtype), normal(64, 128, dtype=dtype)
+        assert near(lambda a, b: (a * 2) * (b + 1), a, b) < 1.35 / dtype.itemsize
+
+    def test_have_recipes(self):
+        """The readers of a product, and of products of products and casts of them, keep no code of their own."""
+        gate, up, weight = normal(64, 256), normal(64, 256), normal(32, 256)
+
+        def unit(gate, up, weight):
+            return functional.linear(functional.silu(gate * 1) * (up * 1), weight)
+
+        def kept(function):
+            with fewbit.patch(bits=4):
+                return bytes_kept(lambda: function(gate, up, weight), leave_out=(gate, up, weight))
+
+        assert kept(unit) < 1.05 * kept(lambda gate, up, weight: functional.silu(gate * 1) * (up * 1))
+        assert near(unit, gate, up, weight, bits=8, bound=0.03) < 0.6
+
+    def test_by_a_gate_of_another_shape(self):
+        x, gate, weight = normal(4, 16, 8, 8), normal(4, 16, 1, 1), normal(8, 16, 1, 1)
+        assert near(lambda x, gate, weight: functional.conv2d(x * 1 * gate.sigmoid(), weight), x, gate, weight, bits=8) < 0.7
+
+    def test_what_is_multiplied_in_place(self):
+        a, b = normal(64, 128), normal(64, 128)
+        assert near(lambda a, b: (a * 1).mul_(b * 1), a, b) < 1
+
+    def test_a_norm_written_out(self):
+        x, weight, reads = normal(64, 128), normal(128), normal(32, 128)
+
+        def norm(x, weight, reads):
+            x = x * 1
+            scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+            return functional.linear(weight * (x * scale), reads)
+
+        assert near(norm, x, weight, reads, bits=8) < 0.2
+        assert near(norm, x, weight, reads, bits=4, bound=0.15) < 0.2
+
+
+class TestWhatIsCoded:
+    def test_matrix_products_and_probabilities(self):
+        q, k, v = normal(2, 4, 64, 32), normal(2, 4, 64, 32), normal(2, 4, 64, 32)
+        masked = torch.ones(64, 64).tril().bool()
+
+        def attention(q, k, v):
+            scores = (q * 1) @ (k * 1).transpose(-1, -2) / 32**0.5
+            return scores.masked_fill(~masked, -torch.inf).softmax(-1) @ (v * 1)
+
+        assert near(attention, q, k, v) < 0.32
+
+    @pytest.mark.parametrize("classes", [64, 4096])
+    @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+    def test_log_probabilities(self, classes, scale):
+        logits, labels = normal(256, classes), torch.arange(256) % 64
+        loss = lambda logits: functional.cross_entropy(scale * logits, labels)  # noqa: E731
+        assert near(loss, logits, bound=0.02) < 0.25 + 0.5 * 6 / classes
+
+    def test_what_a_squared_error_reads(self):
+        """The difference from the target: codes of the values themselves would spoil a small one."""
+        target = torch.randn(64, 128)
+        x = (target + 1e-3 * torch.randn(64, 128)).requires_grad_()
+        assert near(lambda x: functional.mse_loss(x * 1, target), x) < 0.7
+
+    @pytest.mark.parametrize("dim", [0, 1, -1, -2])
+    def test_probabilities_along_any_dimension(self, dim):
+        assert near(lambda x: (x * 1).softmax(dim), normal(64, 65)) < 0.3
+        assert near(lambda x: (x * 1).log_softmax(dim), normal(64, 65)) < 0.3
+
+    def test_masks_as_bits(self):
+        x = normal(64, 129)
+        kept = near(lambda x: torch.where((x > 0.3).logical_not(), x * 1, x.new_zeros(())), x)
+        assert kept == pytest.approx(1 / 8, abs=0.01)
+
+    @pytest.mark.parametrize(("most", "size"), [(200, 1), (30_000, 2), (3_000_000, 4)])
+    def test_indices_in_fewer_bytes(self, most, size):
+        x = normal(most + 1)
+        assert near(lambda x: (x * 1)[torch.arange(4096) * most // 4096], x, bound=1e-6) == pytest.approx(size / 8, abs=0.01)
+
+    def test_what_is_saved_twice_once(self):
+        x, y, z = (normal(64, 128) for _ in range(3))
+        with fewbit.patch(bits=BITS):
+            once = bytes_kept(lambda: (x * 1) * z.detach(), leave_out=(z,))
+            shared = x * 1
+            twice = bytes_kept(lambda: (shared * y, shared * z), leave_out=(y, z))
+        assert twice < once + 1.1 * (64 * 128 + 64 * 4 + 128 * 8)
+
+
+class TestWhatStaysExact:
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: 1 / (x * 1),
+            lambda x: (x.abs() + 0.1).log(),
+            lambda x: (x.abs() + 0.1).sqrt(),
+            lambda x: (x.abs() + 0.1).rsqrt(),
+            lambda x: (x.abs() + 0.1) ** -1.5,
+            lambda x: (x.abs() + 0.1) ** 0.5,
+            lambda x: (x * 1).norm(dim=-1),
+            lambda x: (x * 1).logsumexp(-1),
+            lambda x: (x * 1).cumprod(-1),
+            lambda x: (30 * x).sin(),
+            lambda x: torch.maximum(x * 1, x.flip(0)),
+        ],
+    )
+    def test_where_backward_divides_or_compares(self, function):
+        x = normal(64, 64)
+        exact, true = gradients(function, x)
+        with fewbit.patch(bits=BITS):
+            y, found = gradients(function, x)
+        assert torch.equal(y, exact)
+        assert torch.equal(found[0], true[0])
+
+    def test_leaves_views_of_them_and_what_the_model_was_called_with(self):
+        class Scales(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(64, 128))
+
+            def forward(self, x, y):
+                return x * self.weight, y.view(-1, 128) * self.weight, self.weight.t() @ x
+
+        model = fewbit.convert(Scales(), bits=4)
+        x, y = normal(64, 128) * 1, normal(8192) * 1
+        assert bytes_kept(lambda: model(x, y), leave_out=(x, y, model.weight)) == 0
+
+    def test_small_tensors(self):
+        x, y = normal(4, 8), normal(4, 8)
+        _, true = gradients(lambda x, y: (x * 1) * (y * 1), x, y)
+        with fewbit.patch(bits=BITS):
+            _, found = gradients(lambda x, y: (x * 1) * (y * 1), x, y)
+        assert all(map(torch.equal, found, true))
+
+    def test_without_the_kinds(self):
+        x, y = normal(64, 128), normal(64, 128)
+        with fewbit.patch(bits={"linear": 4}):
+            _, found = gradients(lambda x, y: (x * 1) * (y * 1) @ y.t(), x, y)
+        assert all(map(torch.equal, found, gradients(lambda x, y: (x * 1) * (y * 1) @ y.t(), x, y)[1]))
+
+    def test_functions_in_python(self):
+        class Square(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x * x
+
+            @staticmethod
+            def backward(ctx, grad):
+                return 2 * ctx.saved_tensors[0] * grad
+
+        x = normal(64, 128)
+        with fewbit.patch(bits=BITS):
+            _, found = gradients(lambda x: Square.apply(x * 1), x)
+        assert torch.equal(found[0], gradients(lambda x: Square.apply(x * 1), x)[1][0])
+
+    def test_what_is_not_finite(self):
+        x, y = normal(64, 128), normal(64, 128)
+        with torch.no_grad():
+            x[3, 4], y[5, 6] = torch.nan, torch.inf
+        exact = gradients(lambda x, y: (x * 1) * (y * 1), x, y)[1]
+        with fewbit.patch(bits=BITS):
+            found = gradients(lambda x, y: (x * 1) * (y * 1), x, y)[1]
+        assert all(torch.equal(ours.isfinite(), theirs.isfinite()) for ours, theirs in zip(found, exact, strict=True))
+
+
+class Attends(nn.Module):
+    """All written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.down = nn.Parameter(torch.randn(3, 64, 64) / 8), nn.Linear(64, 64)
+
+    def forward(self, x):
+        q, k, v = (x @ each for each in self.weight)
+        hidden = (q @ k.transpose(-1, -2) / 8).softmax(-1) @ v
+        return self.down(functional.gelu(hidden) * torch.sigmoid(v))
+
+
+class TestWithOthers:
+    """Hooks, checkpoints, changes in place, second derivatives."""
+
+    def results(self, run):
+        torch.manual_seed(0)
+        exact = Attends()
+        coded = fewbit.convert(copy.deepcopy(exact), bits=8)
+        x = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        found = []
+        for model in (exact, coded):
+            y = run(model, x * 1)
+            found.append((y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])))
+        return found
+
+    def check(self, run):
+        (y, *true), (ours, *found) = self.results(run)
+        assert torch.equal(y, ours)
+        errors = [relative(*pair) for pair in zip(found, true, strict=True)]
+        assert 0 < max(errors) < 0.03
+        return found
+
+    def test_alone(self):
+        self.check(lambda model, x: model(x))
+
+    def test_offloaded(self):
+        def run(model, x):
+            with torch.autograd.graph.save_on_cpu():
+                return model(x)
+
+        alone = self.results(lambda model, x: model(x))[1][1:]
+        assert all(map(torch.equal, self.check(run), alone))
+
+    def test_in_a_checkpointed_region(self):
+        alone = self.results(lambda model, x: model(x))[1][1:]
+        found = self.check(lambda model, x: checkpoint(model, x, use_reentrant=False))
+        assert all(map(torch.equal, found, alone))
+
+    def test_around_a_checkpointed_region(self):
+        """What is called in a region that began within the model is torch's own, since no interception is there again."""
+
+        class Around(Attends):
+            def forward(self, x):
+                return checkpoint(super().forward, x, use_reentrant=False)
+
+        exact, x = Around(), normal(4, 64, 64)
+        coded = fewbit.convert(copy.deepcopy(exact), bits=8)
+        y, (true, *_) = gradients(lambda x: exact(x * 1), x)
+        ours, (found, *_) = gradients(lambda x: coded(x * 1), x)
+        assert torch.equal(y, ours)
+        assert relative(found, true) < 0.03
+
+    def test_a_change_in_place_is_torchs_error(self):
+        x, y = normal(64, 128), normal(8, 8)
+        with fewbit.patch(bits=BITS):
+            kept = y * 1
+            z = kept * (y + 1)  # small: kept as it is
+            kept.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            z.sum().backward()
+        with fewbit.patch(bits=BITS):
+            large = x * 1
+            z = large * (x + 1)  # codes hold what it was
+            large.add_(1)
+        z.sum().backward()
+        assert relative(x.grad, 2 * x.detach() + 1) < 0.02
+
+    def test_second_derivatives_are_near(self):
+        x = normal(64, 64)
+
+        def second(patched):
+            with fewbit.patch(bits=BITS if patched else {"recurrent": 8}):
+                y = (x * 1).pow(3) * (x * 2)
+            (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            return torch.autograd.grad(first.square().sum(), x)[0]
+
+        assert relative(second(True), second(False)) < 0.05
+
+    def test_no_cycles_are_left(self):
+        import gc
+        import weakref
+
+        model, x = fewbit.convert(Attends(), bits=4), normal(4, 64, 64)
+        gc.collect()
+        gc.disable()
+        try:
+            y = model(x)
+            dies = weakref.ref(y)
+            del y
+            assert dies() is None
+        finally:
+            gc.enable()
+
+    def test_transforms_pass_by(self):
+        model, x = fewbit.convert(Attends(), bits=4), torch.randn(4, 64, 64)
+        exact = fewbit.revert(copy.deepcopy(model))
+        found = torch.func.grad(lambda x: model(x).square().sum())(x)
+        assert relative(found, torch.func.grad(lambda x: exact(x).square().sum())(x)) < 0.1
+
+
+def _samples():
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    for entry in op_db:
+        if entry.supports_autograd and torch.float32 in entry.dtypes and entry.name != "linalg.lstsq":  # its outputs vary
+            try:
+                samples = [*islice(entry.sample_inputs("cpu", torch.float32, requires_grad=True), 12)]
+            except Exception:
+                continue
+            yield entry, samples
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_all_of_torchs_operations(monkeypatch):
+    """Every differentiable operation in torch's database on torch's samples, with everything coded that may be."""
+    pytest.importorskip("expecttest", reason="torch's database of operations needs it")
+    monkeypatch.setattr(rest, "_LEAST", 1)  # samples are small
+    monkeypatch.setattr(quantize, "is_small", lambda *_: False)
+    coded, tried, failures = set(), 0, []
+    keep = rest.Held.keep
+
+    def counting(self, recipe, outer):
+        if recipe is not None and not recipe.is_exact:
+            coded.add(name)
+        keep(self, recipe, outer)
+
+    monkeypatch.setattr(rest.Held, "keep", counting)
+    for entry, samples in _samples():
+        name = entry.name
+        for number, sample in enumerate(samples):
+            try:
+                exact, again = (_gradients_of(entry.op, sample, None) for _ in range(2))
+            except Exception:
+                continue
+            if exact is None or not all(map(_same, exact[0], again[0])):  # some are random by themselves
+                continue
+            tried += 1
+            try:
+                fault = _fault(exact, _gradients_of(entry.op, sample, BITS))
+            except Exception as error:
+                fault = repr(error)
+            if fault:
+                failures.append(f"{name}, sample {number}: {fault}")
+    assert not failures, "\n".join(failures)
+    assert tried > 3000
+    assert len(coded) > 100
+
+
+def _gradients_of(operation, sample, bits):
+    """Outputs that depend on the inputs, and the inputs' gradients, of leaves that are no leaves to the operation."""
+    leaves = []
+
+    def needed(tensor):
+        if not (tensor.is_floating_point() and tensor.requires_grad):
+            return tensor
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1] * 1 if tensor.layout == torch.strided else leaves[-1]
+
+    given, args, kwargs = tree_map_only(torch.Tensor, needed, (sample.input, sample.args, sample.kwargs))
+    torch.manual_seed(0)
+    if bits is None:
+        found = operation(given, *args, **kwargs)
+    else:
+        with fewbit.patch(bits=bits):
+            found = operation(given, *args, **kwargs)
+    outputs = [each for each in tree_leaves(found) if isinstance(each, torch.Tensor) and each.requires_grad]
+    if not outputs or not leaves:
+        return None
+    torch.manual_seed(1)
+    loss = sum((each * torch.randn(each.shape)).sum() if each.is_floating_point() else each.abs().sum() for each in outputs)
+    return outputs, torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def _dense(tensor):
+    return (tensor if tensor.layout == torch.strided else tensor.to_dense()).detach()
+
+
+def _same(one, other):
+    return torch.allclose(_dense(one), _dense(other), rtol=0, atol=0, equal_nan=True)
+
+
+def _fault(exact, found):
+    """What is wrong with the results, if anything is."""
+    if not all(map(_same, exact[0], found[0])):
+        return "another output"
+    error = size = 0.0
+    for true, ours in zip(exact[1], found[1], strict=True):
+        if (true is None) != (ours is None):
+            return "no gradient"
+        if true is not None:
+            true, ours = _dense(true), _dense(ours)
+            finite = true.isfinite()
+            if not torch.equal(finite, ours.isfinite()):
+                return "not finite elsewhere"
+            error += (true - ours)[finite].norm().item() ** 2
+            size += true[finite].norm().item() ** 2
+    return f"errs by {(error / size) ** 0.5:.3f}" if error > 0.06**2 * size and size > 1e-6 else None
