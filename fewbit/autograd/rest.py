@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fewbit import constants
 from fewbit.autograd import sharing
 from fewbit.autograd.quantize import Quantizer, coded_by_shape, recipe_of
 from fewbit.autograd.sharing import Recipe, as_it_is
@@ -64,7 +65,7 @@ _POLYNOMIAL = {
     "GridSampler2DBackward0": ("input",),
     "GridSampler3DBackward0": ("input",),
 }
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = frozenset(getattr(torch, name) for name in constants.DTYPES)
 # node -> what it saves for its shape alone
 _SHAPES = {
     "NllLossBackward0": ("self",),
@@ -173,7 +174,7 @@ class Saving:
 
     def _difference(self, tensor: Tensor, target: Tensor) -> Recipe | None:
         """What to keep of a tensor of which backward takes the difference from a target, which is kept."""
-        table = self._tables("rest", tensor.dtype, tensor.device) if tensor.dtype in DTYPES else None
+        table = self._tables("rest", tensor.dtype, tensor.device)
         if table is None or tensor.dtype != target.dtype:
             return None
         found = coded_by_shape((tensor - target).detach(), Quantizer(table))
@@ -188,7 +189,9 @@ class Saving:
             return None
         if not tensor.is_floating_point():
             return narrowed_integers(tensor, _range(node, name, saved))
-        if node is None or not is_torchs_own(type(tensor)) or tensor.grad_fn is None or _is_of_leaf(tensor):
+        if node is None or tensor.dtype not in _DTYPES or not is_torchs_own(type(tensor)):
+            return None
+        if tensor.grad_fn is None or _is_of_leaf(tensor):
             return None
         label = type(node).__name__
         if label == "MseLossBackward0" and name == "self" and "target" in saved:
@@ -196,9 +199,9 @@ class Saving:
         if name in _SHAPES.get(label, ()):
             return _shape_of(tensor)
         if name == "result" and label in ("SoftmaxBackward0", "LogSoftmaxBackward0"):
-            if not tensor.dim() or tensor.dtype not in DTYPES or not self._tables("rest", tensor.dtype, tensor.device):
+            if not tensor.dim() or self._tables("rest", tensor.dtype, tensor.device) is None:
                 return None
-            recipe = _probabilities(tensor, _dimension(node), label.startswith("Log"))
+            recipe = _probabilities(tensor, _signed(node._saved_dim), label.startswith("Log"))
             if label == "SoftmaxBackward0":  # logarithms of what is next to 0 are rebuilt for this backward alone
                 sharing.attach(tensor, recipe)
             return recipe
@@ -265,11 +268,6 @@ def _shape_of(x: Tensor) -> Recipe:
     """The recipe of zeros of x's shape, which take no memory."""
     shape, device = x.shape, x.device
     return Recipe((), lambda kept, dtype: torch.zeros((), dtype=dtype, device=device).expand(shape))
-
-
-def _dimension(node: Any) -> int:
-    """The dimension along which a softmax was taken."""
-    return _signed(node._saved_dim)
 
 
 def _signed(number: int) -> int:
