@@ -321,11 +321,6 @@ def buffers_of(module: torch.nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
-def waits_for_output(module: torch.nn.Module) -> bool:
-    """Whether hooks of the module look at its output or at gradients there."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 # The compiler and the interception of functions
 
 

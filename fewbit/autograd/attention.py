@@ -7,20 +7,16 @@ would err twice as much. Whatever kernel torch chooses, masks, grouped queries a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
-from fewbit.autograd import watched
-from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.quantize import Quantizer, recipe_of, scaled
+from fewbit.autograd.recomputed import Recomputed, generator_of, in_autocast
 from fewbit.autograd.rest import narrowed_integers
 from fewbit.autograd.sharing import Recipe
 from fewbit.kernels import DeviceTable
-from fewbit.torch_internals import EagerFunction, hook_on_saved, is_rehearsal, is_watched, not_a_view, unintercepted
+from fewbit.torch_internals import is_rehearsal, is_watched
 
 Tensor = torch.Tensor
 Exact = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -60,14 +56,11 @@ def coded_attention(
         if recipe is None:
             return exact(query, key, value, mask)
         recipes.append(recipe)
-    dtype = watched.autocast_dtype(query, key, value)
-    if dtype is not None:
-        query, key, value = (each.to(dtype) for each in tensors)
-        mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
+    query, key, value, mask = in_autocast(query, key, value, mask)
     of_mask = narrowed_integers(mask) if mask is not None and mask.dtype == torch.bool else None
     recipes.append(of_mask or Recipe((mask,), lambda kept, dtype: kept[0]))  # type: ignore[arg-type]
-    state = _generator(query.device).get_state() if is_random else None
-    y, _ = _CodedAttention.apply(query, key, value, mask, exact, recipes, state)  # type: ignore[misc]
+    state = generator_of(query.device).get_state() if is_random else None
+    y, _ = _CodedAttention.apply(exact, recipes, state, query, key, value, mask)  # type: ignore[misc]
     return y
 
 
@@ -92,81 +85,5 @@ def _by_token(x: Tensor, quantizer: Quantizer) -> Recipe | None:
     return found._replace(rebuild=rebuilt)
 
 
-@contextmanager
-def _random_numbers(device: torch.device, state: Tensor | None) -> Iterator[None]:
-    """A context in which random numbers on the device start from a state, if there is one; after it they go on as before it."""
-    if state is None:
-        yield
-        return
-    generator = _generator(device)
-    now = generator.get_state()
-    generator.set_state(state)
-    try:
-        yield
-    finally:
-        generator.set_state(now)
-
-
-class _CodedAttention(EagerFunction):
-    """Its second output is the anchor of `differentiable_once`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        exact: Exact,
-        recipes: Sequence[Recipe],
-        state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        anchor = query.new_empty(0)
-        ctx.save_for_backward(anchor, state, *(tensor for each in recipes for tensor in each.kept))
-        ctx.set_materialize_grads(False)
-        ctx.parts = [(each.rebuild, len(each.kept)) for each in recipes]
-        ctx.exact, ctx.dtype = exact, query.dtype
-        y, _ = _with_graph(exact, (query, key, value, mask), ctx.needs_input_grad[:4])
-        return not_a_view(y.detach()), anchor
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, nothing = grads[0], (None,) * 3
-        if grad is None:
-            return *(None,) * 4, *nothing
-        anchor, state, *kept = ctx.saved_tensors
-        tensors = []
-        for rebuild, number in ctx.parts:
-            tensors.append(rebuild(kept[:number], ctx.dtype))
-            kept = kept[number:]
-        needed = ctx.needs_input_grad[:4]
-        with unintercepted():  # by `patch`, which would code it once more
-            with _random_numbers(anchor.device, state):
-                y, leaves = _with_graph(ctx.exact, tensors, needed)
-            wanted = [leaf for leaf, needs in zip(leaves, needed, strict=True) if needs]
-            found = iter(torch.autograd.grad(y, wanted, grad))  # type: ignore[arg-type]
-        return *(differentiable_once(next(found), grad, anchor) if needs else None for needs in needed), *nothing
-
-
-def _with_graph(function: Callable[..., Tensor], tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Any, ...]:
-    """function(*tensors) with a graph down to leaves that hold the tensors, and these leaves.
-
-    torch may choose a kernel by whether gradients are needed: the one that is chosen here is that of exact training. What
-    others do with saved tensors (offload them, make them anew) is not done with those of this graph, which does not last.
-    """
-    with torch.enable_grad(), _PLAIN() if hook_on_saved() else nullcontext():
-        leaves = [
-            each.detach().requires_grad_(needs) if each is not None else None
-            for each, needs in zip(tensors, needed, strict=True)
-        ]
-        return function(*leaves), leaves
-
-
-_PLAIN = partial(torch.autograd.graph.saved_tensors_hooks, Tensor.detach, lambda tensor: tensor)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The one from which torch's operations draw on that device."""
-    if device.type == "cpu":
-        return torch.default_generator
-    return getattr(torch, device.type).default_generators[device.index]
+class _CodedAttention(Recomputed):
+    """Under a name that reports show."""

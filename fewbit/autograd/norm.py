@@ -99,43 +99,13 @@ def _is_coarse(scale: Tensor) -> bool:
     return scale.dtype in (torch.float16, torch.bfloat16)
 
 
-def _divided_by_rms(x: Tensor, eps: float) -> Tensor:
-    """x divided by its root mean square; float32 in and out."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-
-def _cast_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # Llama
-    return weight * _divided_by_rms(x.to(torch.float32), eps).to(x.dtype)
-
-
-def _cast_last(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # OLMo 2, GPT-OSS, and Gemma with its own weight
-    return (weight * _divided_by_rms(x.to(torch.float32), eps)).to(x.dtype)
-
-
-def _cast_to_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # T5
-    hidden = x * torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (hidden.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else hidden)
-
-
-# How models compute RMS norms themselves over the last dimension, as functions of x, weight and eps. They differ in where they
-# round.
-WAYS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "cast first": _cast_first,
-    "cast last": _cast_last,
-    "cast to weight": _cast_to_weight,
-}
-
-
 @dataclass(frozen=True)
 class RMSNorm(_OverLastDimensions):
-    """Of mean square 1; no mean is taken. Computed as torch does, or in one of `WAYS`."""
+    """Of mean square 1; no mean is taken."""
 
-    own: Callable[[Tensor, Any, Any], Tensor] | None = None
     centered: ClassVar[bool] = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *_: Any) -> Normalized:
-        if self.own is not None:
-            return Normalized(self.own(x, weight, self.eps))
         return Normalized(torch.nn.functional.rms_norm(x, self.shape, weight, self.eps))
 
 

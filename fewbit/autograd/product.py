@@ -61,19 +61,6 @@ class Linear(NamedTuple):
         )
 
 
-class TransposedLinear(NamedTuple):
-    """x (*, in), weight (in, out), bias (out,) -> (*, out), as Hugging Face's Conv1D computes it."""
-
-    channel: int = -1
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-        return torch.addmm(bias, x.view(-1, x.size(-1)), weight).view((*x.size()[:-1], weight.size(1)))
-
-    def grads(self, grad: Tensor, x: Any, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight, grad_bias = Linear().grads(grad, x, weight.t(), needed)
-        return grad_x, None if grad_weight is None else grad_weight.t(), grad_bias
-
-
 def _rows(x: Tensor) -> Tensor:
     """(*, n) as (rows, n)."""
     return x.reshape(prod(x.shape[:-1]), x.shape[-1])

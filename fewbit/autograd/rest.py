@@ -17,8 +17,9 @@ import torch
 
 from fewbit import constants
 from fewbit.autograd import sharing
+from fewbit.autograd.products import LEAST, note_product, shape_of
 from fewbit.autograd.quantize import Quantizer, coded_by_shape, recipe_of
-from fewbit.autograd.sharing import Recipe, as_it_is
+from fewbit.autograd.sharing import Recipe
 from fewbit.kernels import DeviceTable
 from fewbit.torch_internals import (
     base_of,
@@ -37,7 +38,13 @@ Tensor = torch.Tensor
 # of a kind, for a dtype on a device; None where that kind stays exact
 Tables = Callable[[str, torch.dtype, torch.device], DeviceTable | None]
 
-_PRODUCTS = ("MulBackward0", "DivBackward0", "AddcmulBackward0", "LerpBackward1")
+# nodes of products element by element, powers among them
+_PRODUCTS = ("MulBackward0", "DivBackward0", "AddcmulBackward0", "LerpBackward1", "PowBackward0")
+# nodes of matrix products, which are linear layers where what is multiplied with is a weight
+_MATRIX_PRODUCTS = (
+    *("MmBackward0", "BmmBackward0", "MvBackward0", "AddmmBackward0", "AddbmmBackward0", "BaddbmmBackward0", "AddmvBackward0"),
+    "GroupedMmBackward0",
+)
 # node -> what it saves in which its backward is a polynomial
 _POLYNOMIAL = {
     "MulBackward0": ("self", "other"),
@@ -88,7 +95,6 @@ _SHAPES = {
     "ReplicationPad2DBackward0": ("self",),
     "ReplicationPad3DBackward0": ("self",),
 }
-_LEAST = 4096  # bytes of a tensor that is worth the work
 _NARROW = (torch.uint8, torch.int16, torch.int32)
 
 
@@ -131,13 +137,14 @@ class Saving:
     """Runs operations of torch with codes of what they save.
 
     tables  which codes there are
-    given   what the model is called with, which stays as it is
+    given   what the model is called with, of which leaves and what needs no gradient stay as they are
     """
 
     def __init__(self, tables: Tables, given: Any):
         self._tables = tables
         tensors = [each for each in leaves(given) if isinstance(each, Tensor) and is_torchs_own(type(each))]
-        self._given = {storage_key(each.untyped_storage()) for each in tensors if each.layout == torch.strided}
+        given = [each for each in tensors if each.layout == torch.strided and each.grad_fn is None]
+        self._given = {storage_key(each.untyped_storage()) for each in given}
 
     def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """function(*args, **kwargs), one of torch's. Hooks that are there are given what is kept."""
@@ -155,10 +162,8 @@ class Saving:
         finally:
             if waiting:
                 self._decide(waiting, result, first, outer)
-        if isinstance(result, Tensor) and result.grad_fn is not None and not (args and result is args[0]):
-            recipe = _recipe_of_result(result, args)
-            if recipe is not None:
-                sharing.attach(result, recipe)
+        if isinstance(result, Tensor) and result.grad_fn is not None and args and result is not args[0]:
+            _note(result, args)
         return result
 
     def _decide(self, waiting: list[Held], result: Any, first: int, outer: tuple[Any, Any] | None) -> None:
@@ -185,7 +190,7 @@ class Saving:
 
     def _recipe(self, node: Any, name: str, tensor: Any, saved: dict[str, Tensor]) -> Recipe | None:
         """What to keep of a tensor that the node saved under that name, beside others; None for the tensor as it is."""
-        if tensor.layout != torch.strided or tensor.nbytes < _LEAST or storage_key(tensor.untyped_storage()) in self._given:
+        if tensor.layout != torch.strided or tensor.nbytes < LEAST or storage_key(tensor.untyped_storage()) in self._given:
             return None
         if not tensor.is_floating_point():
             return narrowed_integers(tensor, _range(node, name, saved))
@@ -197,7 +202,7 @@ class Saving:
         if label == "MseLossBackward0" and name == "self" and "target" in saved:
             return self._difference(tensor, saved["target"])
         if name in _SHAPES.get(label, ()):
-            return _shape_of(tensor)
+            return shape_of(tensor)
         if name == "result" and label in ("SoftmaxBackward0", "LogSoftmaxBackward0"):
             if not tensor.dim() or self._tables("rest", tensor.dtype, tensor.device) is None:
                 return None
@@ -207,7 +212,7 @@ class Saving:
             return recipe
         if name not in _POLYNOMIAL.get(label, ()) or (label == "PowBackward0" and not node._saved_exponent >= 2):
             return None
-        table = self._tables("product" if label in _PRODUCTS else "rest", tensor.dtype, tensor.device)
+        table = self._tables(_kind(label, name, saved), tensor.dtype, tensor.device)
         if table is None:
             return None
         return recipe_of(tensor, Quantizer(table), coded_by_shape, is_own=name == "result")
@@ -224,50 +229,37 @@ def _nodes(result: Any, first: int) -> Iterator[Any]:
             pending += [other for other, _ in node.next_functions]
 
 
+def _kind(label: str, name: str, saved: dict[str, Tensor]) -> str:
+    """The kind of what a node saved under that name, beside others."""
+    if label in _PRODUCTS:
+        return "product"
+    others = [other for each, other in saved.items() if each != name and each in _POLYNOMIAL[label]]
+    return "linear" if label in _MATRIX_PRODUCTS and others and all(map(_is_weight, others)) else "rest"
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether it is a parameter, or a view or a cast of one."""
+    node: Any = tensor.grad_fn
+    while node is not None and type(node).__name__ in (*sharing.VIEW_NODES, "ToCopyBackward0"):
+        node = node.next_functions[0][0]
+    if node is None:
+        return isinstance(tensor, torch.nn.Parameter)
+    return type(node).__name__ == "AccumulateGrad" and isinstance(node.variable, torch.nn.Parameter)
+
+
 def _is_of_leaf(tensor: Tensor) -> bool:
     """Whether the tensor is a view of a leaf, of a parameter mostly."""
     base = base_of(tensor)
     return base is not None and base.grad_fn is None
 
 
-def _recipe_of_result(result: Tensor, args: Sequence[Any]) -> Recipe | None:
-    """The recipe of a product, or of a cast, whose operands have recipes, or are kept anyway."""
+def _note(result: Tensor, args: Sequence[Any]) -> None:
+    """Let readers find the recipe of a product whose operands have recipes, or are kept anyway; and that of what was cast."""
     label = type(result.grad_fn).__name__
     if label == "ToCopyBackward0" and isinstance(args[0], Tensor) and result.device == args[0].device:
-        return sharing.find(args[0])
+        sharing.note_cast(result, args[0])
     if label == "MulBackward0" and len(args) == 2:
-        return _product(result.shape, *args)
-    return None
-
-
-def _product(shape: torch.Size, *operands: Any) -> Recipe | None:
-    recipes = [_of_operand(each) for each in operands]
-    if None in recipes or all(each.is_exact for each in recipes if each is not None):
-        return None
-    first, second = (each for each in recipes if each is not None)
-    number, rebuilds = len(first.kept), (first.rebuild, second.rebuild)
-
-    def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        product = rebuilds[0](kept[:number], dtype) * rebuilds[1](kept[number:], dtype)
-        return product.expand(shape)
-
-    return Recipe((*first.kept, *second.kept), rebuild, hides=first.hides or second.hides)
-
-
-def _of_operand(operand: Any) -> Recipe | None:
-    """The recipe of an operand of a product."""
-    if not isinstance(operand, Tensor):
-        return Recipe((), lambda kept, dtype: operand, is_exact=True)
-    found = sharing.find(operand)
-    if found is not None:
-        return found
-    return as_it_is(operand.detach()) if operand.grad_fn is None or operand.nbytes < _LEAST else None
-
-
-def _shape_of(x: Tensor) -> Recipe:
-    """The recipe of zeros of x's shape, which take no memory."""
-    shape, device = x.shape, x.device
-    return Recipe((), lambda kept, dtype: torch.zeros((), dtype=dtype, device=device).expand(shape))
+        note_product(result, *args)
 
 
 def _signed(number: int) -> int:

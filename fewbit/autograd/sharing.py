@@ -121,20 +121,43 @@ def region() -> Any:
 
 
 _recipes: ByTensor[Recipe] = ByTensor()
+_casts: ByTensor[tuple[ref[Tensor], tuple]] = ByTensor()  # what was cast, and its state then
 
 
 def attach(tensor: Tensor, recipe: Recipe) -> Tensor:
-    """Let the readers of the tensor, as it is now, find the recipe. Returns the tensor."""
+    """Let the readers of the tensor, as it is now, find the recipe, and those of what it was cast from. Returns the tensor."""
     _recipes.note(tensor, recipe)
+    source = _source_of(tensor)
+    if source is not None and source not in _recipes:
+        _recipes.note(source, recipe)
     return tensor
+
+
+def note_cast(tensor: Tensor, source: Tensor) -> None:
+    """Let a tensor share the recipe of another, of which it is a copy in another dtype, now or when either gets one."""
+    recipe = find(source)
+    if recipe is None:
+        _casts.note(tensor, (ref(source), state_of(source)))
+    else:
+        _recipes.note(tensor, recipe)
+
+
+def _source_of(tensor: Tensor) -> Tensor | None:
+    """What the tensor was cast from, if neither has changed since."""
+    found = _casts.find(tensor) if tensor in _casts else None
+    source = found and found[0]()
+    return source if found is not None and source is not None and found[1] == state_of(source) else None
 
 
 def find(tensor: Tensor) -> Recipe | None:
     """The recipe of the tensor, if there is one that holds for it as it is now."""
     if tensor in _recipes:
         return _recipes.find(tensor)
+    source = _source_of(tensor)
+    if source is not None:
+        return find(source)
     base = base_of(tensor)
-    recipe = None if base is None else _recipes.find(base)
+    recipe = None if base is None else find(base)
     if base is None or recipe is None:
         return None
     if tensor.numel() != base.numel() or not base.is_contiguous():
@@ -155,7 +178,7 @@ def as_it_is(tensor: Tensor) -> Recipe:
 
 
 _VIEWS = ("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "T", "Squeeze", "Unsqueeze", "Unflatten", "Flatten")
-_VIEW_NODES = frozenset(f"{name}Backward{number}" for name in _VIEWS for number in range(3))
+VIEW_NODES = frozenset(f"{name}Backward{number}" for name in _VIEWS for number in range(3))
 
 
 def is_kept_exactly(tensor: Tensor) -> bool:
@@ -165,7 +188,7 @@ def is_kept_exactly(tensor: Tensor) -> bool:
     output = tensor.output_nr
     if node is None:
         return isinstance(tensor, torch.nn.Parameter)
-    while node is not None and type(node).__name__ in _VIEW_NODES:
+    while node is not None and type(node).__name__ in VIEW_NODES:
         node, output = node.next_functions[0]
     if node is not None and type(node).__name__ == "AccumulateGrad":
         return isinstance(node.variable, torch.nn.Parameter)

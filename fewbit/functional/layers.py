@@ -26,10 +26,10 @@ from torch.nn import functional
 
 from fewbit import activations, resolve
 from fewbit.autograd import attention, gated, norm
-from fewbit.autograd.product import Convolution, Linear, TransposedLinear, coded_product, numbers, padded
+from fewbit.autograd.product import Convolution, Linear, coded_product, numbers, padded
 from fewbit.design.table import CodeTable
 from fewbit.errors import DesignError, InputError
-from fewbit.functional.activations import RecordMaker, bound_record
+from fewbit.functional.activations import bound_record
 from fewbit.functional.operation import Operation, run
 from fewbit.kernels import DeviceTable
 from fewbit.record import Activation
@@ -302,21 +302,6 @@ def scaled_dot_product_attention(
     return code.run(_attention, options, (query, key, value, attn_mask))
 
 
-def gated_unit(code: Code, maker: type[RecordMaker], values: dict[str, Any], gate: Tensor, up: Tensor) -> Tensor:
-    """activation(gate) * up, as `swiglu`, for the activation that a class makes of these values."""
-    return code.run(_gated_unit, (maker, tuple(values.items())), (gate, up))
-
-
-def own_rms_norm(code: Code, way: str, input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `rms_norm` over the last dimension, computed in one of the ways of `fewbit.autograd.norm.WAYS`; weight (size,)."""
-    return code.run(_own_rms_norm, (way, tuple(weight.shape), eps), (input, weight, None))
-
-
-def transposed_linear(code: Code, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `linear`, of a weight (in, out), computed by torch.addmm."""
-    return code.run(_transposed_linear, (), (input, weight, bias))
-
-
 # What makes the operations: of a rounding, then of the options
 
 
@@ -347,10 +332,6 @@ def _linear(rounding: str) -> Operation:
     return _operation("linear", rounding, Linear(), partial(coded_product, product=Linear()))
 
 
-def _transposed_linear(rounding: str) -> Operation:
-    return _operation("linear", rounding, TransposedLinear(), partial(coded_product, product=TransposedLinear()))
-
-
 def _convolution_at(rounding: str, name: str, *options: Any) -> Operation:
     convolution = Convolution(*options)
     return _operation(name, rounding, convolution, partial(coded_product, product=convolution))
@@ -375,12 +356,6 @@ def _rms_norm(rounding: str, shape: tuple[int, ...], eps: float | None) -> Opera
     return _norm("rms_norm", rounding, norm.RMSNorm(shape, eps), exact)
 
 
-def _own_rms_norm(rounding: str, way: str, shape: tuple[int, ...], eps: float) -> Operation:
-    own = norm.WAYS[way]
-    normalization = norm.RMSNorm(shape, eps, own)
-    return _norm("rms_norm", rounding, normalization, lambda x, weight, _: own(x, weight, eps), autocasts=False)
-
-
 def _group_norm(rounding: str, groups: int, eps: float) -> Operation:
     def exact(x: Tensor, weight: Any, bias: Any) -> Tensor:
         return functional.group_norm(x, groups, weight, bias, eps)
@@ -396,20 +371,13 @@ def _batch_norm(rounding: str, training: bool, eps: float) -> Operation:
 
 
 def _gated(rounding: str, name: str, gate: str) -> Operation:
-    return _gated_by(name, rounding, activations.get(gate))
-
-
-def _gated_unit(rounding: str, maker: type[RecordMaker], values: tuple[tuple[str, Any], ...]) -> Operation:
-    return _gated_by(maker.name, rounding, maker.record_at(dict(values)))
-
-
-def _gated_by(name: str, rounding: str, gate: Activation) -> Operation:
-    forward = gate.forward
+    record = activations.get(gate)
+    forward = record.forward
 
     def exact(gate: Tensor, up: Tensor) -> Tensor:
         return forward(gate) * up
 
-    return _operation(name, rounding, exact, partial(gated.coded_gate, exact=exact), gate)
+    return _operation(name, rounding, exact, partial(gated.coded_gate, exact=exact), record)
 
 
 def _attention(rounding: str, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> Operation:

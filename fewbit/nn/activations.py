@@ -15,7 +15,6 @@ from fewbit import activations, resolve
 from fewbit.constants import DEFAULT_BITS
 from fewbit.design.table import CodeTable
 from fewbit.functional.activations import activation_operation, bind, bound_record, constructor_arguments, docstring_of
-from fewbit.functional.layers import Code, gated_unit
 from fewbit.functional.operation import run
 from fewbit.nn.base import Coded
 from fewbit.record import Activation
@@ -73,11 +72,7 @@ class CodedActivation(Coded):
     def _values_of(cls, module: torch.nn.Module) -> dict[str, Any]:
         return {name: getattr(module, name) for name in cls._taken}
 
-    def forward(self, input: Tensor, up: Tensor | None = None) -> Tensor:
-        """The activation of the input; with `up`, activation(input) * up, from codes of both, as `fewbit.functional.swiglu`."""
-        if up is not None:
-            code = Code(None if self.table is not None else self.bits or DEFAULT_BITS, self.table, by_name=False)
-            return gated_unit(code, type(self), self._values_of(self), input, up)
+    def forward(self, input: Tensor) -> Tensor:
         values = [(name, getattr(self, name)) for name in self._taken]
         options = type(self), len(self.table_channels) > 1, (), (*values, ("inplace", self.inplace))
         return run(activation_operation, options, (input,), self.bits, self.table, False)

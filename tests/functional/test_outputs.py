@@ -9,7 +9,7 @@ from torch.nn import functional
 import fewbit
 from fewbit import activations, resolve
 from fewbit.autograd.activation import coded_activation
-from fewbit.functional.layers import Code, transposed_linear
+from fewbit.functional import products
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own
 
@@ -19,16 +19,17 @@ def ends_in_a_view(x):
     return coded_activation(x, table, forward=lambda x: x.tanh().view(x.shape))
 
 
+def product(function, *factors):
+    return products.product(products.find(function, factors, {}), factors, 4, None)
+
+
 OTHERS = {
     "gelu": ((6, 40), {}, lambda x, _: fewbit.functional.gelu(x, bits=4)),
     "a function that ends in a view": ((6, 40), {}, lambda x, _: ends_in_a_view(x)),
     "glu": ((6, 40), {}, lambda x, _: fewbit.functional.glu(x, bits=4)),
     "swiglu": ((6, 40), {"up": (6, 40)}, lambda x, own: fewbit.functional.swiglu(x, own["up"], bits=4)),
-    "transposed linear": (
-        (5, 14, 16),
-        {"weight": (16, 4), "bias": (4,)},
-        lambda x, own: transposed_linear(Code(4), x, own["weight"], own["bias"]),
-    ),
+    "product": ((6, 40), {"other": (6, 40)}, lambda x, own: product(torch.mul, x, own["other"])),
+    "matrix product": ((5, 14, 16), {"other": (5, 16, 4)}, lambda x, own: product(torch.bmm, x, own["other"])),
 }
 CALLS = {
     **{name: (case.x, case.parameters, case.coded) for name, case in CASES.items()},

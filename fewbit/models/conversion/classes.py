@@ -19,8 +19,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from fewbit import activations
-from fewbit.models.conversion import gated_mlp, other_activations, own_forwards
 from fewbit.models.conversion.interception import Intercepted, forward_of
+from fewbit.models.conversion.other_activations import activation_class
 from fewbit.models.preserve import cells_of
 from fewbit.nn import activations as activation_modules
 from fewbit.nn import exact_codes
@@ -28,15 +28,13 @@ from fewbit.nn.activations import CodedActivation
 from fewbit.nn.exact_codes import ExactlyCoded
 from fewbit.nn.layers import CLASSES, CodedLayer
 
-CODED = (CodedActivation, CodedLayer, ExactlyCoded, gated_mlp.GatedMLP)
+CODED = (CodedActivation, CodedLayer, ExactlyCoded)
 _OURS = (*CODED, Intercepted)
 # of torch's modules those whose forward calls functions that can be coded
 _OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # lazy modules are no layers yet; of out_proj MultiheadAttention reads the weight, and never calls it
 _EXCEPT = (LazyModuleMixin, NonDynamicallyQuantizableLinear, torch.jit.ScriptModule, *_OURS)
 _ATTRIBUTES = {"bits", "table", "shared", "rounding"}  # what coded modules hold
-# which class of fewbit's, if any, codes one that is not torch's
-_FINDERS = (other_activations.activation_class, gated_mlp.gated_mlp_class, own_forwards.own_forward_class)
 _OPEN = {"extra_repr"}  # what both may define
 _FORMER = "_before_fewbit"  # of a class that was made anew: the one before
 _OF_ONE_CLASS = {"__dict__", "__weakref__", "__signature__", _FORMER}  # entries that a class made anew does not take over
@@ -89,7 +87,7 @@ def coded_class(own: type[nn.Module], twins: dict[type[nn.Module], type[nn.Modul
     if issubclass(own, _EXCEPT):
         return None
     for base in own.__mro__:
-        ours = twins.get(base) or next(filter(None, (find(base) for find in _FINDERS)), None)
+        ours = twins.get(base) or activation_class(base)
         if ours is None:
             continue
         if base in twins and own is base:

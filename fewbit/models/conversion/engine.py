@@ -15,7 +15,6 @@ from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, DesignError
 from fewbit.models.arguments import Filter
 from fewbit.models.conversion import classes
-from fewbit.models.conversion.gated_mlp import GatedMLP
 from fewbit.models.conversion.interception import Interception
 from fewbit.models.conversion.setting import Setting
 from fewbit.models.preserve import structure_restored_on_error
@@ -116,18 +115,14 @@ def _revert_module(module: nn.Module) -> None:
 
 def _changes(model: nn.Module, setting: Setting, filter_fn: Filter | None) -> list[_Change]:
     """Modules that become coded ones."""
-    candidates = _candidates(model, filter_fn)
-    # activations of what becomes gated MLPs, which are then no activations of their own
-    mlps = [each for each in candidates if issubclass(each.coded, GatedMLP) and setting.bits_of(each.coded.coded_kind)]
-    gates = {id(each.coded.part_of(each.module, "act")) for each in mlps}  # type: ignore[attr-defined]
-    changes = {}
-    for name, module, own, coded in candidates:
-        kind = "product" if id(module) in gates else coded.coded_kind  # type: ignore[attr-defined]
+    found = []
+    for name, module, own, coded in _candidates(model, filter_fn):
+        kind = coded.coded_kind  # type: ignore[attr-defined]
         if setting.codes(kind) and _has_a_table(module, coded):
             attributes = _attributes(module, coded, kind, setting)
             if not _names_in_use(module, own, coded, attributes):
-                changes[id(module)] = _Change(name, module, kind, own, coded, attributes)
-    return [each for each in changes.values() if _has_its_gate(each, changes)]
+                found.append(_Change(name, module, kind, own, coded, attributes))
+    return found
 
 
 def _interceptions(
@@ -182,14 +177,6 @@ def _candidates(model: nn.Module, filter_fn: Filter | None) -> list[_Candidate]:
     return found
 
 
-def _has_its_gate(change: _Change, changes: dict[int, _Change]) -> bool:
-    """Whether the activation of what may be a gated MLP becomes a coded one, or is one whose code serves others, too."""
-    if not issubclass(change.coded, GatedMLP):
-        return True
-    activation = change.coded.part_of(change.module, "act")
-    return id(activation) in changes or (isinstance(activation, CodedActivation) and len(activation.table_channels) > 1)
-
-
 def _has_a_table(module: nn.Module, coded: type[nn.Module]) -> bool:
     """Whether there can be a table for the module: not for an activation at parameters where it has no finite derivative."""
     try:
@@ -220,13 +207,9 @@ def _attributes(module: nn.Module, coded: type[nn.Module], kind: str, setting: S
     """What a module of this class gets, of this kind and setting."""
     bits = setting.bits_of(kind)
     if issubclass(coded, CodedActivation):
-        shared, table = kind == "product" or setting.shares, None
-        if setting.coding is not None:
-            record = coded.record_of(module)
-            table = setting.layer_table(kind, record) if kind == "product" else setting.activation_table(record)
+        table = None if setting.coding is None else setting.activation_table(coded.record_of(module))
         of_torch = {} if hasattr(module, "inplace") else {"inplace": False}
-        of_product = {} if kind == coded.coded_kind else {"coded_kind": kind}
-        return {**of_torch, **of_product, "shared": shared, **_code(bits, table)}
+        return {**of_torch, "shared": setting.shares, **_code(bits, table)}
     if issubclass(coded, CodedLayer):
         table = None if setting.coding is None else setting.layer_table(kind, coded.gate)
         return {"rounding": "nearest", **_code(bits, table)}

@@ -18,11 +18,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fewbit import activations, resolve
+from fewbit.autograd import exact as exact_mode
 from fewbit.autograd.rest import Saving
 from fewbit.autograd.sharing import region
 from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, DesignError, InputError
-from fewbit.functional import exact_codes, layers
+from fewbit.functional import exact_codes, layers, products
 from fewbit.functional.activations import activation_operation
 from fewbit.functional.operation import Operation, fixed, is_codable, run, takes_part
 from fewbit.kernels import DeviceTable
@@ -51,6 +52,7 @@ class Interception:
     def __init__(self, setting: Setting | None, activations: frozenset[str] | None = None):
         self.setting, self.activations = setting, activations
         self.tables = {} if setting is None else _layer_tables(setting)
+        self.value_tables = {} if setting is None or setting.coding is None else _value_tables(setting)
 
 
 class Mode(TorchFunctionMode):
@@ -80,14 +82,23 @@ class Mode(TorchFunctionMode):
                 return coded
         if func in _EXACT_CODES and here and self.settings.activations is None:
             return _exact_code(func, args, kwargs)
+        if here and torch.compiler.is_compiling() and self.settings.activations is None:
+            coded = _coded_product(self.settings, func, args, kwargs)
+            if coded is not None:
+                return coded
         if func in _CALL_OTHERS and not torch.compiler.is_compiling():
             with self:  # again, for what is called within
                 return _redispatch(func, types, args, kwargs)
         if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
             return args[0].unflatten(*args[1:], **kwargs)  # dynamo cannot trace the function itself, for its super()
-        if here and self.saving is not None and type(func) is not _GETTER and torch.is_grad_enabled() and not is_transformed():
+        if here and self.saving is not None and type(func) is not _GETTER and _may_save_codes():
             return self.saving.run(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def _may_save_codes() -> bool:
+    """Whether what torch's own operations save may be codes."""
+    return torch.is_grad_enabled() and not exact_mode.is_active() and not is_transformed()
 
 
 def innermost() -> Mode | None:
@@ -283,6 +294,17 @@ def _exact_code(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any
     return exact_codes.FUNCTIONS[name].quietly(x, *rest, **named)
 
 
+def _coded_product(settings: Interception, function: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """In compiled code: a product or a cast, or None where torch's own function is to give it."""
+    found, setting = products.find(function, args, kwargs), settings.setting
+    if found is None or setting is None:
+        return products.casted(function, args, kwargs)
+    bits, table = setting.bits_of(found.kind), settings.value_tables.get(found.kind)
+    if bits is None:
+        return None
+    return products.product(found, args, bits if table is None else None, table)
+
+
 def _takes(name: str, positional: int, named: tuple[str, ...]) -> bool:
     """Whether fewbit's function has all the arguments that are given to torch's."""
     found = layers.FUNCTIONS.get(name) or exact_codes.FUNCTIONS[name]
@@ -315,6 +337,12 @@ def _layer_tables(setting: Setting) -> dict[str, CodeTable]:
         raise InputError("in compiled code patch takes no coding; make such a patch outside, and enter it inside")
     gates = {"linear": None, "norm": None, "attention": None, "product": layers.glu.gate}
     return {kind: setting.layer_table(kind, gate) for kind, gate in gates.items() if setting.bits_of(kind) is not None}
+
+
+def _value_tables(setting: Setting) -> dict[str, CodeTable]:
+    """By kind the tables of the factors of products, where a coding is named."""
+    kinds = [kind for kind in ("product", "linear", "rest") if setting.bits_of(kind) is not None]
+    return {kind: setting.layer_table(kind, None) for kind in kinds}
 
 
 def _wants_codes(x: Tensor) -> bool:

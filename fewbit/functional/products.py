@@ -1,0 +1,109 @@
+"""Products of tensors, and casts, for compiled code. There the hooks of `fewbit.autograd.rest`, which see what torch's own
+operations save, see nothing: these calls become operations of fewbit's instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from fewbit.autograd.products import cast, coded_products
+from fewbit.design.table import CodeTable
+from fewbit.functional.operation import Operation, is_codable, run
+
+Tensor = torch.Tensor
+
+
+class Product(NamedTuple):
+    """What a function of torch's multiplies.
+
+    name        of torch's function that takes its operands alone
+    factors     the numbers of its factors among them
+    by_element  whether it multiplies element by element
+    weights     the numbers of those factors that are parameters, of a call
+    """
+
+    name: str
+    factors: tuple[int, ...]
+    by_element: bool = False
+    weights: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """Of what it keeps: what is multiplied by a weight is read as by a linear layer."""
+        return "product" if self.by_element else "linear" if self.weights else "rest"
+
+
+def _named(*names: str) -> list[Any]:
+    homes = torch, torch.Tensor
+    return [getattr(home, name) for name in names for home in homes if hasattr(home, name)]
+
+
+_SQUARE, _POWER = Product("square", (0,), by_element=True), Product("pow", (0,))
+_PRODUCTS: Mapping[Any, Product] = {
+    **dict.fromkeys(_named("mul", "multiply"), Product("mul", (0, 1), by_element=True)),
+    **dict.fromkeys(_named("square"), _SQUARE),
+    **dict.fromkeys(_named("pow"), _POWER),
+    **{each: Product(name, (0, 1)) for name in ("matmul", "mm", "bmm") for each in _named(name)},
+    **{each: Product(name, (1, 2)) for name in ("addmm", "baddbmm") for each in _named(name)},
+}
+_CASTS: Mapping[Any, Callable[..., Any]] = {
+    torch.Tensor.to: lambda dtype: dtype,
+    torch.Tensor.type_as: lambda other: other.dtype,
+    torch.Tensor.float: lambda: torch.float32,
+    torch.Tensor.double: lambda: torch.float64,
+    torch.Tensor.half: lambda: torch.float16,
+    torch.Tensor.bfloat16: lambda: torch.bfloat16,
+}
+
+
+def find(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Product | None:
+    """The product that a call of torch's computes, of factors that can be coded; None for any other call."""
+    # a function in Python, which dynamo does not find in mappings
+    found = _POWER if function is torch.Tensor.__pow__ else _PRODUCTS.get(function)
+    if found is not None and found.name == _POWER.name:
+        found, args = (_SQUARE, args[:1]) if args[1:] == (2,) else (None, args)
+    if found is None or kwargs or not all(map(is_codable, args)):
+        return None
+    factors = [args[each] for each in found.factors]
+    weights = tuple(each for each in found.factors if isinstance(args[each], torch.nn.Parameter))
+    if not found.by_element:
+        if any(each.dtype != args[0].dtype for each in args):  # autocast's, or an error of torch's
+            return None
+        if not weights and any(each.dim() < 3 for each in factors):  # which may be views of weights
+            return None
+    is_needed = any(each.requires_grad for each in factors) and len(weights) < len(factors)
+    return found._replace(weights=weights) if is_needed else None
+
+
+def product(found: Product, args: tuple, bits: int | None, table: CodeTable | None) -> Tensor:
+    """What the call computes, with codes for backward."""
+    operands = args[:1] if found.name == _SQUARE.name else args
+    return run(_product, tuple(found), operands, bits, table, by_name=False)
+
+
+def casted(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The result of a cast between dtypes that can be coded, which shares codes with what it is of; None for any other call."""
+    dtype_of = _CASTS.get(function)
+    if dtype_of is None or kwargs or not is_codable(args[0]) or len(args) > 2:
+        return None
+    dtype = dtype_of(*args[1:])
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype == args[0].dtype:
+        return None
+    return run(_cast, (dtype,), args[:1], by_name=False)
+
+
+def _product(name: str, factors: tuple[int, ...], by_element: bool, weights: tuple[int, ...]) -> Operation:
+    exact = getattr(torch, name)
+    coded = partial(coded_products, exact=exact, factors=factors, weights=weights, by_element=by_element)
+    return Operation(name, exact, coded, coded, channels=("value",))
+
+
+def _cast(dtype: torch.dtype) -> Operation:
+    def exact(x: Tensor) -> Tensor:
+        return x.to(dtype)
+
+    coded = partial(cast, exact=exact)
+    return Operation("cast", exact, coded, coded)
