@@ -3,7 +3,8 @@
 MAX_BITS = 8
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # that can be coded
 DEFAULT_BITS = 3  # of codes of the derivative alone
-DEFAULT_LAYER_BITS = 4  # of codes of values, and of whole models
+DEFAULT_LAYER_BITS = 4  # of codes of values
+DEFAULT_MODEL_BITS = 5  # of whole models: what 4 cost at the end of training is seen (`tools.studies.final_loss`)
 REST_BITS = 8  # of kind "rest" at least, where bits are one number for every kind
 # of what is kept for backward. "linear" is the inputs of linear layers and convolutions, "product" of elementwise products.
 KINDS = ("activation", "linear", "norm", "product", "attention", "recurrent", "rest")

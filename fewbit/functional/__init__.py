@@ -8,6 +8,7 @@ signatures alone, dropout, pooling and padding, of `fewbit.functional.exact_code
     activations.py  what an activation is to it
     layers.py       what a layer is to it
     exact_codes.py  what dropout, pooling and padding are to it
+    products.py     what products and casts are to it, in compiled code
 """
 
 from __future__ import annotations

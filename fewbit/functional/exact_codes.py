@@ -28,8 +28,8 @@ from torch.nn import functional
 from fewbit import resolve
 from fewbit.autograd import pooling
 from fewbit.autograd.dropout import coded_dropout, mask_table
+from fewbit.autograd.linear import numbers
 from fewbit.autograd.pooling import Pooling, Windows
-from fewbit.autograd.product import numbers
 from fewbit.autograd.watched import is_autocast
 from fewbit.functional.operation import Operation, run
 from fewbit.kernels import DeviceTable

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from fewbit import activations, resolve
 from fewbit.autograd import attention, gated, norm
-from fewbit.autograd.product import Convolution, Linear, coded_product, numbers, padded
+from fewbit.autograd.linear import Convolution, Linear, coded_linear, numbers, padded
 from fewbit.design.table import CodeTable
 from fewbit.errors import DesignError, InputError
 from fewbit.functional.activations import bound_record
@@ -329,12 +329,12 @@ def _check_rounding(rounding: Any) -> None:
 
 
 def _linear(rounding: str) -> Operation:
-    return _operation("linear", rounding, Linear(), partial(coded_product, product=Linear()))
+    return _operation("linear", rounding, Linear(), partial(coded_linear, product=Linear()))
 
 
 def _convolution_at(rounding: str, name: str, *options: Any) -> Operation:
     convolution = Convolution(*options)
-    return _operation(name, rounding, convolution, partial(coded_product, product=convolution))
+    return _operation(name, rounding, convolution, partial(coded_linear, product=convolution))
 
 
 def _norm(name: str, rounding: str, normalization: Any, exact: Callable[..., Tensor], autocasts: bool = True) -> Operation:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fewbit.constants import DEFAULT_LAYER_BITS, MAX_BITS
+from fewbit.constants import DEFAULT_MODEL_BITS, MAX_BITS
 from fewbit.design.table import CodeTable, check_bits
 from fewbit.errors import DesignError, InputError
 from fewbit.models.arguments import Filter, LossFunction, check_batches, check_filter, check_model, names_passed, no_batch
@@ -78,7 +78,7 @@ def allocate(
     with structure_restored_on_error(inner):
         if not coded_modules(inner):
             filter_fn = names_passed(inner, filter_fn)
-            convert_modules(inner, Setting.of(DEFAULT_LAYER_BITS), filter_fn)
+            convert_modules(inner, Setting.of(DEFAULT_MODEL_BITS), filter_fn)
         coded = coded_modules(inner, filter_fn)
         if not coded:
             raise InputError(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fewbit.constants import DEFAULT_LAYER_BITS
+from fewbit.constants import DEFAULT_MODEL_BITS
 from fewbit.design import design
 from fewbit.design.evaluate import errors_under
 from fewbit.design.table import CodeTable
@@ -61,7 +61,7 @@ def calibrate(
                pre-activation, which is what their error is multiplied by. Tables that hold values too stay for the
                pre-activations alone, since the gradient there says nothing of the values. This runs backward, too.
     bits       of the tables, one number or by kind, as in `fewbit.convert`; None, and for kinds not named: those that each
-               module has. A model that is converted now is converted with them, or with 4 for every kind.
+               module has. A model that is converted now is converted with them, or with 5 for every kind.
     filter_fn  of a module and its dotted name: whether to convert and calibrate it
     Returns    what was seen, and the errors before and after; `save` writes the tables to a file, `Calibration.load` reads it,
                and `install` puts them on a model again
@@ -78,7 +78,7 @@ def calibrate(
     with structure_restored_on_error(inner):
         if not coded_modules(inner):
             filter_fn = names_passed(inner, filter_fn)
-            convert_modules(inner, setting or Setting.of(DEFAULT_LAYER_BITS), filter_fn)
+            convert_modules(inner, setting or Setting.of(DEFAULT_MODEL_BITS), filter_fn)
             setting = None
         coded = [each for each in coded_modules(inner, filter_fn) if each.calibrates]
         if not coded:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fewbit.autograd.sharing import is_kept_exactly
-from fewbit.constants import DEFAULT_LAYER_BITS, EXACT, KINDS, NOT_YET
+from fewbit.constants import DEFAULT_MODEL_BITS, EXACT, KINDS, NOT_YET
 from fewbit.errors import ConversionWarning
 from fewbit.models.arguments import Filter, check_filter, check_model
 from fewbit.models.conversion.engine import CALLS, Converted, convert_modules, left_exact, revert_modules
@@ -27,7 +27,7 @@ _log = logging.getLogger("fewbit")
 
 def convert(
     model: Model,
-    bits: Bits = DEFAULT_LAYER_BITS,
+    bits: Bits = DEFAULT_MODEL_BITS,
     filter_fn: Filter | None = None,
     *,
     coding: str | None = None,
@@ -35,19 +35,18 @@ def convert(
     """Let the modules of a model keep codes for backward, in place. The forward pass stays as it is, bit for bit.
 
     model      its modules are converted by class: activations, torch's and Hugging Face's, linear layers, convolutions, norms,
-               GLU and gated MLPs, RMS norms and GPT-2's Conv1D as Hugging Face's models write them, and, whatever kinds are
-               named, dropout, pooling and padding, whose codes lose nothing. Subclasses are, if they leave as it is what
-               fewbit replaces: `forward`, mostly. All other modules with a forward of their own, and torch's
-               MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer, run it as it is, and torch's functions
-               that are called there are coded, as by `fewbit.patch`. Each module remains the same object, with its weights,
-               hooks, names and state, and only changes its class, for one that its own is a base of.
+               GLU, and, whatever kinds are named, dropout, pooling and padding, whose codes lose nothing. Subclasses are, if
+               they leave as it is what fewbit replaces: `forward`, mostly. All other modules with a forward of their own, and
+               torch's MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer, run it as it is, and what
+               torch's functions keep that are called there is coded, as by `fewbit.patch`: gates and norms that are written
+               out, attention, losses. Each module remains the same object, with its weights, hooks, names and state, and only
+               changes its class, for one that its own is a base of.
     bits       of one code, 1 to 8: one number for every kind of what is kept, or a mapping from kind to number, as
                {"activation": 3, "linear": 4}; kinds that are not named stay exact. The kinds: "activation"; "linear", inputs of
-               linear layers and convolutions; "norm"; "product", of two tensors element by element; "attention", its query
-               and key with one bit more; "rest", what else torch's operations keep, at 8 bits at least where one number is
-               given; "recurrent", of which no module is coded yet. With "linear", what linear layers read is coded once, by
-               what made it, with the larger of both numbers of bits. Without "product" the activation of a gated MLP alone is
-               coded, one tensor of the four that such an MLP keeps of its hidden width.
+               linear layers and convolutions, and of other products with weights; "norm"; "product", factors of products
+               element by element, and squares; "attention", its query and key with one bit more; "rest", what else torch's
+               operations keep, at 8 bits at least where one number is given; "recurrent", of which no module is coded yet.
+               With "linear", what linear layers read is coded once, by what made it, with the larger of both numbers of bits.
     filter_fn  of a module and its dotted name: whether to convert it; what is left out stays exact within others, too
     coding     of the tables, as in `fewbit.design`; None for the optimal one
     Returns    the model

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from fewbit import activations
 from fewbit.autograd.exact import check_decorated
-from fewbit.constants import DEFAULT_LAYER_BITS
+from fewbit.constants import DEFAULT_MODEL_BITS
 from fewbit.errors import ActivationError, InputError
 from fewbit.models.conversion import interception
 from fewbit.models.conversion.interception import Interception
@@ -55,7 +55,7 @@ class patch(ContextDecorator):
 
     def __init__(
         self,
-        bits: Bits = DEFAULT_LAYER_BITS,
+        bits: Bits = DEFAULT_MODEL_BITS,
         *,
         coding: str | None = None,
         activations: Collection[str] | None = None,

@@ -13,7 +13,7 @@ from rich.console import Group
 from torch import nn
 
 from fewbit import files, terminal
-from fewbit.constants import DEFAULT_LAYER_BITS
+from fewbit.constants import DEFAULT_MODEL_BITS
 from fewbit.models.arguments import Filter, check_filter, check_model
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.grouping import cut, shortened
@@ -117,7 +117,7 @@ class MemoryReport(Report):
 
     def plan(
         self,
-        bits: Bits = DEFAULT_LAYER_BITS,
+        bits: Bits = DEFAULT_MODEL_BITS,
         filter_fn: Filter | None = None,
         *,
         coding: str | None = None,

@@ -81,7 +81,7 @@ class TestAllocate:
         allocation = fewbit.allocate(net, batches(), loss, "12%", choices=(1, 2, 3, 4))
         # of the linear layers the first reads the batch, and the others codes of what is before them
         assert set(allocation.bits) == {"1", "2", "4", "6"}
-        assert net[3].bits == 4  # as converted: a model that is not gets every kind
+        assert net[3].bits == 5  # as converted: a model that is not gets every kind
         assert net[3].table is None
         kept = {bits: bytes_kept(_with_bits(net, bits), batch) for bits in (1, 4)}
         elements = sum(layer.elements for layer in allocation.layers)

@@ -104,10 +104,10 @@ class TestCalibrate:
         calibration = fewbit.calibrate(model, batches(), bits={"activation": 3, "linear": 1})
         assert {layer.name: layer.table.bits for layer in calibration.layers} == {"0": 2, "2": 3}
 
-    def test_converts_with_the_bits_or_with_four_for_every_kind(self, net):
+    def test_converts_with_the_bits_or_with_five_for_every_kind(self, net):
         other = copy.deepcopy(net)
         fewbit.calibrate(net, batches())
-        assert (net.tanh.table.bits, net.tanh.shared, net.last.bits, net.norm.bits) == (4, True, 4, 4)
+        assert (net.tanh.table.bits, net.tanh.shared, net.last.bits, net.norm.bits) == (5, True, 5, 5)
         fewbit.calibrate(other, batches(), bits={"activation": 3})
         assert (other.tanh.table.bits, other.tanh.shared) == (3, False)
         assert type(other.last) is nn.Linear

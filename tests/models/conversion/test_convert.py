@@ -111,7 +111,7 @@ def test_each_kind_alone(model):
         assert not any(getattr(module, "shared", False) for module in model.modules())
     fewbit.convert(model)
     assert converted(model) == EXACT.union(*of_kind.values())
-    assert {model.get_submodule(name).bits for name in converted(model) - EXACT} == {4}
+    assert {model.get_submodule(name).bits for name in converted(model) - EXACT} == {5}
     assert model.mlp[3].shared
     assert types(fewbit.revert(model)) == before
 
@@ -329,7 +329,7 @@ class TestTold:
     def test_a_warning_that_nothing_was_converted(self, model, told):
         for call, setting in (
             (lambda: fewbit.convert(nn.Identity(), bits={"recurrent": 4}), r"bits=\{'recurrent': 4\}"),
-            (lambda: fewbit.convert(model, filter_fn=lambda *_: False), "bits=4"),
+            (lambda: fewbit.convert(model, filter_fn=lambda *_: False), "bits=5"),
             (lambda: fewbit.convert(nn.Identity(), 2, coding="uniform"), "bits=2, coding='uniform'"),
         ):
             message = rf"no module of the (Block|Identity) was converted with {setting}: none is of these kinds, or the filter"

@@ -24,6 +24,11 @@ class TestVerdict:
         part = module.Part("all", 1, 1.0, error=share, worst=share, cosine=1.0, noise=1.0, share=share, systematic=0.0)
         assert module.Fidelity(part, [part], 4, True).level == level
 
+    @pytest.mark.parametrize(("share", "says"), [(0.01, False), (0.05, False), (0.07, True), (0.2, False)])
+    def test_says_what_is_safe_but_not_free(self, share, says):
+        part = module.Part("all", 1, 1.0, error=share, worst=share, cosine=1.0, noise=1.0, share=share, systematic=0.0)
+        assert ("a few tenths of a percent" in module.Fidelity(part, [part], 4, True).verdict) == says
+
     @pytest.mark.parametrize(("systematic", "level"), [(0.09, "safe"), (0.3, "doubtful"), (0.6, "unsafe"), (None, "safe")])
     def test_noise_hides_no_systematic_error(self, systematic, level):
         part = module.Part("all", 1, 1.0, error=0.2, worst=0.2, cosine=1.0, noise=4.0, share=0.05, systematic=systematic)

@@ -117,7 +117,7 @@ def padded(input: Tensor, weight: Tensor, padding: str, dilation: Sequence[int])
     return input, tuple(each // 2 for each in missing)
 
 
-def coded_product(
+def coded_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: DeviceTable, *, product: Product, stochastic: bool = False
 ) -> Tensor:
     """product(x, weight, bias), whose weight gradient is that of codes of x.
