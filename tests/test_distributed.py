@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layer_oracles import Block
+from torch.nn import functional
 
 import fewbit
 
@@ -17,12 +18,38 @@ pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"),
 ]
 PROCESSES, SECONDS = 2, 240
+CALLS = [f"{way}, calls, {mode}" for way in ("ddp", "fsdp") for mode in ("eager", "compiled")]
 LAYERS = ["ddp, layers, eager", "ddp, layers, compiled", "fsdp, layers, eager", "fsdp, layers, compiled", "fsdp, layers apart"]
-CASES = [*[f"{way}, {mode}" for way in ("ddp", "fsdp") for mode in ("eager", "compiled")], *LAYERS]
+CASES = [*[f"{way}, {mode}" for way in ("ddp", "fsdp") for mode in ("eager", "compiled")], *LAYERS, *CALLS]
+
+
+class Calls(torch.nn.Module):
+    """Attention, dropout, pooling and products, all as calls of torch's functions; on (batch, tokens, 32)."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.gain, self.p = torch.nn.Parameter(torch.rand(32) + 0.5), p
+        self.qkv, self.out = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+        self.gate, self.up, self.down = torch.nn.Linear(32, 64), torch.nn.Linear(32, 64), torch.nn.Linear(64, 32)
+
+    def forward(self, x):
+        x = x + functional.dropout(self.out(self.attended(self.normed(x))), self.p)
+        x = x + functional.max_pool1d(x, 3, 1, 1)
+        return x + self.down(functional.silu(self.gate(x)) * self.up(x))
+
+    def normed(self, x):
+        return self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    def attended(self, x):
+        q, k, v = (each.unflatten(-1, (2, 16)).transpose(1, 2) for each in self.qkv(x).chunk(3, -1))
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
 def make_model(case):
     torch.manual_seed(0)
+    if case in CALLS:
+        p = 0.0 if case.endswith("compiled") else 0.1  # compiled code draws other random numbers
+        return torch.nn.Sequential(*[fewbit.convert(Calls(p), bits=4) for _ in range(2)])
     if case in LAYERS:
         return torch.nn.Sequential(*[fewbit.convert(Block(), bits=4) for _ in range(2)])
     return torch.nn.Sequential(
@@ -32,12 +59,13 @@ def make_model(case):
 
 
 def make_batch(case):
-    return torch.randn((32, 4, 32) if case in LAYERS else (32, 8), generator=torch.Generator().manual_seed(1))
+    return torch.randn((32, 4, 32) if case in (*LAYERS, *CALLS) else (32, 8), generator=torch.Generator().manual_seed(1))
 
 
 def gradients(model, x):
     """Gradients of the mean square of what the model returns."""
     model.zero_grad()
+    torch.manual_seed(3)
     model(x).pow(2).mean().backward()
     whole = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters())
     return [grad.detach().clone() for grad in whole]
@@ -98,7 +126,7 @@ def test_gradients_are_those_of_one_process(tmp_path):
     for case in CASES:
         # by shares, since codes are standardized over the batch that a process has
         shares = [gradients(make_model(case), share) for share in make_batch(case).chunk(PROCESSES)]
-        rtol, atol = (1e-4, 1e-6) if case in LAYERS else (1e-5, 1e-7)
+        rtol, atol = (1e-4, 1e-6) if case in (*LAYERS, *CALLS) else (1e-5, 1e-7)
         for grads in by_process:
             for grad, *parts in zip(grads[case], *shares, strict=True):
                 whole = torch.stack(parts).mean(0)
