@@ -274,6 +274,9 @@ def _range(node: Any, name: str, saved: dict[str, Tensor]) -> tuple[int, int] | 
     if hasattr(node, "_saved_ignore_index") and name == "target" and "self" in saved and saved["self"].dim():
         ignored, classes = _signed(node._saved_ignore_index), saved["self"].shape[min(1, saved["self"].dim() - 1)]
         return min(0, ignored), max(classes - 1, ignored)
+    if hasattr(node, "_saved_dim") and name in ("index", "indices"):  # places along a dimension
+        shape = saved["self"].shape if "self" in saved else getattr(node, "_saved_self_sym_sizes", ())
+        return (0, shape[_signed(node._saved_dim)] - 1) if len(shape) else None
     return None
 
 

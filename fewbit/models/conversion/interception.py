@@ -76,7 +76,7 @@ class Mode(TorchFunctionMode):
         here = self.active and (self.anywhere or torch.compiler.is_compiling() or region() is self.region)
         target = _TARGETS.get(func) if here else None
         if target is not None:
-            x, rest, named = _arguments(args, kwargs)
+            x, rest, named = _arguments(args, kwargs, target.first)
             coded = (_coded_layer if target.layer else _coded_activation)(self.settings, target, x, rest, named)
             if coded is not None:
                 return coded
@@ -167,12 +167,13 @@ def _is_in_force(settings: Interception) -> bool:
 
 
 class _Target(NamedTuple):
-    """What one of torch's functions is to fewbit: an activation in the registry or a layer of `fewbit.functional`, by its name,
-    and whether it overwrites its input, as torch.relu_ does."""
+    """What one of torch's functions is to fewbit: an activation in the registry or a layer of `fewbit.functional`, by its name;
+    whether it overwrites its input, as torch.relu_ does; and the name of its first argument."""
 
     name: str
     layer: bool = False
     inplace: bool = False
+    first: str = "input"
 
 
 def _targets() -> dict[Callable[..., Any], _Target]:
@@ -184,7 +185,8 @@ def _targets() -> dict[Callable[..., Any], _Target]:
         found.update({getattr(home, name): _Target(name) for home in homes if hasattr(home, name)})
         found.update({getattr(home, name + "_"): _Target(name, inplace=True) for home in homes if hasattr(home, name + "_")})
     names = [each for each in layers.FUNCTIONS if hasattr(functional, each)]
-    return {**found, **{getattr(functional, each): _Target(each, layer=True) for each in names}}
+    firsts = {each: next(iter(inspect.signature(layers.FUNCTIONS[each]).parameters)) for each in names}
+    return {**found, **{getattr(functional, each): _Target(each, layer=True, first=firsts[each]) for each in names}}
 
 
 def _exact_codes() -> dict[Callable[..., Any], tuple[str, dict[str, Any]]]:
@@ -206,11 +208,11 @@ _CALL_OTHERS = frozenset(
 _redispatch: Callable[..., Any] = torch.overrides.redispatch_function  # calls what it is given without asking modes
 
 
-def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
-    """The input, and all other arguments."""
+def _arguments(args: tuple, kwargs: dict[str, Any], first: str = "input") -> tuple[Any, tuple, dict[str, Any]]:
+    """The input, whose name is `first`, and all other arguments."""
     if args:
         return args[0], args[1:], kwargs
-    return kwargs.get("input"), (), {name: value for name, value in kwargs.items() if name != "input"}
+    return kwargs.get(first), (), {name: value for name, value in kwargs.items() if name != first}
 
 
 def _coded_activation(settings: Interception, target: _Target, x: Any, rest: tuple, named: dict[str, Any]) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -396,3 +397,29 @@ def test_named_activations_are_all_that_is_coded(activations):
 def test_what_are_no_names():
     with pytest.raises(ActivationError, match=r"activations must be names such as .* got 3"):
         fewbit.patch(4, activations=3)
+
+
+BY_KEYWORD = {
+    "gelu": (functional.gelu, {"input": (64, 96)}),
+    "linear": (functional.linear, {"input": (64, 96), "weight": (8, 96)}),
+    "conv2d": (functional.conv2d, {"input": (4, 8, 16, 16), "weight": (4, 8, 3, 3)}),
+    "glu": (functional.glu, {"input": (64, 96)}),
+    "attention": (functional.scaled_dot_product_attention, {each: (2, 2, 32, 16) for each in ("query", "key", "value")}),
+    "max_pool2d": (partial(functional.max_pool2d, kernel_size=2), {"input": (4, 8, 16, 16)}),
+    "dropout": (functional.dropout, {"input": (64, 96)}),
+}
+
+
+@pytest.mark.parametrize("name", BY_KEYWORD)
+def test_arguments_by_keyword(name):
+    """What is kept of operands that others have computed is the same, however they are passed."""
+    function, shapes = BY_KEYWORD[name]
+    tensors = {each: torch.randn(shape, requires_grad=True) for each, shape in shapes.items()}
+
+    def kept(call):
+        with fewbit.patch(bits=4):
+            made = {each: tensor * 1 if each != "weight" else tensor for each, tensor in tensors.items()}
+            return bytes_kept(lambda: call(made), leave_out=(tensors["weight"],) if "weight" in tensors else ())
+
+    by_keyword, by_place = kept(lambda made: function(**made)), kept(lambda made: function(*made.values()))
+    assert by_keyword == by_place < bytes_kept(lambda: function(*(each * 1 for each in tensors.values())))
