@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,22 +62,23 @@ def cast(x: Tensor, *, exact: Callable[[Tensor], Tensor]) -> Tensor:
     return y
 
 
-def note_product(y: Tensor, *factors: Any) -> Tensor:
+def note_product(y: Tensor, *factors: Any, by: Callable[[Any, Any], Tensor] = operator.mul) -> Tensor:
     """Let readers of y, the product of two factors element by element, find a recipe, if the factors have recipes or are kept
-    anyway. Returns y."""
+    anyway; or their quotient, by operator.truediv. A factor may be given as its recipe. Returns y."""
     first, second = map(_of_factor, factors)
     if first is None or second is None or (first.is_exact and second.is_exact):
         return y
     number, rebuilds, shape = len(first.kept), (first.rebuild, second.rebuild), y.shape
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        product = rebuilds[0](kept[:number], dtype) * rebuilds[1](kept[number:], dtype)
-        return product.expand(shape)
+        return by(rebuilds[0](kept[:number], dtype), rebuilds[1](kept[number:], dtype)).expand(shape)
 
     return sharing.attach(y, Recipe((*first.kept, *second.kept), rebuild, hides=first.hides or second.hides))
 
 
 def _of_factor(x: Any) -> Recipe | None:
+    if isinstance(x, Recipe):
+        return x
     if not isinstance(x, Tensor):
         return Recipe((), lambda kept, dtype: x, is_exact=True)
     found = sharing.find(x)

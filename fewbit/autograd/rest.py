@@ -10,6 +10,7 @@ integers in as many bytes as hold them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from fewbit import constants
 from fewbit.autograd import sharing
 from fewbit.autograd.products import LEAST, note_product, shape_of
 from fewbit.autograd.quantize import Quantizer, coded_by_shape, recipe_of
-from fewbit.autograd.sharing import Recipe
+from fewbit.autograd.sharing import Recipe, as_it_is
 from fewbit.kernels import DeviceTable
 from fewbit.torch_internals import (
     base_of,
@@ -182,11 +183,21 @@ class Saving:
         table = self._tables("rest", tensor.dtype, tensor.device)
         if table is None or tensor.dtype != target.dtype:
             return None
-        found = coded_by_shape((tensor - target).detach(), Quantizer(table))
-        if found is None or found.is_exact:
+        return _by_way_of(tensor.detach() - target.detach(), target, operator.add, table)
+
+    def _quotient(self, tensor: Tensor, other: Tensor) -> Recipe | None:
+        """What to keep of a tensor that is divided by another, which is kept: codes of the quotient, since rows of the tensor
+        may be as small as what they are divided by."""
+        table = self._tables("product", tensor.dtype, tensor.device)
+        if table is None or tensor.dtype != other.dtype or tensor.shape != torch.broadcast_shapes(tensor.shape, other.shape):
             return None
-        rebuild = found.rebuild
-        return Recipe((*found.kept, target.detach()), lambda kept, dtype: rebuild(kept[:-1], dtype) + kept[-1])
+        known = sharing.find(tensor)
+        if known is not None:
+            return known
+        recipe = _by_way_of(tensor.detach() / other.detach(), other, operator.mul, table)
+        if recipe is not None:
+            sharing.attach(tensor, recipe)
+        return recipe
 
     def _recipe(self, node: Any, name: str, tensor: Any, saved: dict[str, Tensor]) -> Recipe | None:
         """What to keep of a tensor that the node saved under that name, beside others; None for the tensor as it is."""
@@ -201,12 +212,16 @@ class Saving:
         label = type(node).__name__
         if label == "MseLossBackward0" and name == "self" and "target" in saved:
             return self._difference(tensor, saved["target"])
+        if label == "DivBackward0" and name == "self" and "other" in saved:
+            return self._quotient(tensor, saved["other"])
         if name in _SHAPES.get(label, ()):
             return shape_of(tensor)
         if name == "result" and label in ("SoftmaxBackward0", "LogSoftmaxBackward0"):
             if not tensor.dim() or self._tables("rest", tensor.dtype, tensor.device) is None:
                 return None
             recipe = _probabilities(tensor, _signed(node._saved_dim), label.startswith("Log"))
+            if recipe is None:
+                return None
             if label == "SoftmaxBackward0":  # logarithms of what is next to 0 are rebuilt for this backward alone
                 sharing.attach(tensor, recipe)
             return recipe
@@ -216,6 +231,15 @@ class Saving:
         if table is None:
             return None
         return recipe_of(tensor, Quantizer(table), coded_by_shape, is_own=name == "result")
+
+
+def _by_way_of(way: Tensor, other: Tensor, back: Callable[[Tensor, Tensor], Tensor], table: DeviceTable) -> Recipe | None:
+    """The recipe of back(way, other), from codes of the way and from the other itself."""
+    found = coded_by_shape(way, Quantizer(table))
+    if found is None or found.is_exact:
+        return None
+    rebuild = found.rebuild
+    return Recipe((*found.kept, other.detach()), lambda kept, dtype: back(rebuild(kept[:-1], dtype), kept[-1].to(dtype)))
 
 
 def _nodes(result: Any, first: int) -> Iterator[Any]:
@@ -254,12 +278,16 @@ def _is_of_leaf(tensor: Tensor) -> bool:
 
 
 def _note(result: Tensor, args: Sequence[Any]) -> None:
-    """Let readers find the recipe of a product whose operands have recipes, or are kept anyway; and that of what was cast."""
+    """Let readers find the recipe of a product or a quotient whose operands have recipes, or are kept anyway; and that of what
+    was cast."""
     label = type(result.grad_fn).__name__
     if label == "ToCopyBackward0" and isinstance(args[0], Tensor) and result.device == args[0].device:
         sharing.note_cast(result, args[0])
     if label == "MulBackward0" and len(args) == 2:
         note_product(result, *args)
+    if label == "DivBackward0" and len(args) == 2:
+        divisor = as_it_is(args[1].detach()) if isinstance(args[1], Tensor) else args[1]  # which the quotient keeps
+        note_product(result, args[0], divisor, by=operator.truediv)
 
 
 def _signed(number: int) -> int:
@@ -280,32 +308,40 @@ def _range(node: Any, name: str, saved: dict[str, Tensor]) -> tuple[int, int] | 
     return None
 
 
-_STEPS = 255
+_STEPS, _LARGEST = 254, 255  # codes of roots, and that of the largest in its row
 _AT_ONCE = 1 << 20  # elements
 
 
-def _probabilities(x: Tensor, dim: int, are_logarithms: bool) -> Recipe:
-    """The recipe of probabilities, or of their logarithms, that add up to one along a dimension: a byte for the root of each,
-    over the largest. Backward multiplies by the probabilities p themselves, and steps Δ of the root give them errors of 2√p·Δ,
-    whose squares add up to 4Δ², however many they are."""
+def _probabilities(x: Tensor, dim: int, are_logarithms: bool) -> Recipe | None:
+    """The recipe of probabilities, or of their logarithms, that add up to one along a dimension; None where it would keep more.
+
+    The largest is kept as it is, and of each other one a byte for its root, over the second largest. Backward multiplies by the
+    probabilities p themselves, and steps Δ of the root give them errors of 2√p·Δ, whose squares add up to 4Δ², however many
+    they are. Where the largest is next to one, the gradient is made of the others.
+    """
     rows = x.detach().movedim(dim, -1)
     shape, rows = rows.shape, rows.reshape(-1, rows.shape[-1])
-    largest = rows.amax(1, keepdim=True)
+    if rows.shape[1] + 2 * rows.element_size() >= rows.shape[1] * rows.element_size():
+        return None
     packed = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
-    step = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    extremes = torch.empty(2, rows.shape[0], 1, dtype=x.dtype, device=x.device)
+    step = max(1, _AT_ONCE // rows.shape[1])
     for first in range(0, rows.shape[0], step):
         part = slice(first, first + step)
-        wide = rows[part].float()
-        roots = ((wide - largest[part]) / 2).exp_() if are_logarithms else (wide / largest[part]).sqrt_()
-        packed[part] = roots.mul_(_STEPS).round_()
+        extremes[0, part], place = rows[part].max(1, keepdim=True)
+        others = rows[part].scatter(1, place, -torch.inf if are_logarithms else 0)
+        extremes[1, part] = others.amax(1, keepdim=True)
+        wide, second = others.float(), extremes[1, part].float()
+        roots = wide.sub_(second).div_(2).exp_() if are_logarithms else wide.div_(second).sqrt_()
+        packed[part] = roots.mul_(_STEPS).round_().nan_to_num_().scatter_(1, place, _LARGEST)
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        packed, largest = kept
+        packed, (largest, second) = kept
         roots = packed.to(largest.dtype if largest.dtype == torch.float64 else torch.float32).div_(_STEPS)
-        found = roots.log_().mul_(2).add_(largest) if are_logarithms else roots.square_().mul_(largest)
-        return found.to(dtype).view(shape).movedim(-1, dim)
+        found = roots.log_().mul_(2).add_(second) if are_logarithms else roots.square_().mul_(second)
+        return torch.where(packed == _LARGEST, largest.to(found.dtype), found).to(dtype).view(shape).movedim(-1, dim)
 
-    return Recipe((packed, largest), rebuild, bits=8)
+    return Recipe((packed, extremes), rebuild, bits=8)
 
 
 def narrowed_integers(x: Tensor, extremes: tuple[int, int] | None = None) -> Recipe | None:

@@ -100,7 +100,49 @@ class TestWhatIsCoded:
     def test_log_probabilities(self, classes, scale):
         logits, labels = normal(256, classes), torch.arange(256) % 64
         loss = lambda logits: functional.cross_entropy(scale * logits, labels)  # noqa: E731
-        assert near(loss, logits, bound=0.02) < 0.25 + 0.5 * 6 / classes
+        # besides the codes a row keeps its two largest, a label, and the loss
+        assert near(loss, logits, bound=0.02) < 0.25 + 0.5 * 8 / classes
+
+    @pytest.mark.parametrize("margin", [0.0, 5.0, 12.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_log_probabilities_of_what_is_learnt(self, margin, dtype):
+        """Where each label is all but certain, the gradient is made of all other probabilities."""
+        labels = torch.arange(256) % 64
+        logits = normal(256, 64, dtype=dtype, needs=False)
+        logits[torch.arange(256), labels] += margin
+        loss = lambda logits: functional.cross_entropy(1 * logits, labels)  # noqa: E731
+        assert near(loss, logits.requires_grad_(), bound=0.01) < 1
+
+    def test_probabilities_that_are_zero_or_not_finite(self):
+        masked = torch.zeros(64, 128).masked_fill(torch.arange(128) > torch.arange(64).unsqueeze(1), -torch.inf)
+        assert near(lambda x: (x * 1 + masked).softmax(-1), normal(64, 128)) < 0.3
+        assert (
+            near(lambda x: (x * 1 + 0 * masked[:, :1]).log_softmax(-1), 100 * normal(64, 128, needs=False).requires_grad_()) < 1
+        )
+        x = normal(64, 128, needs=False)
+        x[3, 5] = torch.nan
+        for function in (torch.softmax, torch.log_softmax):
+            _, [true] = gradients(lambda x, function=function: function(x * 1, -1), x.requires_grad_())
+            with fewbit.patch(bits=BITS):
+                _, [found] = gradients(lambda x, function=function: function(x * 1, -1), x)
+            assert torch.equal(found.isnan(), true.isnan())
+
+    def test_probabilities_of_few_classes_stay_exact(self):
+        assert near(lambda x: (x * 1).softmax(-1), normal(2048, 2), bound=1e-6) == 1
+
+    def test_what_is_divided_by_what_varies_by_row(self):
+        """As in linear attention: codes of the numerator itself would spoil the rows that are small."""
+        x, y = normal(4, 2, 256, 32), normal(4, 2, 256, 1)
+        scales = (10 ** torch.linspace(-4, 0, 256)).unsqueeze(-1)
+        assert near(lambda x, y: (x * scales) / (scales * (y.sigmoid() + 0.1)), x, y, bound=0.02) < 1
+
+    def test_readers_of_a_quotient_share_its_codes(self):
+        x, y, weight = normal(64, 256), normal(64, 256), normal(32, 256)
+        kept = []
+        for function in (lambda x, y: (x * 1) / (y.abs() + 1), lambda x, y: functional.linear((x * 1) / (y.abs() + 1), weight)):
+            with fewbit.patch(bits=4):
+                kept.append(bytes_kept(lambda function=function: function(x, y), leave_out=(x, y, weight)))
+        assert kept[0] == kept[1]
 
     def test_what_a_squared_error_reads(self):
         """The difference from the target: codes of the values themselves would spoil a small one."""

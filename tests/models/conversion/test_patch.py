@@ -404,7 +404,7 @@ BY_KEYWORD = {
     "linear": (functional.linear, {"input": (64, 96), "weight": (8, 96)}),
     "conv2d": (functional.conv2d, {"input": (4, 8, 16, 16), "weight": (4, 8, 3, 3)}),
     "glu": (functional.glu, {"input": (64, 96)}),
-    "attention": (functional.scaled_dot_product_attention, {each: (2, 2, 32, 16) for each in ("query", "key", "value")}),
+    "attention": (functional.scaled_dot_product_attention, dict.fromkeys(("query", "key", "value"), (2, 2, 32, 16))),
     "max_pool2d": (partial(functional.max_pool2d, kernel_size=2), {"input": (4, 8, 16, 16)}),
     "dropout": (functional.dropout, {"input": (64, 96)}),
 }
