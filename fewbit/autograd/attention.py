@@ -16,6 +16,7 @@ from fewbit.autograd.recomputed import Recomputed, generator_of, in_autocast
 from fewbit.autograd.rest import narrowed_integers
 from fewbit.autograd.sharing import Recipe
 from fewbit.kernels import DeviceTable
+from fewbit.kernels.layers import SAMPLE
 from fewbit.torch_internals import is_rehearsal, is_watched
 
 Tensor = torch.Tensor
@@ -73,7 +74,7 @@ def _by_token(x: Tensor, quantizer: Quantizer) -> Recipe | None:
             once = once.narrow(dim, 0, 1)
     shape, by_token = x.shape, once.movedim(-2, 1).flatten(2) if x.dim() > 2 else once
     order = (*once.shape[:1], *once.shape[-2:-1], *once.shape[1:-2], *once.shape[-1:])  # tokens before heads
-    found = scaled(by_token, quantizer, -1)
+    found = scaled(by_token, quantizer, -1, sample=SAMPLE)
     if found is None:
         return None
     rebuild = found.rebuild

@@ -17,7 +17,7 @@ from fewbit.autograd import sharing, watched
 from fewbit.autograd.layout import Arrangement, Layout
 from fewbit.autograd.sharing import Recipe, as_it_is
 from fewbit.kernels import DeviceTable, layer_ops, layers, ops
-from fewbit.kernels.layers import Codes, Vectors
+from fewbit.kernels.layers import LARGE_SAMPLE, Codes, Vectors
 from fewbit.packing import packed_bytes
 from fewbit.torch_internals import is_fake, is_watched
 
@@ -116,13 +116,14 @@ def recipe_of(
     return recipe
 
 
-def scaled(x: Tensor, quantizer: Quantizer, channel: int, marks: bool = True) -> Recipe | None:
+def scaled(x: Tensor, quantizer: Quantizer, channel: int, marks: bool = True, sample: int = LARGE_SAMPLE) -> Recipe | None:
     """The recipe of codes of x, standardized by channel and scaled by row; None where x is seen not to be finite.
 
     x        floating-point, any shape and strides, without a graph
     channel  the dimension of the channels: -1 for linear layers, 1 for convolutions. Rows are all that has one place in the
              dimensions before it: a token, or an image.
     marks    whether a channel that is not finite is to be rebuilt as NaN, where none is seen
+    sample   of how many places statistics are taken: a large one for what a weight's gradient sums up over all rows
 
     Rows are brought to one norm, in which channels count by their own mean magnitude: that takes up tokens that differ in size,
     and no channel far outside the range of all others spoils it; then channels are standardized. All that costs a number a row
@@ -138,7 +139,9 @@ def scaled(x: Tensor, quantizer: Quantizer, channel: int, marks: bool = True) ->
         return as_it_is(x)
     arrangement = Arrangement.of(x, channel)
     layout, grid = arrangement
-    packed, row, vectors, finite = of_layers(x).encode_scaled(arrangement.view(x), grid, table, quantizer.stochastic, marks)
+    packed, row, vectors, finite = of_layers(x).encode_scaled(
+        arrangement.view(x), grid._replace(sample=sample), table, quantizer.stochastic, marks
+    )
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         packed, row, vectors = kept

@@ -15,10 +15,10 @@ from fewbit import kernels
 from fewbit.kernels import cuda
 from fewbit.kernels import layers_reference as reference
 from fewbit.kernels.device_table import DeviceTable
-from fewbit.kernels.grid import LARGE_SAMPLE, Grid
+from fewbit.kernels.grid import LARGE_SAMPLE, SAMPLE, Grid
 from fewbit.kernels.layers_reference import Codes, First, Vectors
 
-__all__ = ["Codes", "Grid", "Vectors"]
+__all__ = ["LARGE_SAMPLE", "SAMPLE", "Codes", "Grid", "Vectors"]
 
 Tensor = torch.Tensor
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -37,7 +37,7 @@ def encode_scaled(
     Returns     packed codes; the rows' scales (rows,) and vectors (2, channels), from which `decode` rebuilds x; and whether
                 all is finite, as far as is known
     """
-    backend, grid = backend_of(x), grid._replace(sample=LARGE_SAMPLE)
+    backend = backend_of(x)
     scales = backend.row_scales(x, grid, backend.magnitudes(x, grid))
     row, first = scales[0].clone(), First(None, scales[1], True)
     coding, vectors, where = backend.standardize(x, grid, first, row, table, None, None, False, not stochastic)
