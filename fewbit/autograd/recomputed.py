@@ -62,7 +62,7 @@ class Recomputed(EagerFunction):
         return *(None,) * 3, *(differentiable_once(next(found), grad, anchor) if needs else None for needs in needed)
 
 
-def in_autocast(*operands: Tensor | None) -> Sequence[Tensor | None]:
+def in_autocast(*operands: Any) -> Sequence[Any]:
     """The operands in the dtype in which autocast lets an operation compute; masks of booleans, and None, as they are."""
     dtype = watched.autocast_dtype(*(each for each in operands if each is not None and each.is_floating_point()))
     if dtype is None:

@@ -3,7 +3,7 @@ operations save, see nothing: these calls become operations of fewbit's instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 
 from fewbit.autograd.products import cast, coded_products
 from fewbit.design.table import CodeTable
-from fewbit.functional.operation import Operation, is_codable, run
+from fewbit.functional.operation import DTYPES, Operation, is_codable, run
 
 Tensor = torch.Tensor
 
@@ -49,13 +49,11 @@ _PRODUCTS: Mapping[Any, Product] = {
     **{each: Product(name, (0, 1)) for name in ("matmul", "mm", "bmm") for each in _named(name)},
     **{each: Product(name, (1, 2)) for name in ("addmm", "baddbmm") for each in _named(name)},
 }
-_CASTS: Mapping[Any, Callable[..., Any]] = {
-    torch.Tensor.to: lambda dtype: dtype,
-    torch.Tensor.type_as: lambda other: other.dtype,
-    torch.Tensor.float: lambda: torch.float32,
-    torch.Tensor.double: lambda: torch.float64,
-    torch.Tensor.half: lambda: torch.float16,
-    torch.Tensor.bfloat16: lambda: torch.bfloat16,
+_CASTS: Mapping[Any, torch.dtype] = {
+    torch.Tensor.float: torch.float32,
+    torch.Tensor.double: torch.float64,
+    torch.Tensor.half: torch.float16,
+    torch.Tensor.bfloat16: torch.bfloat16,
 }
 
 
@@ -64,7 +62,8 @@ def find(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Product | Non
     # a function in Python, which dynamo does not find in mappings
     found = _POWER if function is torch.Tensor.__pow__ else _PRODUCTS.get(function)
     if found is not None and found.name == _POWER.name:
-        found, args = (_SQUARE, args[:1]) if args[1:] == (2,) else (None, args)
+        is_square = len(args) == 2 and isinstance(args[1], (int, float)) and args[1] == 2
+        found, args = (_SQUARE, args[:1]) if is_square else (None, args)
     if found is None or kwargs or not all(map(is_codable, args)):
         return None
     factors = [args[each] for each in found.factors]
@@ -86,13 +85,18 @@ def product(found: Product, args: tuple, bits: int | None, table: CodeTable | No
 
 def casted(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
     """The result of a cast between dtypes that can be coded, which shares codes with what it is of; None for any other call."""
-    dtype_of = _CASTS.get(function)
-    if dtype_of is None or kwargs or not is_codable(args[0]) or len(args) > 2:
-        return None
-    dtype = dtype_of(*args[1:])
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype == args[0].dtype:
+    dtype = None if kwargs else _dtype_of_cast(function, args)
+    if dtype not in DTYPES or not is_codable(args[0]) or dtype == args[0].dtype:
         return None
     return run(_cast, (dtype,), args[:1], by_name=False)
+
+
+def _dtype_of_cast(function: Any, args: tuple) -> Any:
+    if len(args) == 1:
+        return _CASTS.get(function)
+    if function is torch.Tensor.type_as:
+        return args[1].dtype if args[1].device == args[0].device else None
+    return args[1] if function is torch.Tensor.to and len(args) == 2 else None
 
 
 def _product(name: str, factors: tuple[int, ...], by_element: bool, weights: tuple[int, ...]) -> Operation:

@@ -228,6 +228,25 @@ class TestCompiled:
         coded, eager = (bytes_kept(each, x, leave_out=(x, *model.parameters())) for each in (call, model))
         assert coded < 1.2 * eager
 
+    def test_casts_and_powers_of_all_kinds(self):
+        class Casts(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear, self.power = torch.nn.Linear(64, 64), torch.nn.Parameter(torch.tensor(2.0))
+
+            def forward(self, x):
+                y = self.linear(x).sigmoid()
+                low = y.to(torch.bfloat16).float() + y.type_as(x.half()).to(y) + y.to("cpu").double().type_as(x)
+                return (
+                    low * y**self.power + y**2 * y.pow(3) + y.to(device="cpu", dtype=torch.float64).to(torch.float32, copy=True)
+                )
+
+        model, x = Casts(), torch.randn(256, 64)
+        true = all_gradients(model, x)
+        ours = all_gradients(compiled(fewbit.convert(model, bits=8)), x)
+        assert torch.equal(ours[0], true[0])
+        assert all(relative(*each) < 0.05 for each in zip(ours[1:], true[1:], strict=True))
+
     def test_no_product_is_coded_that_is_not_named(self):
         model, x = Scaled(), torch.randn(8, 64, 64)
         true = all_gradients(model, x)
