@@ -50,8 +50,11 @@ def coded_products(
         if recipe is None:
             return exact(*operands)
         recipes.append(recipe)
-    y, _ = _Product.apply(exact, recipes, None, *in_autocast(*operands))  # type: ignore[misc]
-    return note_product(y, *(operands if len(operands) > 1 else 2 * operands)) if by_element else y
+    if not by_element:  # which autocast leaves alone
+        y, _ = _Product.apply(exact, recipes, None, *in_autocast(*operands))  # type: ignore[misc]
+        return y
+    y, _ = _Product.apply(exact, recipes, None, *operands)  # type: ignore[misc]
+    return note_product(y, *(operands if len(operands) > 1 else 2 * operands))
 
 
 def cast(x: Tensor, *, exact: Callable[[Tensor], Tensor]) -> Tensor:

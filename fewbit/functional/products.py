@@ -68,11 +68,12 @@ def find(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Product | Non
         return None
     factors = [args[each] for each in found.factors]
     weights = tuple(each for each in found.factors if isinstance(args[each], torch.nn.Parameter))
-    if not found.by_element:
-        if any(each.dtype != args[0].dtype for each in args):  # autocast's, or an error of torch's
-            return None
-        if not weights and any(each.dim() < 3 for each in factors):  # which may be views of weights
-            return None
+    is_mixed = any(each.dtype != args[0].dtype for each in args)
+    # of numbers torch takes more bits than of tensors; of matrices autocast takes one dtype, or torch complains
+    if is_mixed and (not found.by_element or any(each.dim() == 0 for each in args)):
+        return None
+    if not found.by_element and not weights and any(each.dim() < 3 for each in factors):  # which may be views of weights
+        return None
     is_needed = any(each.requires_grad for each in factors) and len(weights) < len(factors)
     return found._replace(weights=weights) if is_needed else None
 

@@ -217,6 +217,26 @@ class TestCompiled:
         coded, eager = self.check(Scaled(), (8, 64, 64))
         assert coded < 1.3 * eager
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_outputs_are_torchs_under_autocast_and_of_mixed_dtypes(self, dtype):
+        class Mixed(Scaled):
+            def __init__(self):
+                super().__init__()
+                self.number, self.vector = torch.nn.Parameter(torch.tensor(0.3)), torch.nn.Parameter(torch.rand(64))
+
+            def forward(self, x):
+                y = super().forward(x) * self.number
+                return y.to(torch.bfloat16) * self.number + (y.to(torch.bfloat16) * self.vector) * self.vector.half()
+
+        exact = Mixed()
+        coded = compiled(fewbit.convert(copy.deepcopy(exact), bits=8))
+        x, grad = torch.randn(8, 64, 64), torch.randn(8, 64, 64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ours, true = (all_gradients(each, x, grad) for each in (coded, exact))
+        assert torch.equal(ours[0], true[0])
+        assert [each.dtype for each in ours] == [each.dtype for each in true]
+        assert all(relative(*each) < 0.05 for each in zip(ours[1:], true[1:], strict=True))
+
     def test_a_norm_of_two_dtypes(self):
         """As T5's in bfloat16: its scale is of float32, and a product of both is."""
         model = Behind(own_norm("T5LayerNorm", 64)).bfloat16()
