@@ -171,7 +171,7 @@ def test_steps_differ_in_nothing(name):
 
 
 def test_every_operator_of_fewbit_is_counted():
-    """Those of the built-in models are all that there are; none hides among products or views."""
+    """Those of the built-in models and of a gated unit are all that there are; none hides among products or views."""
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fewbit::")}
     seen = set()
     for make in models.BUILT_IN.values():
@@ -179,5 +179,8 @@ def test_every_operator_of_fewbit_is_counted():
         step = Step(subject._replace(model=fewbit.convert(subject.model, bits=4)))
         step()
         seen |= set(traffic(step).others)
+    gate, up, weight = (torch.randn(64, 64, requires_grad=True) for _ in range(3))
+    unit = fewbit.functional.swiglu
+    seen |= set(traffic(lambda: fewbit.functional.linear(unit(gate, up, bits=4), weight, bits=4).sum().backward()).others)
     assert {name.split(".")[0].replace("::", ".") for name in registered} <= seen
     assert "fewbit.encode" in seen

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewbit.autograd import product
+from fewbit.autograd import linear
 from tools.fuzz import census
 from tools.fuzz.account import Account, account, shrunk
 from tools.fuzz.check import Judge, Way
@@ -57,23 +57,23 @@ def test_a_plain_network_has_no_failures(mlp, way):
 
 class TestWhatIsWrongIsFound:
     def test_weight_gradients(self, mlp, monkeypatch):
-        grads = product.Linear.grads
-        monkeypatch.setattr(product.Linear, "grads", lambda *args: [each * 1.5 for each in grads(*args)])
+        grads = linear.Linear.grads
+        monkeypatch.setattr(linear.Linear, "grads", lambda *args: [each * 1.5 for each in grads(*args)])
         assert kinds(mlp) == {"gradients: error beyond the bound"}
         assert kinds(mlp, Way("convert", {"linear": 8})) == {"gradients: not exact", "gradients: error beyond the bound"}
 
     def test_what_is_not_finite(self, mlp, monkeypatch):
-        grads = product.Linear.grads
-        monkeypatch.setattr(product.Linear, "grads", lambda *args: [each / 0 for each in grads(*args)])
+        grads = linear.Linear.grads
+        monkeypatch.setattr(linear.Linear, "grads", lambda *args: [each / 0 for each in grads(*args)])
         assert kinds(mlp) == {"gradients: not finite where exact is"}
 
     def test_outputs(self, mlp, monkeypatch):
-        call = product.Linear.__call__
-        monkeypatch.setattr(product.Linear, "__call__", lambda *args: call(*args) + 1)
+        call = linear.Linear.__call__
+        monkeypatch.setattr(linear.Linear, "__call__", lambda *args: call(*args) + 1)
         assert "output: other values" in kinds(mlp)
 
     def test_exceptions(self, mlp, monkeypatch):
-        monkeypatch.setattr(product.Linear, "grads", lambda *args: 1 / 0)
+        monkeypatch.setattr(linear.Linear, "grads", lambda *args: 1 / 0)
         assert kinds(mlp) == {"backward raises ZeroDivisionError: division by zero"}
 
     def test_bytes(self, mlp):
@@ -85,7 +85,7 @@ class TestWhatIsWrongIsFound:
 
 
 def test_what_fails_is_made_small(mlp, monkeypatch):
-    monkeypatch.setattr(product.Linear, "grads", lambda *args: 1 / 0)
+    monkeypatch.setattr(linear.Linear, "grads", lambda *args: 1 / 0)
     (failure,) = Judge(mlp).failures(CONVERTED)
     smallest, _ = shrunk(mlp, CONVERTED, failure)
     assert [type(each) for each in smallest.module.modules() if not list(each.children())] == [nn.Linear]
