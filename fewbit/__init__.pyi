@@ -35,6 +35,9 @@ from fewbit.nn import ELU as ELU
 from fewbit.nn import GEGLU as GEGLU
 from fewbit.nn import GELU as GELU
 from fewbit.nn import GLU as GLU
+from fewbit.nn import GRU as GRU
+from fewbit.nn import LSTM as LSTM
+from fewbit.nn import RNN as RNN
 from fewbit.nn import SELU as SELU
 from fewbit.nn import AdaptiveAvgPool1d as AdaptiveAvgPool1d
 from fewbit.nn import AdaptiveAvgPool2d as AdaptiveAvgPool2d
@@ -56,6 +59,7 @@ from fewbit.nn import ConvTranspose2d as ConvTranspose2d
 from fewbit.nn import ConvTranspose3d as ConvTranspose3d
 from fewbit.nn import Dropout as Dropout
 from fewbit.nn import GroupNorm as GroupNorm
+from fewbit.nn import GRUCell as GRUCell
 from fewbit.nn import Hardshrink as Hardshrink
 from fewbit.nn import Hardsigmoid as Hardsigmoid
 from fewbit.nn import Hardswish as Hardswish
@@ -64,6 +68,7 @@ from fewbit.nn import LayerNorm as LayerNorm
 from fewbit.nn import LeakyReLU as LeakyReLU
 from fewbit.nn import Linear as Linear
 from fewbit.nn import LogSigmoid as LogSigmoid
+from fewbit.nn import LSTMCell as LSTMCell
 from fewbit.nn import MaxPool1d as MaxPool1d
 from fewbit.nn import MaxPool2d as MaxPool2d
 from fewbit.nn import MaxPool3d as MaxPool3d
@@ -79,6 +84,7 @@ from fewbit.nn import ReplicationPad1d as ReplicationPad1d
 from fewbit.nn import ReplicationPad2d as ReplicationPad2d
 from fewbit.nn import ReplicationPad3d as ReplicationPad3d
 from fewbit.nn import RMSNorm as RMSNorm
+from fewbit.nn import RNNCell as RNNCell
 from fewbit.nn import Sigmoid as Sigmoid
 from fewbit.nn import SiLU as SiLU
 from fewbit.nn import Softplus as Softplus

@@ -281,6 +281,7 @@ RESERVED = frozenset(
 # For activations, since functions and modules of fewbit.functional have them:
 _CONVOLUTIONS = tuple(f"{name}{dims}d" for name in ("conv", "conv_transpose") for dims in (1, 2, 3))
 _NORMS = "layer_norm", "rms_norm", "group_norm", "batch_norm"
+_RECURRENT = "lstm", "gru", "rnn_tanh", "rnn_relu"
 TAKEN = frozenset(
     {
         "linear",
@@ -291,15 +292,19 @@ TAKEN = frozenset(
         "geglu",
         "reglu",
         "scaled_dot_product_attention",
+        *_RECURRENT,
+        *(f"{name}_cell" for name in _RECURRENT),
         "operation",
         "activations",
         "layers",
+        "recurrent",
     }
 )
 # For modules of activations, since layers have them:
 TAKEN_MODULES = frozenset(
     {"Linear", *(f"{name}{dims}d" for name in ("Conv", "ConvTranspose", "BatchNorm") for dims in (1, 2, 3))}
     | {"LayerNorm", "RMSNorm", "GroupNorm", "GLU", "SwiGLU", "GEGLU", "ReGLU"}
+    | {"LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"}
 )
 _REGISTRY: dict[str, Activation] = {
     record.name: record

@@ -8,7 +8,6 @@ DEFAULT_MODEL_BITS = 5  # of whole models: what 4 cost at the end of training is
 REST_BITS = 8  # of kind "rest" at least, where bits are one number for every kind
 # of what is kept for backward. "linear" is the inputs of linear layers and convolutions, "product" of elementwise products.
 KINDS = ("activation", "linear", "norm", "product", "attention", "recurrent", "rest")
-NOT_YET = ("recurrent",)  # of these: no module is coded for them
 DEFAULT_WEIGHT = "student"  # of tables that hold the derivative alone, which tolerate heavy tails
 VALUE_WEIGHT = "normal"  # of all others: values want light tails
 DEFAULT_DOMAIN = (-10.0, 10.0)

@@ -215,6 +215,15 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 # Backward
 
 
+def without_graph() -> AbstractContextManager[None]:
+    """A context in which operations leave no graph, yet choose their kernels as where gradients are computed.
+
+    Under torch.no_grad, and for detached tensors, some of torch's recurrent layers round otherwise: they ask whether gradients
+    are enabled, and whether weights need one.
+    """
+    return torch._C._AutoDispatchBelowAutograd()  # type: ignore[attr-defined]
+
+
 def is_backward() -> bool:
     """Whether a backward pass runs on this thread: what checkpointing runs again then must not be counted twice."""
     return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]

@@ -200,9 +200,9 @@ class TestRegister:
 
     def test_what_stands_in_the_way_is_known(self):
         """The lists of names are those of what there is."""
-        functions = {"operation", "activations", "layers"} & set(vars(fewbit.functional))
+        functions = {"operation", "activations", "layers", "recurrent"} & set(vars(fewbit.functional))
         assert {*fewbit.functional.layers.FUNCTIONS} | functions == activations.TAKEN
-        assert {*fewbit.nn.layers.CLASSES} == activations.TAKEN_MODULES
+        assert {*fewbit.nn.layers.CLASSES, *fewbit.nn.recurrent.CLASSES} == activations.TAKEN_MODULES
         ours = {name for name in dir(fewbit.nn.activations.CodedActivation) if not name.startswith("_")}
         ours |= {*inspect.signature(fewbit.functional.relu).parameters}
         assert ours - set(dir(torch.nn.Module())) <= activations.RESERVED

@@ -20,10 +20,11 @@ from fewbit.functional import exact_codes, layers
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.exact_codes import CLASSES as EXACT_CODES
 from fewbit.nn.layers import CLASSES as LAYERS
+from fewbit.nn.recurrent import CLASSES as RECURRENT
 
 ROOT = Path(fewbit.__file__).parent
 HEAD = '"""Written by tools/stubs.py."""\n\n'
-_NAMES = [*dict.fromkeys(record.module for record in activations.BUILT_IN.values()), *LAYERS, *EXACT_CODES]
+_NAMES = [*dict.fromkeys(record.module for record in activations.BUILT_IN.values()), *LAYERS, *RECURRENT, *EXACT_CODES]
 
 
 def stubs() -> dict[Path, str]:
@@ -78,8 +79,9 @@ def _module(cls: type[nn.Module]) -> str:
 
 
 def _returned(function: object) -> str:
-    """Any, for functions that return a tensor, or a tuple where they are asked for more; else Tensor."""
-    return "Any" if inspect.signature(function).return_annotation == "Any" else "Tensor"  # type: ignore[arg-type]
+    """Any, for functions that return a tensor, or a tuple where they are asked for more; a tuple; else Tensor."""
+    returned = inspect.signature(function).return_annotation  # type: ignore[arg-type]
+    return returned if returned in ("Any", "tuple[Tensor, ...]") else "Tensor"
 
 
 def _parameters(of: object) -> str:

@@ -354,14 +354,14 @@ def narrowed_integers(x: Tensor, extremes: tuple[int, int] | None = None) -> Rec
     known = sharing.find(x)
     if known is not None:
         return known
-    recipe = _bits(x) if x.dtype == torch.bool else _narrower(x, extremes)
+    recipe = as_bits(x) if x.dtype == torch.bool else _narrower(x, extremes)
     if recipe is not None:
         sharing.attach(x, recipe)
     return recipe
 
 
-def _bits(x: Tensor) -> Recipe:
-    """Eight booleans a byte."""
+def as_bits(x: Tensor) -> Recipe:
+    """The recipe of booleans as bits, eight a byte."""
     shape, count = x.shape, x.numel()
     padded = torch.nn.functional.pad(x.reshape(-1), (0, -count % 8)).view(-1, 8)
     packed = (padded.to(torch.uint8) << _places(x)).sum(1, dtype=torch.uint8)

@@ -7,6 +7,7 @@ signatures alone, dropout, pooling and padding, of `fewbit.functional.exact_code
     operation.py    the one way of every call: check, decide, resolve, run
     activations.py  what an activation is to it
     layers.py       what a layer is to it
+    recurrent.py    what a recurrent layer and a cell of one are to it
     exact_codes.py  what dropout, pooling and padding are to it
     products.py     what products and casts are to it, in compiled code
 """
@@ -20,6 +21,7 @@ from fewbit import activations as _registry
 from fewbit.functional import activations as _activations
 from fewbit.functional import exact_codes as _exact_codes
 from fewbit.functional import layers as _layers
+from fewbit.functional import recurrent as _recurrent  # noqa: F401  # which adds its functions to those of layers
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

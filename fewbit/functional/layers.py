@@ -39,7 +39,7 @@ from fewbit.torch_internals import check_batch_size
 Tensor = torch.Tensor
 FINER = 1  # bit of codes of queries and keys, above those of values
 ROUNDINGS = ("nearest", "stochastic")
-FUNCTIONS: dict[str, Any] = {}  # all that this module offers, by name
+FUNCTIONS: dict[str, Any] = {}  # all that this module and `fewbit.functional.recurrent` offer, by name
 
 
 class Code(NamedTuple):
@@ -50,7 +50,7 @@ class Code(NamedTuple):
     rounding: str = "nearest"
     by_name: bool = True
 
-    def run(self, make: Callable[..., Operation], options: tuple, operands: tuple) -> Tensor:
+    def run(self, make: Callable[..., Operation], options: tuple, operands: tuple) -> Any:
         """make(*options) with this code, on the operands."""
         return run(make, (self.rounding, *options), operands, self.bits, self.table, self.by_name)
 
@@ -75,7 +75,7 @@ _ADDED_DOC = """\
     """
 
 
-def _layer(kind: str, gate: str | None = None) -> Callable[[Callable[..., Tensor]], Any]:
+def layer(kind: str, gate: str | None = None) -> Callable[[Callable[..., Any]], Any]:
     """The function of a Code and of torch's arguments as one of torch's arguments, `bits`, `table` and `rounding`.
 
     kind  of what it keeps, one of fewbit.constants.KINDS
@@ -84,25 +84,26 @@ def _layer(kind: str, gate: str | None = None) -> Callable[[Callable[..., Tensor
     The result tells both, as `kind` and `gate`, and as `with_code` the function itself.
     """
 
-    def decorate(function: Callable[..., Tensor]) -> Any:
+    def decorate(function: Callable[..., Any]) -> Any:
         @wraps(function)
-        def layer(
+        def called(
             *args: Any, bits: int | None = None, table: CodeTable | None = None, rounding: str = "nearest", **kwargs: Any
         ):
             return function(Code(bits, table, rounding), *args, **kwargs)
 
-        _, *torchs = inspect.signature(function).parameters.values()
-        layer.__signature__ = inspect.Signature([*torchs, *ADDED], return_annotation="Tensor")  # type: ignore[attr-defined]
-        layer.with_code, layer.kind, layer.gate = function, kind, gate  # type: ignore[attr-defined]
-        layer.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n{_ADDED_DOC}"
-        layer.__module__ = "fewbit.functional"
-        FUNCTIONS[layer.__name__] = layer
-        return layer
+        signature = inspect.signature(function)
+        _, *torchs = signature.parameters.values()
+        called.__signature__ = signature.replace(parameters=[*torchs, *ADDED])  # type: ignore[attr-defined]
+        called.with_code, called.kind, called.gate = function, kind, gate  # type: ignore[attr-defined]
+        called.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n{_ADDED_DOC}"
+        called.__module__ = "fewbit.functional"
+        FUNCTIONS[called.__name__] = called
+        return called
 
     return decorate
 
 
-@_layer("linear")
+@layer("linear")
 def linear(code: Code, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear; the weight's gradient is made from codes of the input, all else is exact.
 
@@ -164,14 +165,14 @@ def _named(function: Callable[..., Tensor], name: str) -> Any:
         "    input (batch, in, *) or (in, *), weight (out, in / groups, *), or (in, out / groups, *) if transposed,\n"
         "    bias (out,) -> (batch, out, *) or (out, *). Chakrabarti and Moseley, NeurIPS 2019, section 3.\n"
     )
-    return _layer("linear")(function)
+    return layer("linear")(function)
 
 
 conv1d, conv2d, conv3d = (_convolution(dims) for dims in (1, 2, 3))
 conv_transpose1d, conv_transpose2d, conv_transpose3d = (_transposed_convolution(dims) for dims in (1, 2, 3))
 
 
-@_layer("norm")
+@layer("norm")
 def layer_norm(
     code: Code,
     input: Tensor,
@@ -187,7 +188,7 @@ def layer_norm(
     return code.run(_layer_norm, (tuple(normalized_shape), eps), (input, weight, bias))
 
 
-@_layer("norm")
+@layer("norm")
 def rms_norm(
     code: Code, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -198,7 +199,7 @@ def rms_norm(
     return code.run(_rms_norm, (tuple(normalized_shape), eps), (input, weight, None))
 
 
-@_layer("norm")
+@layer("norm")
 def group_norm(
     code: Code, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -215,7 +216,7 @@ def group_norm(
     return code.run(_group_norm, (num_groups, eps), (input, weight, bias))
 
 
-@_layer("norm")
+@layer("norm")
 def batch_norm(
     code: Code,
     input: Tensor,
@@ -239,7 +240,7 @@ def batch_norm(
     return code.run(_batch_norm, (bool(training), eps), (input, weight, bias, running_mean, running_var, momentum))
 
 
-@_layer("product", gate="sigmoid")
+@layer("product", gate="sigmoid")
 def glu(code: Code, input: Tensor, dim: int = -1) -> Tensor:
     """torch.nn.functional.glu: the first half of the input along `dim` times the sigmoid of the second, from codes of both.
 
@@ -250,7 +251,7 @@ def glu(code: Code, input: Tensor, dim: int = -1) -> Tensor:
     return code.run(_glu, (dim,), (input,))
 
 
-@_layer("product", gate="silu")
+@layer("product", gate="silu")
 def swiglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, from codes of both, from which the layers that read the product make it anew.
 
@@ -262,7 +263,7 @@ def swiglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
     return code.run(_gated, ("swiglu", swiglu.gate), (gate, up))
 
 
-@_layer("product")
+@layer("product")
 def geglu(code: Code, gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """gelu(gate) * up, as `swiglu`; `approximate` as in torch.nn.functional.gelu."""
     return code.run(_gated, ("geglu", gelu_named(approximate)), (gate, up))
@@ -273,13 +274,13 @@ def gelu_named(approximate: str) -> str:
     return bound_record(activations.get("gelu"), {"approximate": approximate}).name
 
 
-@_layer("product", gate="relu")
+@layer("product", gate="relu")
 def reglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
     """relu(gate) * up, as `swiglu`."""
     return code.run(_gated, ("reglu", reglu.gate), (gate, up))
 
 
-@_layer("attention")
+@layer("attention")
 def scaled_dot_product_attention(
     code: Code,
     query: Tensor,
@@ -305,8 +306,8 @@ def scaled_dot_product_attention(
 # What makes the operations: of a rounding, then of the options
 
 
-def _operation(
-    name: str, rounding: str, exact: Callable[..., Tensor], coded: Callable[..., Tensor], gate: Activation | None = None
+def operation(
+    name: str, rounding: str, exact: Callable[..., Any], coded: Callable[..., Any], gate: Activation | None = None
 ) -> Operation:
     """An operation of a layer. gate: the activation of which it needs the joint tables, before that of a normal number."""
     _check_rounding(rounding)
@@ -329,17 +330,17 @@ def _check_rounding(rounding: Any) -> None:
 
 
 def _linear(rounding: str) -> Operation:
-    return _operation("linear", rounding, Linear(), partial(coded_linear, product=Linear()))
+    return operation("linear", rounding, Linear(), partial(coded_linear, product=Linear()))
 
 
 def _convolution_at(rounding: str, name: str, *options: Any) -> Operation:
     convolution = Convolution(*options)
-    return _operation(name, rounding, convolution, partial(coded_linear, product=convolution))
+    return operation(name, rounding, convolution, partial(coded_linear, product=convolution))
 
 
 def _norm(name: str, rounding: str, normalization: Any, exact: Callable[..., Tensor], autocasts: bool = True) -> Operation:
     coded = partial(norm.coded_normalization, normalization=normalization, exact=exact, autocasts=autocasts)
-    return _operation(name, rounding, exact, coded)
+    return operation(name, rounding, exact, coded)
 
 
 def _layer_norm(rounding: str, shape: tuple[int, ...], eps: float) -> Operation:
@@ -377,7 +378,7 @@ def _gated(rounding: str, name: str, gate: str) -> Operation:
     def exact(gate: Tensor, up: Tensor) -> Tensor:
         return forward(gate) * up
 
-    return _operation(name, rounding, exact, partial(gated.coded_gate, exact=exact), record)
+    return operation(name, rounding, exact, partial(gated.coded_gate, exact=exact), record)
 
 
 def _attention(rounding: str, dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool) -> Operation:
@@ -387,7 +388,7 @@ def _attention(rounding: str, dropout_p: float, is_causal: bool, scale: float | 
         )
 
     coded = partial(attention.coded_attention, exact=exact, is_random=dropout_p > 0)
-    return replace(_operation("scaled_dot_product_attention", rounding, exact, coded), finer=FINER)
+    return replace(operation("scaled_dot_product_attention", rounding, exact, coded), finer=FINER)
 
 
 def _glu(rounding: str, dim: int) -> Operation:
@@ -398,7 +399,7 @@ def _glu(rounding: str, dim: int) -> Operation:
         up, gate = input.tensor_split(2, dim)  # of a size that cannot be halved, too, of which exact complains
         return gated.coded_gate(gate, up, *tables, exact=lambda *_: exact(input), channel=dim, stochastic=stochastic)
 
-    return _operation("glu", rounding, exact, coded, activations.get(glu.gate))
+    return operation("glu", rounding, exact, coded, activations.get(glu.gate))
 
 
 def _run_batched(name: str, dims: int, options: tuple, input: Tensor, weight: Tensor, bias: Any, code: Code) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any
 from fewbit.nn import activations as _activations
 from fewbit.nn import exact_codes as _exact_codes
 from fewbit.nn import layers as _layers
+from fewbit.nn import recurrent as _recurrent
 
-_CLASSES = {**_layers.CLASSES, **_exact_codes.CLASSES}
+_CLASSES = {**_layers.CLASSES, **_recurrent.CLASSES, **_exact_codes.CLASSES}
 
 
 def __getattr__(name: str) -> Any:

@@ -601,6 +601,129 @@ class ReGLU(torch.nn.Module):
     def __init__(self, *, bits: int | None = None, table: CodeTable | None = None, rounding: str = "nearest") -> None: ...
     def forward(self, gate: Tensor, up: Tensor) -> Tensor: ...
 
+class LSTM(torch.nn.LSTM):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Any, hx: Any = None) -> Any: ...
+
+class GRU(torch.nn.GRU):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Any, hx: Any = None) -> Any: ...
+
+class RNN(torch.nn.RNN):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Any, hx: Any = None) -> Any: ...
+
+class LSTMCell(torch.nn.LSTMCell):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Any, hx: Any = None) -> Any: ...
+
+class GRUCell(torch.nn.GRUCell):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Any, hx: Any = None) -> Any: ...
+
+class RNNCell(torch.nn.RNNCell):
+    bits: int | None
+    table: CodeTable | None
+    rounding: str
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bits: int | None = None,
+        table: CodeTable | None = None,
+        rounding: str = "nearest",
+    ) -> None: ...
+    def forward(self, input: Any, hx: Any = None) -> Any: ...
+
 class Dropout(torch.nn.Dropout):
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None: ...
     def forward(self, input: Tensor) -> Tensor: ...

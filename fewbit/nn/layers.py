@@ -51,7 +51,8 @@ class CodedLayer(Coded):
         torchs = [each for each in others if each.__module__.startswith("torch.nn")]
         if torchs or not cls.__name__.startswith("_"):
             inherited = inspect.signature(torchs[0]).parameters.values() if torchs else ()
-            cls.__signature__ = inspect.Signature([*inherited, *ADDED])
+            named = [each for each in inherited if each.kind is not each.VAR_KEYWORD]
+            cls.__signature__ = inspect.Signature([*named, *ADDED])
 
     @property
     def code(self) -> Code:

@@ -17,7 +17,15 @@ from tools.fuzz.networks import Network
 pytest.importorskip("expecttest", reason="torch's database of operations needs it")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch's, when it loads the database and of samples
-NAMES = sorted({*activations.names(), *FUNCTIONS} - {"gelu_tanh", "quick_gelu", "swiglu", "geglu", "reglu"})  # which it lacks
+LACKS = {
+    "gelu_tanh",
+    "quick_gelu",
+    "swiglu",
+    "geglu",
+    "reglu",
+    *(n for n, each in FUNCTIONS.items() if each.kind == "recurrent"),
+}
+NAMES = sorted({*activations.names(), *FUNCTIONS} - LACKS)
 BITS = (2, 4, 8)  # by turns: what no file ships is designed, a ladder for each parameter of a sample
 DTYPES = {torch.float32: 100, torch.float64: 100, torch.bfloat16: 40, torch.float16: 40}  # samples of each
 

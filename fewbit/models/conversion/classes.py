@@ -23,10 +23,10 @@ from fewbit.models.conversion.interception import Intercepted, forward_of
 from fewbit.models.conversion.other_activations import activation_class
 from fewbit.models.preserve import cells_of
 from fewbit.nn import activations as activation_modules
-from fewbit.nn import exact_codes
+from fewbit.nn import exact_codes, layers, recurrent
 from fewbit.nn.activations import CodedActivation
 from fewbit.nn.exact_codes import ExactlyCoded
-from fewbit.nn.layers import CLASSES, CodedLayer
+from fewbit.nn.layers import CodedLayer
 
 CODED = (CodedActivation, CodedLayer, ExactlyCoded)
 _OURS = (*CODED, Intercepted)
@@ -73,7 +73,11 @@ def torch_twins() -> dict[type[nn.Module], type[nn.Module]]:
 
 @cache
 def _layer_twins() -> dict[type[nn.Module], type[nn.Module]]:
-    return {getattr(nn, name): coded for name, coded in {**CLASSES, **exact_codes.CLASSES}.items() if hasattr(nn, name)}
+    return {
+        getattr(nn, name): coded
+        for name, coded in {**layers.CLASSES, **recurrent.CLASSES, **exact_codes.CLASSES}.items()
+        if hasattr(nn, name)
+    }
 
 
 def coded_class(own: type[nn.Module], twins: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module] | None:

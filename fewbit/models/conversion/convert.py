@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fewbit.autograd.sharing import is_kept_exactly
-from fewbit.constants import DEFAULT_MODEL_BITS, EXACT, KINDS, NOT_YET
+from fewbit.constants import DEFAULT_MODEL_BITS, EXACT
 from fewbit.errors import ConversionWarning
 from fewbit.models.arguments import Filter, check_filter, check_model
 from fewbit.models.conversion.engine import CALLS, Converted, convert_modules, left_exact, revert_modules
@@ -35,17 +35,18 @@ def convert(
     """Let the modules of a model keep codes for backward, in place. The forward pass stays as it is, bit for bit.
 
     model      its modules are converted by class: activations, torch's and Hugging Face's, linear layers, convolutions, norms,
-               GLU, and, whatever kinds are named, dropout, pooling and padding, whose codes lose nothing. Subclasses are, if
-               they leave as it is what fewbit replaces: `forward`, mostly. All other modules with a forward of their own, and
-               torch's MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer, run it as it is, and what
-               torch's functions keep that are called there is coded, as by `fewbit.patch`: gates and norms that are written
-               out, attention, losses. Each module remains the same object, with its weights, hooks, names and state, and only
-               changes its class, for one that its own is a base of.
+               GLU, recurrent layers, and, whatever kinds are named, dropout, pooling and padding, whose codes lose nothing.
+               Subclasses are, if they leave as it is what fewbit replaces: `forward`, mostly. All other modules with a forward
+               of their own, and torch's MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer, run it as it
+               is, and what torch's functions keep that are called there is coded, as by `fewbit.patch`: gates and norms that
+               are written out, attention, losses. Each module remains the same object, with its weights, hooks, names and
+               state, and only changes its class, for one that its own is a base of.
     bits       of one code, 1 to 8: one number for every kind of what is kept, or a mapping from kind to number, as
                {"activation": 3, "linear": 4}; kinds that are not named stay exact. The kinds: "activation"; "linear", inputs of
                linear layers and convolutions, and of other products with weights; "norm"; "product", factors of products
                element by element, and squares; "attention", its query and key with one bit more; "rest", what else torch's
-               operations keep, at 8 bits at least where one number is given; "recurrent", of which no module is coded yet.
+               operations keep, at 8 bits at least where one number is given; "recurrent", inputs and outputs of LSTMs, GRUs
+               and their kin.
                With "linear", what linear layers read is coded once, by what made it, with the larger of both numbers of bits.
     filter_fn  of a module and its dotted name: whether to convert it; what is left out stays exact within others, too
     coding     of the tables, as in `fewbit.design`; None for the optimal one
@@ -91,7 +92,7 @@ def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Conve
     if not converted:
         warnings.warn(
             f"no module of the {type(model).__name__} was converted with {setting}: none is of these kinds, or the filter let "
-            f"none pass{_not_yet(setting)}{_left_exact(model, setting)}. Modules that were built as fewbit's stay. Code that "
+            f"none pass{_left_exact(model, setting)}. Modules that were built as fewbit's stay. Code that "
             "calls functions such as torch.nn.functional.gelu itself is coded by `with fewbit.patch(bits):` around it",
             ConversionWarning,
             stacklevel=3,
@@ -109,18 +110,12 @@ def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Conve
             total,
             type(model).__name__,
             ", ".join(numbers),
-            _not_yet(setting) + _left_exact(model, setting) + _caveat(converted, setting),
+            _left_exact(model, setting) + _caveat(converted, setting),
         )
 
 
 def _described(kind: str, setting: Setting) -> str:
     return "by exact codes" if kind == EXACT else f"{kind} at {plural(setting.bits_of(kind) or 0, 'bit')}"
-
-
-def _not_yet(setting: Setting) -> str:
-    """What to say of kinds that the user named, and that are not coded yet."""
-    named = [kind for kind, _ in setting.by_kind if kind in NOT_YET]
-    return f"; not coded yet: {', '.join(named)}" if named and len(setting.by_kind) < len(KINDS) else ""
 
 
 def _left_exact(model: nn.Module, setting: Setting) -> str:

@@ -184,9 +184,11 @@ def _targets() -> dict[Callable[..., Any], _Target]:
     for name in (each.rpartition(".")[2] for each in named):
         found.update({getattr(home, name): _Target(name) for home in homes if hasattr(home, name)})
         found.update({getattr(home, name + "_"): _Target(name, inplace=True) for home in homes if hasattr(home, name + "_")})
-    names = [each for each in layers.FUNCTIONS if hasattr(functional, each)]
-    firsts = {each: next(iter(inspect.signature(layers.FUNCTIONS[each]).parameters)) for each in names}
-    return {**found, **{getattr(functional, each): _Target(each, layer=True, first=firsts[each]) for each in names}}
+    for name, ours in layers.FUNCTIONS.items():
+        torchs = getattr(torch if ours.kind == "recurrent" else functional, name, None)  # gated units are fewbit's alone
+        if torchs is not None:
+            found[torchs] = _Target(name, layer=True, first=next(iter(inspect.signature(ours).parameters)))
+    return found
 
 
 def _exact_codes() -> dict[Callable[..., Any], tuple[str, dict[str, Any]]]:
@@ -274,7 +276,9 @@ def _coded_layer(settings: Interception, target: _Target, x: Any, rest: tuple, n
         return None
     bits, table = settings.setting.bits_of(function.kind), settings.tables.get(function.kind)
     others = [each for each in (*rest, *named.values()) if isinstance(each, Tensor)]
-    if bits is None or not is_codable(x) or not all(map(takes_part, others)):
+    if bits is None or not is_codable(x):
+        return None
+    if function.kind != "recurrent" and not all(map(takes_part, others)):  # of these a tensor may be the sizes of steps
         return None
     weight = rest[0] if rest else named.get("weight")
     if target.name == "linear" and isinstance(weight, Tensor) and weight.dim() != 2:  # torch takes a vector, too
@@ -337,7 +341,7 @@ def _layer_tables(setting: Setting) -> dict[str, CodeTable]:
         return {}
     if torch.compiler.is_compiling():
         raise InputError("in compiled code patch takes no coding; make such a patch outside, and enter it inside")
-    gates = {"linear": None, "norm": None, "attention": None, "product": layers.glu.gate}
+    gates = {**dict.fromkeys(("linear", "norm", "attention", "recurrent")), "product": layers.glu.gate}
     return {kind: setting.layer_table(kind, gate) for kind, gate in gates.items() if setting.bits_of(kind) is not None}
 
 

@@ -25,9 +25,10 @@ class patch(ContextDecorator):
         loss = model(x).sum()  # F.gelu, torch.tanh, x.sigmoid(), torch.relu_ and their like, in any code that runs here
 
     bits         of one code, 1 to 8, for every kind or by kind, as in `fewbit.convert`: of activations, and of linear layers,
-                 convolutions, norms, GLU and attention that are called as torch.nn.functional.linear and so on, as torch's
-                 modules do; in eager code also of what torch's other operations keep, products among them. Dropout, pooling
-                 and padding, whose codes lose nothing, are coded with any bits, unless `activations` is given.
+                 convolutions, norms, GLU, attention and recurrent layers that are called as torch.nn.functional.linear,
+                 torch.lstm and so on, as torch's modules do; in eager code also of what torch's other operations keep, products
+                 among them. Dropout, pooling and padding, whose codes lose nothing, are coded with any bits, unless
+                 `activations` is given.
     coding       of the tables, as in `fewbit.design`; None for the optimal one
     activations  names of the activations to code, as `fewbit list` shows them; None for all. With names, one number of bits is
                  for the kind "activation" alone.
@@ -35,7 +36,7 @@ class patch(ContextDecorator):
     The forward pass stays as it is, bit for bit. What cannot be coded is torch's own: inputs that need no gradient, of other
     dtypes, sparse, nested or of a subclass of Tensor; calls with out=, with tensors for parameters, or with parameters for
     which there is no table; layers under `torch.func` transforms; forward-mode differentiation. So is all that torch computes
-    in one operation or out of Python's sight (LSTMs, `torch.jit` scripts), and, in compiled code, calls of torch.relu_,
+    out of Python's sight (`torch.jit` scripts), and, in compiled code, calls of torch.relu_,
     functional.elu_ and their like (but not x.relu_() and inplace=True), of which the compiler tells no mode.
 
     Backward may come after the block, but what is recomputed for it is coded only inside: with checkpointing (use_reentrant

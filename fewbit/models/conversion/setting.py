@@ -3,8 +3,8 @@
 bits    one number for every kind of what is kept, or a mapping from kind to number; kinds that are not named stay exact
 coding  of the tables, None for the optimal one
 
-What linear layers read is coded once: where a model codes the kind "linear", activations, norms and products make codes that
-serve these layers, too, of the larger of both numbers of bits.
+What linear layers read is coded once: where a model codes the kind "linear", activations, norms, products and recurrent layers
+make codes that serve these layers, too, of the larger of both numbers of bits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Setting:
         (4, None)
         """
         found = dict(self.by_kind)
-        if kind in ("activation", "norm", "product") and kind in found:
+        if kind in ("activation", "norm", "product", "recurrent") and kind in found:
             return max(found[kind], found.get("linear", 0))
         return found.get(kind)
 

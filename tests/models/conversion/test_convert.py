@@ -12,7 +12,7 @@ from torch import nn
 
 import fewbit
 from fewbit.constants import KINDS
-from fewbit.errors import ConversionWarning, DesignError, InputError
+from fewbit.errors import DesignError, InputError
 from fewbit.models.conversion.interception import Intercepted
 
 EXACT = {"mlp.4"}  # the modules that any conversion converts
@@ -356,11 +356,3 @@ def test_autocast(model):
     assert torch.equal(y, true_y)
     assert all(ours[name].dtype == true[name].dtype for name in true)
     assert all(relative(ours[name], true[name]) < 0.3 for name in true), {n: relative(ours[n], true[n]) for n in true}
-
-
-def test_kinds_that_are_not_coded_yet_are_told(caplog):
-    caplog.set_level(logging.INFO, logger="fewbit")
-    fewbit.convert(nn.Sequential(nn.GELU()), {"activation": 3, "recurrent": 2})
-    assert caplog.messages[-1].endswith("1 activation at 3 bits; not coded yet: recurrent")
-    with pytest.warns(ConversionWarning, match="not coded yet: recurrent"):
-        fewbit.convert(nn.Sequential(nn.GELU()), {"rest": 8, "recurrent": 2})

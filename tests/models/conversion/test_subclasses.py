@@ -127,12 +127,6 @@ class TestSubclasses:
         model(torch.randn(2, 3))
         assert type(fewbit.convert(model, bits=4)[0]) is fewbit.Linear
 
-    def test_recurrent_modules_stay(self):
-        model = nn.ModuleList([nn.LSTM(4, 4), nn.GRU(4, 4)])
-        before = types(model)
-        with pytest.warns(fewbit.ConversionWarning):
-            assert types(fewbit.convert(model, bits=4)) == before
-
     def test_names_that_users_gave(self):
         module = nn.LeakyReLU(0.3)
         module.name, module.record = "first", [1]

@@ -1,0 +1,216 @@
+"""Recurrent layers that keep codes of what they read and of what they put out, and nothing of gates and cells.
+
+The output of every step is known, and so all gates follow from one product of what codes of the input and of the outputs stand
+for. Errors of the outputs do not feed on each other: each step starts from the code of the exact output before it. Readers of a
+layer's output (the next layer, a linear layer) keep the same codes.
+
+A cell, which takes one step, keeps codes of its input, of the output before it and of the cell before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fewbit.autograd.double_backward import differentiable_once
+from fewbit.autograd.quantize import Quantizer, at_least_float32, recipe_of, scaled
+from fewbit.autograd.rest import as_bits
+from fewbit.autograd.sharing import Recipe, attach
+from fewbit.kernels.recurrent import Cells, Steps, Weights
+from fewbit.torch_internals import EagerFunction, not_a_view
+
+Tensor = torch.Tensor
+
+
+class Layer(NamedTuple):
+    """One recurrent layer, or a cell of one.
+
+    cells          its kind
+    has_biases     whether its weights have them
+    bidirectional  whether it takes the steps backwards, too, with weights of their own
+    batch_first    whether tensors are (batch, steps, n) instead of (steps, batch, n)
+    is_cell        whether it takes one step, of tensors (batch, n)
+    sizes          how many sequences each step has, of packed ones (rows, n); None where all have as many steps
+    """
+
+    cells: Cells
+    has_biases: bool
+    bidirectional: bool = False
+    batch_first: bool = False
+    is_cell: bool = False
+    sizes: tuple[int, ...] | None = None
+
+    def steps(self, x: Tensor) -> list[Steps]:
+        """Of each direction, for an input x."""
+        sizes = self.sizes
+        if self.is_cell:
+            sizes = (len(x),)
+        elif sizes is None:
+            batch, steps = x.shape[:2] if self.batch_first else x.shape[1::-1]
+            sizes = (batch,) * steps
+        return [Steps(sizes, backwards) for backwards in (False, True)[: 1 + self.bidirectional]]
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """(rows, n): the places of all steps, one step after another."""
+        return (tensor.transpose(0, 1) if self.batch_first else tensor).reshape(-1, tensor.shape[-1])
+
+    def unrows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """What `rows` made (rows, n) of, without a copy."""
+        if self.batch_first:
+            return rows.view(shape[1], shape[0], shape[2]).transpose(0, 1)
+        return rows.view(shape)
+
+
+class State(NamedTuple):
+    """Outputs or cells before the first step, (directions, batch, n), or of a cell (batch, n), and what to keep of them; both
+    are None for zeros."""
+
+    tensor: Tensor | None = None
+    recipe: Recipe | None = None
+
+    def part(self, begin: int, end: int) -> State:
+        """Of the states of all layers those of one."""
+        if self.tensor is None or self.recipe is None or len(self.tensor) == end - begin:
+            return self
+        rebuild = self.recipe.rebuild
+        return State(self.tensor[begin:end], Recipe(self.recipe.kept, lambda kept, dtype: rebuild(kept, dtype)[begin:end]))
+
+
+def states_of(tensors: Sequence[Tensor | None], quantizer: Quantizer) -> list[State] | None:
+    """The states that tensors are, None for zeros; None where one is seen not to be finite."""
+    recipes = [None if each is None else recipe_of(each, quantizer, _by_last) for each in tensors]
+    if any(tensor is not None and recipe is None for tensor, recipe in zip(tensors, recipes, strict=True)):
+        return None
+    return [State(*each) for each in zip(tensors, recipes, strict=True)]
+
+
+def coded_layer(
+    x: Tensor, states: Sequence[State], weights: Sequence[Tensor], made: Sequence[Tensor], layer: Layer, quantizer: Quantizer
+) -> tuple[Tensor, ...] | None:
+    """What torch's operation has made of x, states and weights, differentiated at what codes stand for; None where x or an
+    output is seen not to be finite, which is then left to torch.
+
+    x        as the layer says
+    weights  of each direction, as torch lists them
+    made     without a graph: the outputs, and the states behind the last step; of a cell the states alone
+    """
+    of_x = recipe_of(x, quantizer, _by_last)
+    of_y = None if layer.is_cell else recipe_of(made[0], quantizer, _by_last, is_own=True)
+    if of_x is None or (of_y is None and not layer.is_cell):
+        return None
+    if layer.cells.keeps_signs:
+        of_y = _with_signs(made[0], of_y)
+    recipes, tensors = [of_x, of_y, *(each.recipe for each in states)], [each.tensor for each in states]
+    *found, _ = _CodedRecurrent.apply(tuple(made), recipes, layer, x, *tensors, *weights)  # type: ignore[misc]
+    if of_y is not None and not of_y.is_exact and not layer.is_cell:
+        attach(found[0], of_y)
+    return tuple(found)
+
+
+def _with_signs(y: Tensor, recipe: Recipe | None) -> Recipe:
+    """The recipe of outputs y >= 0 that gives zeros as zeros and all others as positive; without a recipe, of their signs."""
+    if recipe is not None and recipe.is_exact:
+        return recipe
+    signs = as_bits(y > 0)
+    rebuild_all, rebuild_signs = recipe and recipe.rebuild, signs.rebuild
+
+    def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        *of_values, of_signs = kept
+        positive = rebuild_signs([of_signs], dtype).to(dtype)
+        if rebuild_all is None:
+            return positive
+        return rebuild_all(of_values, dtype).clamp_min_(torch.finfo(dtype).tiny).mul_(positive)
+
+    return Recipe((*(recipe.kept if recipe else ()), *signs.kept), rebuild)
+
+
+def _by_last(x: Tensor, quantizer: Quantizer) -> Recipe | None:
+    return scaled(x, quantizer, -1)
+
+
+class _CodedRecurrent(EagerFunction):
+    """Its last output is the anchor of `differentiable_once`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        made: tuple[Tensor, ...],
+        recipes: Sequence[Recipe | None],
+        layer: Layer,
+        x: Tensor,
+        *others: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        anchor, weights = x.new_empty(0), others[layer.cells.states :]
+        ctx.save_for_backward(anchor, *weights, *(tensor for each in recipes if each is not None for tensor in each.kept))
+        ctx.set_materialize_grads(False)
+        ctx.layer, ctx.weights = layer, len(weights)
+        ctx.parts = [(None, 0) if each is None else (each.rebuild, len(each.kept)) for each in recipes]
+        ctx.given = [(None, None) if each is None else (each.shape, each.dtype) for each in (x, *others)]
+        return *map(not_a_view, made), anchor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [each for each in grads[:-1] if each is not None]
+        if not given:
+            return (None,) * (3 + len(ctx.given))
+        anchor, *saved = ctx.saved_tensors
+        weights, kept = saved[: ctx.weights], saved[ctx.weights :]
+        with torch.no_grad():  # much is computed in place; the results are tied to their graph below
+            wide, rebuilt = at_least_float32(weights[0].dtype), []
+            for rebuild, number in ctx.parts:
+                rebuilt.append(None if rebuild is None else rebuild(kept[:number], wide))
+                kept = kept[number:]
+            weights = [each.to(wide) for each in weights]
+            incoming = [None if each is None else each.to(wide) for each in grads[:-1]]
+            found = _backward(ctx.layer, rebuilt, weights, incoming, ctx.needs_input_grad[3:])
+        results = [
+            differentiable_once(each.reshape(shape).to(dtype), given[0], anchor) if needs and each is not None else None
+            for each, (shape, dtype), needs in zip(found, ctx.given, ctx.needs_input_grad[3:], strict=True)
+        ]
+        return *(None,) * 3, *results
+
+
+def _backward(
+    layer: Layer,
+    rebuilt: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x, of the states before the first step, and of the weights; all tensors have one dtype.
+
+    rebuilt  x, the outputs (None of most cells), and the states (None for zeros)
+    grads    of what torch's operation has made
+    needed   of which the gradients are: None may be given for others
+    """
+    x, y, *states = rebuilt
+    assert x is not None, "it is what the layer reads"
+    directions, rows, outputs = layer.steps(x), layer.rows(x), None if y is None else layer.rows(y)
+    grad_y = None if grads[0] is None else layer.rows(grads[0])
+    last = [None, *grads[1:]] if layer.is_cell else grads[1:]
+    of_x, of_states, of_weights, number = None, [], [], len(weights) // len(directions)
+    for d, steps in enumerate(directions):
+        own = Weights.of(weights[d * number : (d + 1) * number], layer.has_biases)
+        out = own.hh.shape[1]
+        first = [
+            x.new_zeros(steps.sizes[0], width) if state is None else _of_direction(state, d)
+            for state, width in zip(states, (out, len(own.hh) // 4), strict=False)
+        ]
+        place = slice(d * out, (d + 1) * out)
+        incoming = [
+            None if grad_y is None else grad_y[:, place],
+            *(grad if grad is None else _of_direction(grad, d) for grad in last),
+        ]
+        found = layer.cells.backward(rows, None if outputs is None else outputs[:, place], first, own, incoming, steps)
+        if needed[0]:
+            of_x = found.gates @ own.ih if of_x is None else of_x.addmm_(found.gates, own.ih)
+        of_states.append(found.states)
+        of_weights += found.weights(rows, own).listed() if any(needed[1 + len(states) :]) else [None] * number
+    return [None if of_x is None else layer.unrows(of_x, x.shape), *map(torch.stack, zip(*of_states, strict=True)), *of_weights]
+
+
+def _of_direction(state: Tensor, number: int) -> Tensor:
+    """(batch, n): a state, or what belongs to one, of a direction; of a cell all of it."""
+    return state[number] if state.dim() == 3 else state

@@ -1,0 +1,191 @@
+"""Recurrent layers and their cells: torch's operations for them, with the arguments that these take.
+
+torch's modules call these operations: `torch.lstm`, `torch.gru`, `torch.rnn_tanh`, `torch.rnn_relu`, and those of one step.
+Traced by a compiler they are torch's own. torch.compile runs modules of recurrent layers outside of its graphs, where they keep
+codes as in eager code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from fewbit.autograd.quantize import Quantizer
+from fewbit.autograd.recurrent import Layer, State, coded_layer, states_of
+from fewbit.functional import exact_codes
+from fewbit.functional.layers import Code, layer, operation
+from fewbit.functional.operation import Operation
+from fewbit.kernels.recurrent import KINDS
+from fewbit.torch_internals import is_fake, without_graph
+
+Tensor = torch.Tensor
+Sizes = tuple[int, ...] | None
+
+
+class Stack(NamedTuple):
+    """torch's operation of one or more layers, at certain options."""
+
+    mode: str
+    has_biases: bool
+    layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    batch_first: bool
+
+    @property
+    def directions(self) -> int:
+        return 1 + self.bidirectional
+
+    def exact(self, x: Tensor, sizes: Sizes, *others: Any) -> tuple[Tensor, ...]:
+        """The outputs of all steps, and the states behind the last one, by torch's own operation.
+
+        sizes   of the steps of packed sequences
+        others  the states before the first step, None for zeros, and the weights
+        """
+        number = KINDS[self.mode].states
+        states, weights = others[:number], others[number:]
+        if states[0] is None:
+            states = self._zeros(x, sizes, weights)
+        hx = states if number > 1 else states[0]
+        options = (self.has_biases, self.layers, self.dropout, self.train, self.bidirectional)
+        run: Any = getattr(torch, self.mode)
+        if sizes is None:
+            return run(x, hx, weights, *options, self.batch_first)
+        return run(x, torch.as_tensor(sizes, device="cpu"), hx, weights, *options)
+
+    def _zeros(self, x: Tensor, sizes: Sizes, weights: Sequence[Any]) -> list[Tensor]:
+        batch = x.shape[0 if self.batch_first else 1] if sizes is None else sizes[0]
+        widths = weights[1].shape[1], len(weights[1]) // 4  # cells have no projection
+        return [x.new_zeros(self.layers * self.directions, batch, width) for width in widths[: KINDS[self.mode].states]]
+
+    def coded(self, x: Tensor, sizes: Sizes, *others: Any, stochastic: bool) -> tuple[Tensor, ...]:
+        """The same, layer by layer, each from codes of what it reads and puts out. The last argument is a table of values."""
+        *tensors, table = others
+        quantizer, number = Quantizer(table, stochastic), KINDS[self.mode].states
+        states, weights = states_of(tensors[:number], quantizer), tensors[number:]
+        if states is None:
+            return self.exact(x, sizes, *tensors)
+        per_layer, behind = len(weights) // self.layers, []
+        for each in range(self.layers):
+            first = [state.part(each * self.directions, (each + 1) * self.directions) for state in states]
+            x, *last = self._one(x, sizes, first, weights[each * per_layer : (each + 1) * per_layer], quantizer)
+            behind.append(last)
+            if self.train and self.dropout > 0 and each < self.layers - 1:
+                x = exact_codes.dropout.quietly(x, self.dropout, True)
+        return x, *(each[0] if self.layers == 1 else torch.cat(each) for each in zip(*behind, strict=True))
+
+    def _one(
+        self, x: Tensor, sizes: Sizes, states: Sequence[State], weights: Sequence[Tensor], quantizer: Quantizer
+    ) -> tuple[Tensor, ...]:
+        """One of the layers."""
+        kind = Layer(KINDS[self.mode], self.has_biases, self.bidirectional, self.batch_first, sizes=sizes)
+        exact = partial(self._replace(layers=1, dropout=0.0).exact, x, sizes, *(each.tensor for each in states), *weights)
+        with without_graph():
+            made = exact()
+        return coded_layer(x, states, weights, made, kind, quantizer) or exact()
+
+
+class Cell(NamedTuple):
+    """torch's operation of one step."""
+
+    mode: str
+
+    def exact(self, x: Tensor, *others: Any) -> Any:
+        """The new states, or the new state, by torch's own operation. others: as of a stack, the biases last."""
+        number = KINDS[self.mode].states
+        hx: Any = [x.new_zeros(len(x), others[-3].shape[1]) if each is None else each for each in others[:number]]
+        return getattr(torch, f"{self.mode}_cell")(x, hx if number > 1 else hx[0], *others[number:])
+
+    def coded(self, x: Tensor, *others: Any, stochastic: bool) -> Any:
+        """The same from codes. The last argument is a table of values."""
+        *tensors, table = others
+        quantizer, number = Quantizer(table, stochastic), KINDS[self.mode].states
+        states, weights = states_of(tensors[:number], quantizer), [each for each in tensors[number:] if each is not None]
+        if states is None:
+            return self.exact(x, *tensors)
+        with without_graph():
+            made = self.exact(x, *tensors)
+        kind = Layer(KINDS[self.mode], len(weights) > 2, is_cell=True)
+        found = coded_layer(x, states, weights, made if number > 1 else [made], kind, quantizer)
+        if found is None:
+            return self.exact(x, *tensors)
+        return found if number > 1 else found[0]
+
+
+def _stack(rounding: str, *options: Any) -> Operation:
+    stack = Stack(*options)
+    return operation(stack.mode, rounding, stack.exact, stack.coded)
+
+
+def _cell(rounding: str, mode: str) -> Operation:
+    cell = Cell(mode)
+    return operation(f"{mode}_cell", rounding, cell.exact, cell.coded)
+
+
+def _of_layers(mode: str, state: str) -> Any:
+    def recurrent(
+        code: Code,
+        input: Tensor,
+        hx: Any,
+        params: Any,
+        has_biases: Any,
+        num_layers: Any,
+        dropout: Any,
+        train: Any,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> tuple[Tensor, ...]:
+        sizes, options = None, (has_biases, num_layers, dropout, train, bidirectional, batch_first)
+        if not isinstance(has_biases, bool | int):  # the other form: sizes come second, and the last argument is missing
+            sizes, hx, params, options = hx, params, has_biases, (*options[1:], False)
+        hx = (hx,) if isinstance(hx, Tensor) else (None,) * KINDS[mode].states if hx is None else tuple(hx)
+        stack = Stack(mode, *options)
+        if torch.compiler.is_compiling() or (sizes is not None and is_fake(sizes)):
+            return stack.exact(input, sizes, *hx, *params)
+        return code.run(_stack, stack, (input, None if sizes is None else tuple(sizes.tolist()), *hx, *params))
+
+    recurrent.__name__ = recurrent.__qualname__ = mode
+    recurrent.__doc__ = (
+        f"torch.{mode}, from codes of what each layer reads and puts out; gates and cells are not kept.\n\n"
+        "    input          (steps, batch, in), or (batch, steps, in) with batch_first, or packed sequences (rows, in): then\n"
+        "                   the sizes of the steps come second, and there is no batch_first, as torch has it\n"
+        f"    hx             {state} before the first step, (layers * directions, batch, hidden), or None for zeros\n"
+        "    params         the weights, as torch.nn lists them\n"
+        "    Returns        the outputs of all steps, and the same as hx behind the last step\n"
+    )
+    return layer("recurrent")(recurrent)
+
+
+def _of_a_cell(mode: str, state: str) -> Any:
+    def cell(
+        code: Code,
+        input: Tensor,
+        hx: Any,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Any:
+        hx = (hx,) if isinstance(hx, Tensor) else (None,) * KINDS[mode].states if hx is None else tuple(hx)
+        operands = input, *hx, w_ih, w_hh, b_ih, b_hh
+        if torch.compiler.is_compiling():
+            return Cell(mode).exact(*operands)
+        return code.run(_cell, (mode,), operands)
+
+    cell.__name__ = cell.__qualname__ = f"{mode}_cell"
+    cell.__doc__ = (
+        f"torch.{mode}_cell, from codes of what it reads, input (batch, in) and states; gates are not kept.\n\n"
+        f"    hx       {state} before the step, (batch, hidden), or None for zeros\n"
+        "    w_ih     (gates * hidden, in), w_hh (gates * hidden, hidden), b_ih and b_hh (gates * hidden,) or None\n"
+        "    Returns  the same as hx behind the step\n"
+    )
+    return layer("recurrent")(cell)
+
+
+MODES = {"lstm": "a pair of outputs and cells", "gru": "the outputs", "rnn_tanh": "the outputs", "rnn_relu": "the outputs"}
+lstm, gru, rnn_tanh, rnn_relu = (_of_layers(*each) for each in MODES.items())
+lstm_cell, gru_cell, rnn_tanh_cell, rnn_relu_cell = (_of_a_cell(*each) for each in MODES.items())

@@ -1,0 +1,281 @@
+"""Backward of recurrent layers, from what they read and what they put out.
+
+The outputs of all steps are known, and so all gates follow from one product; only the cells of an LSTM need a scan. The
+gradients of pre-activations are those of outputs and cells times factors, which are computed for all steps at once. What is
+left to do step by step is to multiply by these factors and by the recurrent weights.
+
+Rows are the places of all steps, one step after another, each with its sequences from the longest to the shortest, as in
+`torch.nn.utils.rnn.PackedSequence`. All tensors have one dtype, float32 or float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+aten = torch.ops.aten  # sigmoid_backward(g, y) is g y (1 - y), tanh_backward(g, y) is g (1 - y²)
+
+
+class Weights(NamedTuple):
+    """Of one direction of one layer, as torch names them: hr (out, hidden) projects the outputs of an LSTM."""
+
+    ih: Tensor
+    hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    hr: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], has_biases: bool) -> Weights:
+        """Of the weights as torch lists them."""
+        ih, hh, *others = tensors
+        b_ih, b_hh = others[:2] if has_biases else (None, None)
+        return cls(ih, hh, b_ih, b_hh, *others[2 * has_biases :])
+
+    def listed(self) -> list[Tensor]:
+        """As torch lists them."""
+        return [each for each in self if each is not None]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The order in which a direction takes its steps.
+
+    sizes      how many sequences each step has, never more than the one before
+    backwards  whether the last step is taken first
+    """
+
+    sizes: tuple[int, ...]
+    backwards: bool = False
+
+    def numbered(self) -> range:
+        """The steps in their order."""
+        return range(len(self.sizes))[:: -1 if self.backwards else 1]
+
+    def before(self, first: Tensor, values: Tensor | None) -> Tensor:
+        """Of each row the value of the step before: first (sequences, n), values (rows, n) -> (rows, n)."""
+        if values is None or len(self.sizes) == 1:
+            return first
+        if self.sizes[0] == self.sizes[-1]:
+            last = len(values) - len(first)
+            return torch.cat([values[len(first) :], first]) if self.backwards else torch.cat([first, values[:last]])
+        parts, steps, state = [first] * len(self.sizes), values.split(self.sizes), first
+        for step in self.numbered():
+            parts[step] = _grown(state, first, self.sizes[step])
+            state = steps[step]
+        return torch.cat(parts)
+
+
+def _grown(state: Tensor, first: Tensor, size: int) -> Tensor:
+    """The state of as many sequences: those that begin now have their first."""
+    return state[:size] if len(state) >= size else torch.cat([state, first[len(state) : size]])
+
+
+class Found(NamedTuple):
+    """What backward of a direction finds: gradients, and what those of its weights are made of.
+
+    gates      (rows, gates hidden): of the pre-activations, as the weights of the input see them
+    recurrent  the same as the recurrent weights see them
+    before     (rows, out): the outputs of the step before
+    states     of what was before the first step: outputs (sequences, out), and cells (sequences, hidden) where there are some
+    outputs    (rows, out): of the outputs, with what comes from later steps; and shown (rows, hidden): the outputs before their
+               projection. Both are None where nothing projects them.
+    """
+
+    gates: Tensor
+    recurrent: Tensor
+    before: Tensor
+    states: list[Tensor]
+    outputs: Tensor | None = None
+    shown: Tensor | None = None
+
+    def weights(self, x: Tensor, like: Weights) -> Weights:
+        """The gradients of the weights, of what the layer reads."""
+        is_one = self.recurrent is self.gates
+        of_bias = None if like.b_ih is None else self.gates.sum(0)
+        return Weights(
+            self.gates.t() @ x,
+            self.recurrent.t() @ self.before,
+            of_bias,
+            of_bias if is_one or of_bias is None else self.recurrent.sum(0),
+            None if self.outputs is None or self.shown is None else self.outputs.t() @ self.shown,
+        )
+
+
+class Cells:
+    """A kind of recurrent layer.
+
+    states       how many it has: its outputs, and, of an LSTM, its cells
+    keeps_signs  whether backward needs to know exactly which outputs are positive
+    """
+
+    states: ClassVar[int] = 1
+
+    @property
+    def keeps_signs(self) -> bool:
+        return False
+
+    def backward(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        states: Sequence[Tensor],
+        weights: Weights,
+        grads: Sequence[Tensor | None],
+        steps: Steps,
+    ) -> Found:
+        """What the gradients of outputs and of the last states make of x (rows, in).
+
+        y       (rows, out): the outputs; None where there is one step, unless their signs are needed
+        states  before the first step
+        grads   of y, and of the states behind the last step; None for zeros
+        """
+        raise NotImplementedError
+
+
+class LSTM(Cells):
+    """i, f, o = σ(…), g = tanh(…), c' = f c + i g, y = o tanh(c'), where … is W x + b + U h + d."""
+
+    states = 2
+
+    def backward(self, x, y, states, weights, grads, steps) -> Found:
+        h, c = states
+        before = steps.before(h, y)
+        gates = _product(x, weights.ih, weights.b_ih).addmm_(before, weights.hh.t())
+        gates = (gates if weights.b_hh is None else gates.add_(weights.b_hh)).view(len(x), 4, -1)
+        gates[:, :2].sigmoid_()
+        gates[:, 2].tanh_()
+        gates[:, 3].sigmoid_()
+        i, f, g, o = gates.unbind(1)
+        cells = _scan(f, i * g, c, steps)
+        t, factors = cells.tanh(), torch.empty_like(gates)
+        aten.sigmoid_backward.grad_input(g, i, grad_input=factors[:, 0])
+        aten.sigmoid_backward.grad_input(steps.before(c, cells), f, grad_input=factors[:, 1])
+        aten.tanh_backward.grad_input(i, g, grad_input=factors[:, 2])
+        aten.sigmoid_backward.grad_input(t, o, grad_input=factors[:, 3])
+        through = _Factors(factors.flatten(1), into_cells=aten.tanh_backward(o, t), decay=f)
+        found, outputs = _propagate(through, weights.hh, weights.hr, grads, [h, c], steps)
+        shown = None if weights.hr is None else t.mul_(o)
+        return Found(through.gates, through.gates, before, found, outputs, shown)
+
+
+class GRU(Cells):
+    """r, z = σ(…), n = tanh(V x + e + r (T h + k)), y = n + z (h - n), where … is W x + b + U h + d."""
+
+    def backward(self, x, y, states, weights, grads, steps) -> Found:
+        before = steps.before(states[0], y)
+        of_x = _product(x, weights.ih, weights.b_ih).view(len(x), 3, -1)
+        of_h = _product(before, weights.hh, weights.b_hh).view(len(x), 3, -1)
+        r, z = of_x[:, :2].add_(of_h[:, :2]).sigmoid_().unbind(1)
+        inner = of_h[:, 2]
+        n = of_x[:, 2].addcmul_(r, inner).tanh_()
+        # the gates of r, z and n as the recurrent weights see them, and n as the others do
+        of_n = aten.tanh_backward(1 - z, n)
+        of_r, of_z = aten.sigmoid_backward(of_n * inner, r), aten.sigmoid_backward(before - n, z)
+        through = _Factors(torch.cat([of_r, of_z, of_n * r, of_n], 1), carried=z)
+        found, _ = _propagate(through, weights.hh, None, grads, states, steps)
+        gates, hidden = through.gates, z.shape[1]
+        return Found(torch.cat([gates[:, : 2 * hidden], gates[:, 3 * hidden :]], 1), gates[:, : 3 * hidden], before, found)
+
+
+@dataclass(frozen=True)
+class RNN(Cells):
+    """y = tanh(W x + b + U h + d), or relu(…)."""
+
+    relu: bool
+
+    @property
+    def keeps_signs(self) -> bool:
+        return self.relu
+
+    def backward(self, x, y, states, weights, grads, steps) -> Found:
+        before = steps.before(states[0], y)
+        if self.relu:
+            assert y is not None, "its signs are kept"
+            through = _Factors((y > 0).to(y.dtype))
+        else:
+            a = _product(x, weights.ih, weights.b_ih).add_(_product(before, weights.hh, weights.b_hh))
+            through = _Factors(1 - a.tanh_().square_())
+        found, _ = _propagate(through, weights.hh, None, grads, states, steps)
+        return Found(through.gates, through.gates, before, found)
+
+
+KINDS: dict[str, Cells] = {"lstm": LSTM(), "gru": GRU(), "rnn_tanh": RNN(relu=False), "rnn_relu": RNN(relu=True)}
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def _scan(decay: Tensor, new: Tensor, first: Tensor, steps: Steps) -> Tensor:
+    """c' = decay c + new of all steps: (rows, n), (rows, n), first (sequences, n) -> (rows, n). Overwrites new."""
+    decays, values, state = decay.split(steps.sizes), new.split(steps.sizes), first
+    for step in steps.numbered():
+        state = values[step].addcmul_(decays[step], _grown(state, first, steps.sizes[step]))
+    return new
+
+
+class _Factors(NamedTuple):
+    """What gradients of a row are multiplied by: h is that of the outputs, before a projection, and c that of the cells.
+
+    gates       (rows, gates hidden): gives those of the pre-activations, which overwrite it. With cells it is the last gate
+                that is multiplied by h, and all others by c.
+    carried     (rows, hidden): what of h goes to the step before, besides by the recurrent weights; None for nothing
+    into_cells  (rows, hidden): what of h goes to c; None where there are no cells
+    decay       (rows, hidden): what of c goes to the step before
+    """
+
+    gates: Tensor
+    carried: Tensor | None = None
+    into_cells: Tensor | None = None
+    decay: Tensor | None = None
+
+    def split(self, sizes: Sequence[int]) -> list[_Factors]:
+        """Of each step."""
+        parts = [[None] * len(sizes) if each is None else each.split(sizes) for each in self]
+        return [_Factors(*each) for each in zip(*parts, strict=True)]  # type: ignore[arg-type]
+
+
+def _propagate(
+    factors: _Factors,
+    recurrent: Tensor,
+    projection: Tensor | None,
+    grads: Sequence[Tensor | None],
+    first: Sequence[Tensor],
+    steps: Steps,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Back through time: the gradients of the first states, and, where there is a projection, of the outputs (rows, out).
+
+    recurrent   (seen, out): the weights, of the first `seen` columns of the factors' gates
+    projection  of outputs, (out, hidden)
+    grads       as in `Cells.backward`
+    first       states, whose shapes alone are looked at
+    """
+    grad_y, *last = grads
+    states = [torch.zeros_like(like) if grad is None else grad.clone() for grad, like in zip(last, first, strict=True)]
+    h, c = states[0], states[-1]
+    incoming = None if grad_y is None else grad_y.split(steps.sizes)
+    outputs = None if projection is None else factors.gates.new_empty(len(factors.gates), len(projection))
+    kept, parts, seen = None if outputs is None else outputs.split(steps.sizes), factors.split(steps.sizes), len(recurrent)
+    for step in reversed(steps.numbered()):
+        size, part = steps.sizes[step], parts[step]
+        now = h[:size] if incoming is None else h[:size] + incoming[step]
+        if kept is not None and projection is not None:
+            now = kept[step].copy_(now) @ projection
+        gates = part.gates.view(size, -1, now.shape[1])
+        if part.into_cells is None or part.decay is None:
+            gates.mul_(now.unsqueeze(1))
+        else:
+            cell = c[:size].addcmul_(now, part.into_cells)
+            gates[:, -1].mul_(now)
+            gates[:, :-1].mul_(cell.unsqueeze(1))
+            cell.mul_(part.decay)
+        carried = None if part.carried is None else now * part.carried
+        torch.mm(part.gates[:, :seen], recurrent, out=h[:size])
+        if carried is not None:
+            h[:size].add_(carried)
+    return states, outputs

@@ -1,0 +1,103 @@
+"""The modules of recurrent layers and their cells: torch's classes and constructors, plus `bits`, `table` and `rounding`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fewbit.functional import layers, recurrent
+from fewbit.functional.layers import ADDED, Code
+from fewbit.nn.layers import CodedLayer
+from fewbit.torch_internals import dynamo_is_loaded
+
+_FUNCTIONS = {getattr(torch, name): layers.FUNCTIONS[name] for mode in recurrent.MODES for name in (mode, f"{mode}_cell")}
+
+
+class _WithCodes(TorchFunctionMode):
+    """Lets torch's own forward call fewbit's operation where it calls torch's. states: whether it is called with some."""
+
+    def __init__(self, code: Code, states: bool):
+        super().__init__()
+        self.code, self.states = code, states
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        ours = _FUNCTIONS.get(func)
+        if ours is None:
+            return func(*args, **(kwargs or {}))
+        if not self.states:  # torch has made zeros, which would be kept
+            place = next(number for number, each in enumerate(args) if number and not _is_sizes(each))
+            args = (*args[:place], None, *args[place + 1 :])
+        return ours.with_code(self.code, *args, **(kwargs or {}))
+
+
+def _is_sizes(argument: Any) -> bool:
+    """Whether it is the sizes of the steps of packed sequences, which come between the input and the states."""
+    return isinstance(argument, torch.Tensor) and not argument.is_floating_point()
+
+
+def _with_codes(forward: Any, code: Code, input: Any, hx: Any) -> Any:
+    """What torch's forward gives where its operation is fewbit's."""
+    with _WithCodes(code, hx is not None):
+        return forward(input, hx)
+
+
+class _Layers(CodedLayer):
+    coded_kind = recurrent.lstm.kind
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        # torch.compile leaves such modules out of its graphs, but would look into what they call
+        call: Any = torch.compiler.disable(_with_codes) if dynamo_is_loaded() else _with_codes
+        return call(super().forward, self.code, input, hx)
+
+
+class _Cell(CodedLayer):
+    coded_kind = recurrent.lstm_cell.kind
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(input, hx)
+        return _with_codes(super().forward, self.code, input, hx)
+
+
+class LSTM(_Layers, nn.LSTM):
+    """torch.nn.LSTM, from codes of what each layer reads and puts out."""
+
+
+class GRU(_Layers, nn.GRU):
+    """torch.nn.GRU, from codes of what each layer reads and puts out."""
+
+
+class RNN(_Layers, nn.RNN):
+    """torch.nn.RNN, from codes of what each layer reads and puts out."""
+
+
+class LSTMCell(_Cell, nn.LSTMCell):
+    """torch.nn.LSTMCell, from codes of its input, of the outputs and of the cells before it."""
+
+
+class GRUCell(_Cell, nn.GRUCell):
+    """torch.nn.GRUCell, from codes of its input and of the outputs before it."""
+
+
+class RNNCell(_Cell, nn.RNNCell):
+    """torch.nn.RNNCell, from codes of its input and of the outputs before it."""
+
+
+def _show_arguments(cls: type[_Layers], *left_out: str) -> None:
+    """Show the arguments of the constructor, which torch hides behind *args, but for those that the class does not take."""
+    own = [*inspect.signature(nn.RNNBase).parameters.values()][1:]
+    if cls is RNN:
+        own.insert(
+            3, inspect.Parameter("nonlinearity", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="tanh", annotation="str")
+        )
+    cls.__signature__ = inspect.Signature([*(each for each in own if each.name not in left_out), *ADDED])  # type: ignore[attr-defined]
+
+
+_show_arguments(LSTM)
+_show_arguments(GRU, "proj_size")
+_show_arguments(RNN, "proj_size")
+CLASSES = {each.__name__: each for each in (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)}
