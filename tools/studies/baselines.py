@@ -1,10 +1,15 @@
-"""What the joint codes are compared with: group-wise min-max codes of saved inputs, and training on quantized activations."""
+"""What the joint codes are compared with.
+
+They are group-wise min-max codes of saved inputs, training on quantized activations, and training in 8 bits throughout.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,6 +74,151 @@ class QuantizedBatchNorm2d(nn.BatchNorm2d):
         shift = (bins / 2 - (self.bias[:, None, None] / deviation * bins / 6).floor()).clamp_min(1)
         code = ((y / deviation * bins / 6).floor() + shift).clamp(0, bins - 1)
         return (code + 0.5 - shift) * 6 / bins * deviation
+
+
+def eight_bit_trained(model: nn.Module, bits: int = 8) -> nn.Module:
+    """A copy that is trained in 8 bits: "Scalable methods for 8-bit training of neural networks", Banner et al., NeurIPS 2018.
+
+    Convolutions and linear layers see their input and weight quantized, and give their input a gradient that is quantized too
+    (see `bifurcated`); every BatchNorm2d becomes a `RangeBatchNorm2d`. All other parts stay. Values are quantized, but held in
+    full: this is to compare what training loses; `eight_bit_bytes` says what would be kept.
+    """
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, RangeBatchNorm2d.of(child, bits))
+    for module in copied.modules():
+        if isinstance(module, nn.Linear):
+            _bifurcate(module, nn.functional.linear, bits)
+        elif isinstance(module, nn.Conv2d):
+            _bifurcate(module, module._conv_forward, bits)
+    return copied
+
+
+@torch.no_grad()
+def eight_bit_bytes(model: nn.Module, batch: tuple[Tensor, ...]) -> int:
+    """Bytes that 8-bit training of a model would keep for backward, by reckoning.
+
+    They are 8 bits for each element of the inputs of convolutions, linear layers and batch norms, each tensor once; 2 for each
+    choice of max pooling; and 1 for each element of a mask of dropout, and of the signs of a ReLU whose output no layer reads.
+    """
+    values: dict[int, Tensor] = {}  # by address; held, so that no address is used twice
+    signs: dict[int, Tensor] = {}
+    others: list[int] = []  # bits
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
+            values[inputs[0].data_ptr()] = inputs[0]
+        elif isinstance(module, nn.ReLU):
+            signs[output.data_ptr()] = output
+        elif isinstance(module, (nn.MaxPool2d, nn.Dropout)):
+            others.append(output.numel() * (2 if isinstance(module, nn.MaxPool2d) else 1))
+
+    handles = [each.register_forward_hook(note) for each in model.modules()]
+    model(*batch)
+    for handle in handles:
+        handle.remove()
+    others += [each.numel() for address, each in signs.items() if address not in values]
+    return sum(each.numel() for each in values.values()) + sum(others) // 8
+
+
+class RangeBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm by the range of each channel in place of its deviation; its input and its output's gradient are quantized.
+
+    See `channel_scale`, which the running statistics are of, beside the mean.
+    """
+
+    bits = 8
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d, bits: int = 8) -> RangeBatchNorm2d:
+        """The same parameters, statistics and settings, normed by the range."""
+        made = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        made.load_state_dict(norm.state_dict())
+        made.bits = bits
+        return made.train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = rounded(input, self.bits)
+        if self.training or self.running_mean is None or self.running_var is None:
+            mean, scale = x.mean((0, 2, 3)), channel_scale(x)
+            self._follow(mean.detach(), scale.detach())
+        else:
+            mean, scale = self.running_mean, self.running_var
+        y = (x - mean[:, None, None]) / (scale + self.eps)[:, None, None]
+        if self.affine:
+            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+        return gradient_rounded(y, self.bits)
+
+    def _follow(self, mean: Tensor, scale: Tensor) -> None:
+        if self.running_mean is not None and self.running_var is not None:
+            share = 0.1 if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(scale, share)
+
+
+def channel_scale(x: Tensor) -> Tensor:
+    """x (n, c, h, w): the range of each channel over 2 sqrt(2 ln(n h w)), (c,), which is about the deviation of normal numbers.
+
+    The paper has no 2 there and leaves it to the weight. With it the network begins as with batch norm, and so trains better.
+    """
+    return (x.amax((0, 2, 3)) - x.amin((0, 2, 3))) / (2 * math.sqrt(2 * math.log(x.numel() / x.shape[1])))
+
+
+def even_steps(x: Tensor, bits: int, stochastic: bool = False) -> Tensor:
+    """x on 2**bits even steps from its least to its greatest value: the nearest one, or one of the two around it at random.
+
+    At random, it is right on average.
+
+    >>> even_steps(torch.tensor([0.0, 0.9, 2.2, 3.0]), bits=2)
+    tensor([0., 1., 2., 3.])
+    """
+    low, high = torch.aminmax(x)
+    step = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(x.dtype).tiny)
+    steps = (x - low) / step
+    return low + step * ((steps + torch.rand_like(steps)).floor().clamp_max(2**bits - 1) if stochastic else steps.round())
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """`even_steps` of x; the gradient passes straight through."""
+    return x + (even_steps(x.detach(), bits) - x).detach()
+
+
+def gradient_rounded(x: Tensor, bits: int) -> Tensor:
+    """x itself, whose gradient is put on even steps at random."""
+    return _GradientRounded.apply(x, bits)
+
+
+def bifurcated(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    """layer(x, weight, bias), linear in x and in weight, with two gradients of its output.
+
+    The one that makes x's gradient is quantized, at random; the one that makes the weight's and bias's is as it came.
+    """
+    of_weight = layer(x.detach(), weight, bias)
+    of_input = gradient_rounded(layer(x, weight.detach(), None), bits)
+    return of_weight + (of_input - of_input.detach())
+
+
+class _GradientRounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        ctx.bits = bits
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return even_steps(gradient, ctx.bits, stochastic=True), None
+
+
+def _bifurcate(module: nn.Module, layer: Callable[..., Tensor], bits: int) -> None:
+    """layer: what the module does with its input, its weight and its bias."""
+    parameters = dict(module.named_parameters())
+
+    def forward(x: Tensor) -> Tensor:
+        return bifurcated(layer, rounded(x, bits), rounded(parameters["weight"], bits), parameters.get("bias"), bits)
+
+    module.forward = forward
 
 
 def _code_input(module: nn.Module, code: Callable[[Tensor], Tensor]) -> None:

@@ -1,0 +1,54 @@
+"""Ways to keep less for backward, each a function of a model that gives the model to train; and batches of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fewbit
+from tools.studies.reviewers.tasks import Batch, Task
+
+Tensor = torch.Tensor
+Way = Callable[[nn.Module], nn.Module]
+
+CHECKPOINTED = "checkpointing"
+
+
+def parts(model: nn.Module) -> Iterator[nn.Module]:
+    """What checkpointing runs again, one at a time: the modules with parts of their own, or of a Sequential those in it.
+
+    >>> layers = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3)]
+    >>> [part in layers for part in parts(nn.Sequential(nn.Linear(2, 2), nn.Sequential(*layers), nn.ReLU()))]
+    [True, True, True]
+    """
+    for child in model.children():
+        if next(child.children(), None) is not None:
+            inside = list(parts(child)) if isinstance(child, nn.Sequential) else []
+            yield from inside or [child]
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """The model itself, of whose every part the input alone is kept, and which runs again in backward.
+
+    Batch norms then see each batch twice: it moves their running statistics twice, which training itself does not read.
+    """
+    for part in parts(model):
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+    return model
+
+
+def coded(bits: int) -> Way:
+    """`fewbit.convert` with so many bits."""
+    return partial(fewbit.convert, bits=bits)
+
+
+def batch_of(task: Task, size: int, sampler: torch.Generator) -> Batch:
+    """A training batch of that many samples, put together from as many of the task's own batches as it takes."""
+    drawn = [task.sample(sampler)]
+    while sum(len(each[0]) for each in drawn) < size:
+        drawn.append(task.sample(sampler))
+    return tuple(torch.cat(each)[:size] for each in zip(*drawn, strict=True))
