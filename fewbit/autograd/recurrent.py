@@ -18,7 +18,8 @@ from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.quantize import Quantizer, at_least_float32, recipe_of, scaled
 from fewbit.autograd.rest import as_bits
 from fewbit.autograd.sharing import Recipe, attach
-from fewbit.kernels.recurrent import Cells, Steps, Weights
+from fewbit.kernels.recurrent import Cells, Weights
+from fewbit.kernels.steps import Steps
 from fewbit.torch_internals import EagerFunction, not_a_view
 
 Tensor = torch.Tensor

@@ -10,11 +10,14 @@ Rows are the places of all steps, one step after another, each with its sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+
+from fewbit.kernels.steps import Steps, grown
+from fewbit.torch_internals import is_watched
 
 Tensor = torch.Tensor
 aten = torch.ops.aten  # sigmoid_backward(g, y) is g y (1 - y), tanh_backward(g, y) is g (1 - y²)
@@ -39,40 +42,6 @@ class Weights(NamedTuple):
     def listed(self) -> list[Tensor]:
         """As torch lists them."""
         return [each for each in self if each is not None]
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The order in which a direction takes its steps.
-
-    sizes      how many sequences each step has, never more than the one before
-    backwards  whether the last step is taken first
-    """
-
-    sizes: tuple[int, ...]
-    backwards: bool = False
-
-    def numbered(self) -> range:
-        """The steps in their order."""
-        return range(len(self.sizes))[:: -1 if self.backwards else 1]
-
-    def before(self, first: Tensor, values: Tensor | None) -> Tensor:
-        """Of each row the value of the step before: first (sequences, n), values (rows, n) -> (rows, n)."""
-        if values is None or len(self.sizes) == 1:
-            return first
-        if self.sizes[0] == self.sizes[-1]:
-            last = len(values) - len(first)
-            return torch.cat([values[len(first) :], first]) if self.backwards else torch.cat([first, values[:last]])
-        parts, steps, state = [first] * len(self.sizes), values.split(self.sizes), first
-        for step in self.numbered():
-            parts[step] = _grown(state, first, self.sizes[step])
-            state = steps[step]
-        return torch.cat(parts)
-
-
-def _grown(state: Tensor, first: Tensor, size: int) -> Tensor:
-    """The state of as many sequences: those that begin now have their first."""
-    return state[:size] if len(state) >= size else torch.cat([state, first[len(state) : size]])
 
 
 class Found(NamedTuple):
@@ -143,24 +112,47 @@ class LSTM(Cells):
     states = 2
 
     def backward(self, x, y, states, weights, grads, steps) -> Found:
-        h, c = states
-        before = steps.before(h, y)
+        before = steps.before(states[0], y)
         gates = _product(x, weights.ih, weights.b_ih).addmm_(before, weights.hh.t())
-        gates = (gates if weights.b_hh is None else gates.add_(weights.b_hh)).view(len(x), 4, -1)
-        gates[:, :2].sigmoid_()
-        gates[:, 2].tanh_()
-        gates[:, 3].sigmoid_()
-        i, f, g, o = gates.unbind(1)
-        cells = _scan(f, i * g, c, steps)
-        t, factors = cells.tanh(), torch.empty_like(gates)
-        aten.sigmoid_backward.grad_input(g, i, grad_input=factors[:, 0])
-        aten.sigmoid_backward.grad_input(steps.before(c, cells), f, grad_input=factors[:, 1])
-        aten.tanh_backward.grad_input(i, g, grad_input=factors[:, 2])
-        aten.sigmoid_backward.grad_input(t, o, grad_input=factors[:, 3])
-        through = _Factors(factors.flatten(1), into_cells=aten.tanh_backward(o, t), decay=f)
-        found, outputs = _propagate(through, weights.hh, weights.hr, grads, [h, c], steps)
-        shown = None if weights.hr is None else t.mul_(o)
-        return Found(through.gates, through.gates, before, found, outputs, shown)
+        gates = gates if weights.b_hh is None else gates.add_(weights.b_hh)
+        found = _of_lstm(gates)(gates, states, weights.hh, weights.hr, grads, steps)
+        return Found(gates, gates, before, *found)
+
+
+def lstm_back_through_time(
+    gates: Tensor,
+    first: Sequence[Tensor],
+    recurrent: Tensor,
+    projection: Tensor | None,
+    grads: Sequence[Tensor | None],
+    steps: Steps,
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """What follows from the pre-activations of an LSTM's gates (rows, 4 hidden), which their gradients overwrite: the last
+    three of `Found`. The other arguments are as in `_propagate`."""
+    of_each = gates.view(len(gates), 4, -1)
+    of_each[:, :2].sigmoid_()
+    of_each[:, 2].tanh_()
+    of_each[:, 3].sigmoid_()
+    i, f, g, o = of_each.unbind(1)
+    cells = _scan(f, i * g, first[1], steps)
+    t, factors = cells.tanh(), torch.empty_like(of_each)
+    aten.sigmoid_backward.grad_input(g, i, grad_input=factors[:, 0])
+    aten.sigmoid_backward.grad_input(steps.before(first[1], cells), f, grad_input=factors[:, 1])
+    aten.tanh_backward.grad_input(i, g, grad_input=factors[:, 2])
+    aten.sigmoid_backward.grad_input(t, o, grad_input=factors[:, 3])
+    shown = None if projection is None else o * t
+    through = _Factors(factors.flatten(1), into_cells=aten.tanh_backward(o, t), decay=f)
+    found, outputs = _propagate(through, recurrent, projection, grads, first, steps)
+    gates.copy_(through.gates)
+    return found, outputs, shown
+
+
+def _of_lstm(gates: Tensor) -> Callable[..., Any]:
+    if type(gates) is Tensor and gates.device.type == "cpu" and not is_watched(gates):
+        from fewbit.kernels.recurrent_cpu import back_through_time  # here, since it loads numba
+
+        return back_through_time
+    return lstm_back_through_time
 
 
 class GRU(Cells):
@@ -215,7 +207,7 @@ def _scan(decay: Tensor, new: Tensor, first: Tensor, steps: Steps) -> Tensor:
     """c' = decay c + new of all steps: (rows, n), (rows, n), first (sequences, n) -> (rows, n). Overwrites new."""
     decays, values, state = decay.split(steps.sizes), new.split(steps.sizes), first
     for step in steps.numbered():
-        state = values[step].addcmul_(decays[step], _grown(state, first, steps.sizes[step]))
+        state = values[step].addcmul_(decays[step], grown(state, first, steps.sizes[step]))
     return new
 
 
