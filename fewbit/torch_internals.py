@@ -24,7 +24,9 @@ from torch.nn import functional
 
 Tensor = torch.Tensor
 _functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-_transform, _is_legacy_batch = _functorch.peek_interpreter_stack, _functorch.is_legacy_batchedtensor
+_transform = _functorch.peek_interpreter_stack
+# whether a tensor is a batch of the older vmap, behind `is_grads_batched` and `jacobian(vectorize=True)`
+is_legacy_batch: Callable[[Tensor], bool] = _functorch.is_legacy_batchedtensor
 _number_of_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -42,7 +44,7 @@ def is_watched(x: Tensor) -> bool:
 
 def is_watched_in_eager(x: Tensor) -> bool:
     """The same in code that a compiler is known not to trace."""
-    return _transform() is not None or _number_of_modes() > 0 or forward_ad._current_level >= 0 or _is_legacy_batch(x)
+    return _transform() is not None or _number_of_modes() > 0 or forward_ad._current_level >= 0 or is_legacy_batch(x)
 
 
 def is_transformed() -> bool:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from fewbit.autograd.double_backward import differentiable_once
-from fewbit.autograd.quantize import Quantizer, at_least_float32, recipe_of, scaled
+from fewbit.autograd.quantize import Quantizer, at_least_float32, nan_if_not_finite, recipe_of, scaled
 from fewbit.autograd.rest import as_bits
-from fewbit.autograd.sharing import Recipe, attach
+from fewbit.autograd.sharing import Recipe, as_it_is, attach
+from fewbit.errors import InputError
 from fewbit.kernels.recurrent import Cells, Weights
 from fewbit.kernels.steps import Steps
-from fewbit.torch_internals import EagerFunction, not_a_view
+from fewbit.torch_internals import EagerFunction, is_legacy_batch, not_a_view
 
 Tensor = torch.Tensor
 
@@ -73,7 +74,7 @@ class State(NamedTuple):
 
     def part(self, begin: int, end: int) -> State:
         """Of the states of all layers those of one."""
-        if self.tensor is None or self.recipe is None or len(self.tensor) == end - begin:
+        if self.tensor is None or self.recipe is None or end - begin == len(self.tensor):
             return self
         rebuild = self.recipe.rebuild
         return State(self.tensor[begin:end], Recipe(self.recipe.kept, lambda kept, dtype: rebuild(kept, dtype)[begin:end]))
@@ -90,8 +91,8 @@ def states_of(tensors: Sequence[Tensor | None], quantizer: Quantizer) -> list[St
 def coded_layer(
     x: Tensor, states: Sequence[State], weights: Sequence[Tensor], made: Sequence[Tensor], layer: Layer, quantizer: Quantizer
 ) -> tuple[Tensor, ...] | None:
-    """What torch's operation has made of x, states and weights, differentiated at what codes stand for; None where x or an
-    output is seen not to be finite, which is then left to torch.
+    """What torch's operation has made of x, states and weights, differentiated at what codes stand for; None where that is left
+    to torch: where x or an output is seen not to be finite, and where frozen weights let torch keep less.
 
     x        as the layer says
     weights  of each direction, as torch lists them
@@ -99,15 +100,25 @@ def coded_layer(
     """
     of_x = recipe_of(x, quantizer, _by_last)
     of_y = None if layer.is_cell else recipe_of(made[0], quantizer, _by_last, is_own=True)
+    if of_x is not None and of_x.hides and nan_if_not_finite(x.detach(), -1) is not None:
+        of_x = _by_last(x.detach(), quantizer)
     if of_x is None or (of_y is None and not layer.is_cell):
         return None
+    if of_y is not None and of_y.is_exact:  # a few numbers: they stay as they are when the output is changed in place
+        of_y = as_it_is(made[0].clone())
     if layer.cells.keeps_signs:
         of_y = _with_signs(made[0], of_y)
     recipes, tensors = [of_x, of_y, *(each.recipe for each in states)], [each.tensor for each in states]
+    if not weights[0].requires_grad and _bytes_of(recipes) > layer.cells.kept * made[0].numel() * x.element_size():
+        return None
     *found, _ = _CodedRecurrent.apply(tuple(made), recipes, layer, x, *tensors, *weights)  # type: ignore[misc]
     if of_y is not None and not of_y.is_exact and not layer.is_cell:
         attach(found[0], of_y)
     return tuple(found)
+
+
+def _bytes_of(recipes: Sequence[Recipe | None]) -> int:
+    return sum(tensor.nbytes for each in recipes if each is not None for tensor in each.kept)
 
 
 def _with_signs(y: Tensor, recipe: Recipe | None) -> Recipe:
@@ -156,6 +167,11 @@ class _CodedRecurrent(EagerFunction):
         given = [each for each in grads[:-1] if each is not None]
         if not given:
             return (None,) * (3 + len(ctx.given))
+        if any(map(is_legacy_batch, given)):
+            raise InputError(
+                "gradients of recurrent layers from codes are taken one at a time, got a batch of them (is_grads_batched=True, "
+                "or vectorize=True); take them one by one, or within `with fewbit.exact():` around the forward pass"
+            )
         anchor, *saved = ctx.saved_tensors
         weights, kept = saved[: ctx.weights], saved[ctx.weights :]
         with torch.no_grad():  # much is computed in place; the results are tied to their graph below
@@ -166,10 +182,15 @@ class _CodedRecurrent(EagerFunction):
             weights = [each.to(wide) for each in weights]
             incoming = [None if each is None else each.to(wide) for each in grads[:-1]]
             found = _backward(ctx.layer, rebuilt, weights, incoming, ctx.needs_input_grad[3:])
-        results = [
-            differentiable_once(each.reshape(shape).to(dtype), given[0], anchor) if needs and each is not None else None
-            for each, (shape, dtype), needs in zip(found, ctx.given, ctx.needs_input_grad[3:], strict=True)
-        ]
+        results: list[Tensor | None] = []
+        for each, (shape, dtype), needs in zip(found, ctx.given, ctx.needs_input_grad[3:], strict=True):
+            if each is None or not needs:
+                results.append(None)
+                continue
+            each = each.reshape(shape).to(dtype)
+            for grad in given:
+                each = differentiable_once(each, grad, anchor)
+            results.append(each)
         return *(None,) * 3, *results
 
 

@@ -67,8 +67,8 @@ class Stack(NamedTuple):
         *tensors, table = others
         quantizer, number = Quantizer(table, stochastic), KINDS[self.mode].states
         states, weights = states_of(tensors[:number], quantizer), tensors[number:]
-        if states is None:
-            return self.exact(x, sizes, *tensors)
+        if states is None or not self._fits(tensors[:number], weights):
+            return self.exact(x, sizes, *tensors)  # which raises torch's own error for what does not fit
         per_layer, behind = len(weights) // self.layers, []
         for each in range(self.layers):
             first = [state.part(each * self.directions, (each + 1) * self.directions) for state in states]
@@ -77,6 +77,11 @@ class Stack(NamedTuple):
             if self.train and self.dropout > 0 and each < self.layers - 1:
                 x = exact_codes.dropout.quietly(x, self.dropout, True)
         return x, *(each[0] if self.layers == 1 else torch.cat(each) for each in zip(*behind, strict=True))
+
+    def _fits(self, states: Sequence[Tensor | None], weights: Sequence[Tensor]) -> bool:
+        """Whether there is as much of all as the layers take."""
+        rows = self.layers * self.directions
+        return rows > 0 and len(weights) % rows == 0 and all(each is None or len(each) == rows for each in states)
 
     def _one(
         self, x: Tensor, sizes: Sizes, states: Sequence[State], weights: Sequence[Tensor], quantizer: Quantizer
@@ -105,7 +110,7 @@ class Cell(NamedTuple):
         *tensors, table = others
         quantizer, number = Quantizer(table, stochastic), KINDS[self.mode].states
         states, weights = states_of(tensors[:number], quantizer), [each for each in tensors[number:] if each is not None]
-        if states is None:
+        if states is None or len(weights) == 3:  # one bias alone
             return self.exact(x, *tensors)
         with without_graph():
             made = self.exact(x, *tensors)

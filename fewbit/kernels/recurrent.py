@@ -64,13 +64,11 @@ class Found(NamedTuple):
 
     def weights(self, x: Tensor, like: Weights) -> Weights:
         """The gradients of the weights, of what the layer reads."""
-        is_one = self.recurrent is self.gates
-        of_bias = None if like.b_ih is None else self.gates.sum(0)
         return Weights(
             self.gates.t() @ x,
             self.recurrent.t() @ self.before,
-            of_bias,
-            of_bias if is_one or of_bias is None else self.recurrent.sum(0),
+            None if like.b_ih is None else self.gates.sum(0),
+            None if like.b_hh is None else self.recurrent.sum(0),  # a tensor of its own: gradients are changed in place
             None if self.outputs is None or self.shown is None else self.outputs.t() @ self.shown,
         )
 
@@ -79,10 +77,12 @@ class Cells:
     """A kind of recurrent layer.
 
     states       how many it has: its outputs, and, of an LSTM, its cells
+    kept         how many numbers torch's own operation keeps for each of its outputs at least, besides the input
     keeps_signs  whether backward needs to know exactly which outputs are positive
     """
 
     states: ClassVar[int] = 1
+    kept: ClassVar[int] = 1
 
     @property
     def keeps_signs(self) -> bool:
@@ -109,7 +109,7 @@ class Cells:
 class LSTM(Cells):
     """i, f, o = σ(…), g = tanh(…), c' = f c + i g, y = o tanh(c'), where … is W x + b + U h + d."""
 
-    states = 2
+    states, kept = 2, 6
 
     def backward(self, x, y, states, weights, grads, steps) -> Found:
         before = steps.before(states[0], y)
@@ -135,13 +135,11 @@ def lstm_back_through_time(
     of_each[:, 3].sigmoid_()
     i, f, g, o = of_each.unbind(1)
     cells = _scan(f, i * g, first[1], steps)
-    t, factors = cells.tanh(), torch.empty_like(of_each)
-    aten.sigmoid_backward.grad_input(g, i, grad_input=factors[:, 0])
-    aten.sigmoid_backward.grad_input(steps.before(first[1], cells), f, grad_input=factors[:, 1])
-    aten.tanh_backward.grad_input(i, g, grad_input=factors[:, 2])
-    aten.sigmoid_backward.grad_input(t, o, grad_input=factors[:, 3])
+    t = cells.tanh()
+    of_i, of_f = aten.sigmoid_backward(g, i), aten.sigmoid_backward(steps.before(first[1], cells), f)
+    of_g, of_o = aten.tanh_backward(i, g), aten.sigmoid_backward(t, o)
     shown = None if projection is None else o * t
-    through = _Factors(factors.flatten(1), into_cells=aten.tanh_backward(o, t), decay=f)
+    through = _Factors(torch.cat([of_i, of_f, of_g, of_o], 1), into_cells=aten.tanh_backward(o, t), decay=f)
     found, outputs = _propagate(through, recurrent, projection, grads, first, steps)
     gates.copy_(through.gates)
     return found, outputs, shown
@@ -157,6 +155,8 @@ def _of_lstm(gates: Tensor) -> Callable[..., Any]:
 
 class GRU(Cells):
     """r, z = σ(…), n = tanh(V x + e + r (T h + k)), y = n + z (h - n), where … is W x + b + U h + d."""
+
+    kept = 6
 
     def backward(self, x, y, states, weights, grads, steps) -> Found:
         before = steps.before(states[0], y)

@@ -239,6 +239,57 @@ class TestGradients:
         with pytest.raises(InputError, match="derivative"):
             grad.sum().backward()
 
+    def test_second_derivatives_by_any_output_are_refused(self):
+        ours, weight = coded(layer("LSTM")), torch.ones((), requires_grad=True)
+        x = torch.randn(STEPS, BATCH, IN, requires_grad=True)
+        y, (h, _) = ours(x * 1)
+        (grad,) = torch.autograd.grad(y.sum() + (weight * h).sum(), x, create_graph=True)
+        with pytest.raises(InputError, match="derivative"):
+            grad.sum().backward(inputs=[weight])
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_gradients_accumulate(self, kind):
+        """Each has memory of its own, which may be changed in place."""
+        ours = coded(layer(kind, bidirectional=True), bits=8)
+        call, leaves = inputs(ours)
+        expected = run(ours, call, leaves)[2]
+        for each in (*leaves, *ours.parameters()):
+            each.grad = None
+        for _ in range(2):
+            outputs, numbers = floats(call(ours)), torch.Generator().manual_seed(3)
+            directions = [torch.randn(each.shape, generator=numbers, dtype=torch.float64).float() for each in outputs]
+            torch.autograd.backward(outputs, directions)
+        for each, true in zip((*leaves, *ours.parameters()), expected, strict=True):
+            torch.testing.assert_close(each.grad, 2 * true)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("sizes", [(3, 1, 6, 8), (3, 2, 6, 4), (64, 8, 16, 16)], ids=str)
+    @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bidirectional": True}], ids=str)
+    def test_outputs_may_be_changed_in_place(self, kind, sizes, options):
+        steps, batch, width, hidden = sizes
+        module, results = layer(kind, width=width, hidden=hidden, **options), []
+        x = torch.randn(steps, batch, width)
+        for in_place in (False, True):
+            ours = coded(module, bits=8)
+            y, _ = ours(x * 1)
+            y = y.mul_(3) if in_place else y * 3
+            y.sin().sum().backward()
+            results.append([each.grad for each in ours.parameters()])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_batches_of_gradients_are_refused(self):
+        ours, x = coded(layer("GRU")), torch.randn(STEPS, BATCH, IN, requires_grad=True)
+        y, _ = ours(x * 1)
+        with pytest.raises(InputError, match="one at a time"):
+            torch.autograd.grad(y, x, torch.ones(2, *y.shape), is_grads_batched=True)
+
+    def test_where_saved_tensors_may_be_changed(self):
+        ours, x = coded(layer("LSTM")), torch.randn(STEPS, BATCH, IN, requires_grad=True)
+        expected = torch.autograd.grad(ours(x * 1)[0].sum(), x)[0]
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            torch.testing.assert_close(torch.autograd.grad(ours(x * 1)[0].sum(), x)[0], expected)
+
     @pytest.mark.parametrize("place", ["x", "h"])
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_what_is_not_finite_is_left_to_torch(self, place, value):
@@ -285,6 +336,19 @@ class TestWhatIsKept:
         plan = fewbit.memory(module, x).plan(bits=4)
         plan.convert()
         assert plan.after_bytes == fewbit.memory(module, x).activation_bytes
+
+    @pytest.mark.parametrize("frozen", ["all", "ih"])
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize(
+        ("kind", "width", "hidden"), [("RNN", 512, 8), ("RNN", 256, 64), ("GRU", 256, 8), ("LSTM", 512, 8)]
+    )
+    def test_no_more_than_exact_where_weights_are_frozen(self, kind, width, hidden, bits, frozen):
+        module, x = layer(kind, width=width, hidden=hidden), torch.randn(16, 8, width, requires_grad=True)
+        for name, each in module.named_parameters():
+            each.requires_grad_(frozen != "all" and frozen not in name)
+        ours = coded(module, bits)
+        exact, kept = (bytes_kept(lambda each=each: each(x * 1), leave_out=[*each.parameters()]) for each in (module, ours))
+        assert kept <= exact
 
     def test_nothing_without_gradients(self):
         ours, x = coded(layer("GRU")), torch.randn(STEPS, BATCH, IN)
@@ -462,6 +526,27 @@ class TestFunctions:
         arguments = (packed.data, packed.batch_sizes, zeros, module._flat_weights, True, 1, 0.0, True, False)
         for each, exact in zip(fewbit.functional.gru(*arguments, bits=3), torch.gru(*arguments), strict=True):
             assert torch.equal(each, exact)
+
+    def test_states_of_another_number_of_layers(self):
+        module, x = layer("GRU", num_layers=2), torch.randn(STEPS, BATCH, IN, requires_grad=True)
+        options = (True, 2, 0.0, True, False, False)
+        for function in (torch.gru, fewbit.functional.gru):
+            with pytest.raises(RuntimeError, match="hidden states"):
+                function(x, torch.zeros(1, BATCH, HIDDEN), module._flat_weights, *options)
+            with pytest.raises(RuntimeError):
+                function(x, torch.zeros(2, BATCH, HIDDEN), module._flat_weights[:-1], *options)
+
+    @pytest.mark.parametrize("missing", [0, 1])
+    def test_one_bias_alone(self, missing):
+        cell, x = nn.LSTMCell(IN, HIDDEN), torch.randn(BATCH, IN, requires_grad=True)
+        w_ih, w_hh, *biases = cell.parameters()
+        biases[missing] = None
+        zeros = torch.zeros(BATCH, HIDDEN)
+        results = []
+        for function in (torch.lstm_cell, fewbit.functional.lstm_cell):
+            h, _ = function(x, (zeros, zeros), w_ih, w_hh, *biases)
+            results.append((h, torch.autograd.grad(h.sum(), w_hh)[0]))
+        assert all(map(torch.equal, *results))
 
     def test_what_cannot_be_coded(self):
         with pytest.raises(InputError, match=r"lstm takes a float16, bfloat16, float32 or float64 tensor, got torch.complex64"):

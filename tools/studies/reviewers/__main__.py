@@ -1,6 +1,7 @@
 """What the reviewers of backprop with approximate activations asked for: `python -m tools.studies.reviewers STUDY [--help]`.
 
 architectures  ten networks trained exactly and with 8 to 2 bits: final losses, held-out accuracy, bytes, gradient errors
+verdicts       what `fewbit.fidelity` says of them beforehand, beside what came of it
 optimizers     SGD, Adam, AdamW and RMSProp on three of them
 clock          the loss against seconds
 noise          the error of the gradient beside its own noise, by layer and by size of the batch
@@ -21,7 +22,7 @@ import sys
 
 import torch
 
-STUDIES = ("architectures", "optimizers", "clock", "noise", "ablation", "rival", "batches", "sensitivity")
+STUDIES = ("architectures", "verdicts", "optimizers", "clock", "noise", "ablation", "rival", "batches", "sensitivity")
 
 
 def main(arguments: list[str]) -> None:
