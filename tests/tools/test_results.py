@@ -5,14 +5,15 @@ import re
 from datetime import date
 from functools import cache
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 
 from tools.studies import final_loss
+from tools.studies.reviewers import architectures, comparison, verdicts
 
 ROOT = Path(__file__).parents[2]
-# a study leaves pictures there, too, which git ignores
+# beside them lie the pictures that studies draw
 FILES = sorted((ROOT / "tools" / "results").glob("*.json"))
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 BITS = range(1, 5)
@@ -95,8 +96,38 @@ def worst_held_out(results):
     return max(100 * abs(each["held_out"] / exact - 1) for each in results.values())
 
 
+def of_architectures(count):
+    """Of each number of bits what `count` makes of (distance, spread) of all networks."""
+
+    def found(bits):
+        def of(results):
+            lines = [line["coded"] for line in architectures.lines(results["runs"]).values()]
+            return count([(line.distances[bits], line.spread) for line in lines])
+
+        return of
+
+    return [found(bits) for bits in (8, 5, 4, 3, 2)]
+
+
+def of_level(level):
+    """How many verdicts of that level there are, and how many of these networks end within the spread of exact runs."""
+
+    def cases(results):
+        return [each for each in verdicts.cases(results["runs"], 1000) if each.level == level]
+
+    return lambda results: len(cases(results)), lambda results: sum(each.is_noise for each in cases(results))
+
+
 JOINT = gains("GELU and linear", ["calibrated"], "1234")
 ALONE = gains("GELU", ["calibrated", "by gradient"], "234")
+
+RECURRENT = "LSTM", "GRU", "RNN, tanh"
+
+
+def of_others(results):
+    """The ratios of times of all but LSTMs."""
+    return [each["ratio"] for kind, sizes in results["time"].items() if kind != "LSTM" for each in sizes.values()]
+
 
 # what README.md prints, with a place and its rounding for each figure; the file; and the figures' paths in it
 QUOTED = [
@@ -131,6 +162,41 @@ QUOTED = [
     *(
         (f"{row} {{:.3f}} {{:.3f}} {{:.3f}} {{:.3f}}", "fidelity", *(f"errors/{label}, {bits} bits/error" for bits in BITS))
         for row, label in (("activations alone", "activations"), ("its blocks", "blocks"), ("all layers", "all layers"))
+    ),
+    (
+        "With 8, 5, 4, 3 and 2 bits {}, {}, {}, {} and {} of them end no farther",
+        "reviewers_architectures",
+        *of_architectures(lambda found: sum(comparison.is_noise(*each) for each in found)),
+    ),
+    (
+        "the median network ends {:+.1f}, {:+.1f}, {:+.1f}, {:+.1f} and {:+.1f} % from exact",
+        "reviewers_architectures",
+        *of_architectures(lambda found: 100 * median(each.mean for each, _ in found)),
+    ),
+    (
+        "of {} settings that it calls safe {} are among these, of {} that it calls doubtful {}.",
+        "reviewers_verdicts",
+        *of_level("safe"),
+        *of_level("doubtful"),
+    ),
+    (
+        "keep at 4 bits {:.1f} % (LSTM), {:.1f} % (GRU) and {:.1f} % (tanh) of what torch's keep on 64 steps",
+        "recurrent",
+        *(percent(f"kept/{kind}/shares/4") for kind in RECURRENT),
+    ),
+    *(
+        (template, "recurrent", *(f"errors/{kind}/{steps}/errors/4" for kind in RECURRENT))
+        for steps, template in (
+            (64, "their gradients err by {:.3f}, {:.3f} and {:.3f};"),
+            (1024, "on 1,024 steps by {:.3f}, {:.3f} and {:.3f},"),
+        )
+    ),
+    (
+        "take {:.1f} times torch's time ({:.1f} with a batch of 8), GRUs and other networks {:.1f} to {:.1f}.",
+        "recurrent",
+        *(f"time/LSTM/64 x {batch} x 128/ratio" for batch in (32, 8)),
+        lambda results: min(of_others(results)),
+        lambda results: max(of_others(results)),
     ),
     ("lower the gradient's error by {:.0f} to {:.0f} % at equal bits", "calibration", least(JOINT), most(JOINT)),
     ("those of the derivative alone by {:.0f} to {:.0f} % from 2 bits up", "calibration", least(ALONE), most(ALONE)),
@@ -212,7 +278,7 @@ def test_each_file_says_what_it_was_measured_with(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_readme_names_the_study_of_each_file(path):
-    study, _, part = path.stem.partition("-")
+    study, _, part = path.stem.replace("reviewers_", "reviewers-").partition("-")
     assert f"python -m tools.studies.{study}" in README or f"`… {study}" in README
     assert not part or re.search(rf"`(python -m tools.studies|…)[ .]{study} {part}`", README)
 

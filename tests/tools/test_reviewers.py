@@ -23,6 +23,7 @@ from tools.studies.reviewers import (
     sensitivity,
     tasks,
     training,
+    verdicts,
 )
 from tools.studies.reviewers.comparison import Distance
 
@@ -195,6 +196,20 @@ class TestArchitectures:
         shown = capsys.readouterr().out
         assert "resnet" in shown
         assert "reviewers_architectures.json" not in shown
+
+
+class TestVerdicts:
+    def test_beside_final_losses(self, results, capsys):
+        arguments = ["--tasks", "gpt", "--seeds", "1", "--steps", "4"]
+        architectures.main([*arguments, "--labels", "exact", "4", "2"])
+        verdicts.main(arguments)
+        assert (results / "reviewers_verdicts.png").exists()
+        (run,) = runs.Runs("verdicts")
+        shares = [run["verdicts"][str(bits)]["share"] for bits in verdicts.BITS]
+        assert shares == sorted(shares)
+        known = verdicts.cases([run], 4)
+        assert [each.bits for each in known] == [4, 2]
+        assert "the worst, gpt at" in capsys.readouterr().out
 
 
 class TestOptimizers:

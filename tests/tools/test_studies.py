@@ -23,6 +23,7 @@ from tools.studies import (
     huggingface,
     pictures,
     planner,
+    recurrent,
     resnet,
     swiglu,
     working_sizes,
@@ -286,3 +287,30 @@ class TestFinalLoss:
         assert error == pytest.approx((0.02 * (1 / 2 + 1 + 1 / 2 + 1 / 2)) ** 0.5 / 2 / 1.6)
         assert final_loss.distance(runs, "exact") is None
         assert "9.38%" in terminal.text(final_loss.table(runs, 9), 100)
+
+
+class TestRecurrent:
+    def test_batches_have_as_many_characters(self):
+        for steps in (32, 256):
+            characters, following = recurrent.sample(steps, torch.Generator().manual_seed(0))
+            assert characters.shape == following.shape == (recurrent.CHARACTERS // steps, steps)
+            assert torch.equal(characters[:, 1:], following[:, :-1])
+
+    def test_errors_and_their_picture(self, screen):
+        found = recurrent.errors(screen, ["GRU"], [16, 32], number=2)
+        for by_steps in found["GRU"].values():
+            errors = list(by_steps["errors"].values())
+            assert errors == sorted(errors, reverse=True)
+            assert 0 < errors[-1] < 0.02
+        assert len(recurrent.plot(found).axes) == 1
+        assert recurrent.plot(json.loads(json.dumps(found)))  # as it is read from the file
+
+    def test_kept(self, screen):
+        found = recurrent.kept(screen, steps=16)
+        assert 0 < found["LSTM"]["shares"][4] < found["GRU"]["shares"][4] < 0.12
+        assert "LSTM" in printed(screen)
+
+    def test_times(self, screen):
+        found = recurrent.times(screen, [(4, 2, 8)], rounds=2)
+        assert set(found) == set(recurrent.KINDS)
+        assert all(each["least"] <= each["ratio"] <= each["most"] for by_size in found.values() for each in by_size.values())

@@ -104,6 +104,8 @@ def plot(known: Sequence[Case]) -> Figure:
         axis.plot([], [], marker, color="0.3", markersize=5, label=f"{bits} bits")
     for level, color in list(LEVELS.items())[:3]:
         axis.plot([], [], "s", color=color, markersize=6, label=level)
+    for mark in (0.1, 0.5):  # up to which `fidelity` says safe, and doubtful
+        axis.axvline(mark, color="0.6", linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=1.0)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
