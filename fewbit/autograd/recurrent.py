@@ -9,7 +9,7 @@ A cell, which takes one step, keeps codes of its input, of the output before it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +19,9 @@ from fewbit.autograd.quantize import Quantizer, at_least_float32, nan_if_not_fin
 from fewbit.autograd.rest import as_bits
 from fewbit.autograd.sharing import Recipe, as_it_is, attach
 from fewbit.errors import InputError
-from fewbit.kernels.recurrent import Cells, Weights
+from fewbit.kernels.recurrent import Recurrence, Weights
 from fewbit.kernels.steps import Steps
-from fewbit.torch_internals import EagerFunction, is_legacy_batch, not_a_view
+from fewbit.torch_internals import EagerFunction, is_legacy_batch, not_a_view, without_graph
 
 Tensor = torch.Tensor
 
@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 class Layer(NamedTuple):
     """One recurrent layer, or a cell of one.
 
-    cells          its kind
+    recurrence     its kind
     has_biases     whether its weights have them
     bidirectional  whether it takes the steps backwards, too, with weights of their own
     batch_first    whether tensors are (batch, steps, n) instead of (steps, batch, n)
@@ -37,7 +37,7 @@ class Layer(NamedTuple):
     sizes          how many sequences each step has, of packed ones (rows, n); None where all have as many steps
     """
 
-    cells: Cells
+    recurrence: Recurrence
     has_biases: bool
     bidirectional: bool = False
     batch_first: bool = False
@@ -58,8 +58,8 @@ class Layer(NamedTuple):
         """(rows, n): the places of all steps, one step after another."""
         return (tensor.transpose(0, 1) if self.batch_first else tensor).reshape(-1, tensor.shape[-1])
 
-    def unrows(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """What `rows` made (rows, n) of, without a copy."""
+    def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """A tensor of that shape, from its rows (rows, n); no copy."""
         if self.batch_first:
             return rows.view(shape[1], shape[0], shape[2]).transpose(0, 1)
         return rows.view(shape)
@@ -89,36 +89,51 @@ def states_of(tensors: Sequence[Tensor | None], quantizer: Quantizer) -> list[St
 
 
 def coded_layer(
-    x: Tensor, states: Sequence[State], weights: Sequence[Tensor], made: Sequence[Tensor], layer: Layer, quantizer: Quantizer
-) -> tuple[Tensor, ...] | None:
-    """What torch's operation has made of x, states and weights, differentiated at what codes stand for; None where that is left
-    to torch: where x or an output is seen not to be finite, and where frozen weights let torch keep less.
+    x: Tensor,
+    states: Sequence[State],
+    weights: Sequence[Tensor],
+    exact: Callable[[], tuple[Tensor, ...]],
+    layer: Layer,
+    quantizer: Quantizer,
+) -> tuple[Tensor, ...]:
+    """exact(), differentiated at what codes of x, states and outputs stand for.
+
+    It is torch's own where x or an output is seen not to be finite, and where frozen weights let torch keep less.
 
     x        as the layer says
     weights  of each direction, as torch lists them
-    made     without a graph: the outputs, and the states behind the last step; of a cell the states alone
+    exact    torch's operation: the outputs, and the states behind the last step; of a cell the states alone
     """
     of_x = recipe_of(x, quantizer, _by_last)
-    of_y = None if layer.is_cell else recipe_of(made[0], quantizer, _by_last, is_own=True)
     if of_x is not None and of_x.hides and nan_if_not_finite(x.detach(), -1) is not None:
         of_x = _by_last(x.detach(), quantizer)
-    if of_x is None or (of_y is None and not layer.is_cell):
-        return None
+    if of_x is None or _keeps_more(of_x, x, weights, layer, quantizer.table.bits):
+        return exact()
+    with without_graph():
+        made = exact()
+    of_y = None if layer.is_cell else recipe_of(made[0], quantizer, _by_last, is_own=True)
+    if of_y is None and not layer.is_cell:
+        return exact()
     if of_y is not None and of_y.is_exact:  # a few numbers: they stay as they are when the output is changed in place
         of_y = as_it_is(made[0].clone())
-    if layer.cells.keeps_signs:
+    if layer.recurrence.keeps_signs:
         of_y = _with_signs(made[0], of_y)
     recipes, tensors = [of_x, of_y, *(each.recipe for each in states)], [each.tensor for each in states]
-    if not weights[0].requires_grad and _bytes_of(recipes) > layer.cells.kept * made[0].numel() * x.element_size():
-        return None
     *found, _ = _CodedRecurrent.apply(tuple(made), recipes, layer, x, *tensors, *weights)  # type: ignore[misc]
     if of_y is not None and not of_y.is_exact and not layer.is_cell:
         attach(found[0], of_y)
     return tuple(found)
 
 
-def _bytes_of(recipes: Sequence[Recipe | None]) -> int:
-    return sum(tensor.nbytes for each in recipes if each is not None for tensor in each.kept)
+def _keeps_more(of_x: Recipe, x: Tensor, weights: Sequence[Tensor], layer: Layer, bits: int) -> bool:
+    """Whether torch would keep less, as it may where the weights of the input are frozen: it then does not keep the input."""
+    if weights[0].requires_grad:
+        return False
+    rows, width = x.numel() // x.shape[-1], weights[1].shape[1] * (1 + layer.bidirectional)
+    states = layer.recurrence.states * rows * width * x.element_size()  # at most; of outputs codes, signs and statistics
+    own = states if layer.is_cell else rows * width * (bits + 1) // 8 + 4 * rows + 8 * width
+    kept = sum(tensor.nbytes for tensor in of_x.kept) + own
+    return kept > layer.recurrence.kept_by_torch * rows * width * x.element_size()
 
 
 def _with_signs(y: Tensor, recipe: Recipe | None) -> Recipe:
@@ -154,7 +169,7 @@ class _CodedRecurrent(EagerFunction):
         x: Tensor,
         *others: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        anchor, weights = x.new_empty(0), others[layer.cells.states :]
+        anchor, weights = x.new_empty(0), others[layer.recurrence.states :]
         ctx.save_for_backward(anchor, *weights, *(tensor for each in recipes if each is not None for tensor in each.kept))
         ctx.set_materialize_grads(False)
         ctx.layer, ctx.weights = layer, len(weights)
@@ -225,12 +240,16 @@ def _backward(
             None if grad_y is None else grad_y[:, place],
             *(grad if grad is None else _of_direction(grad, d) for grad in last),
         ]
-        found = layer.cells.backward(rows, None if outputs is None else outputs[:, place], first, own, incoming, steps)
+        found = layer.recurrence.backward(rows, None if outputs is None else outputs[:, place], first, own, incoming, steps)
         if needed[0]:
             of_x = found.gates @ own.ih if of_x is None else of_x.addmm_(found.gates, own.ih)
         of_states.append(found.states)
         of_weights += found.weights(rows, own).listed() if any(needed[1 + len(states) :]) else [None] * number
-    return [None if of_x is None else layer.unrows(of_x, x.shape), *map(torch.stack, zip(*of_states, strict=True)), *of_weights]
+    return [
+        None if of_x is None else layer.from_rows(of_x, x.shape),
+        *map(torch.stack, zip(*of_states, strict=True)),
+        *of_weights,
+    ]
 
 
 def _of_direction(state: Tensor, number: int) -> Tensor:

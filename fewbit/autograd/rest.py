@@ -164,7 +164,7 @@ class Saving:
             if waiting:
                 self._decide(waiting, result, first, outer)
         if isinstance(result, Tensor) and result.grad_fn is not None and args and result is not args[0]:
-            _note(result, args)
+            _note(result, args, kwargs)
         return result
 
     def _decide(self, waiting: list[Held], result: Any, first: int, outer: tuple[Any, Any] | None) -> None:
@@ -277,10 +277,12 @@ def _is_of_leaf(tensor: Tensor) -> bool:
     return base is not None and base.grad_fn is None
 
 
-def _note(result: Tensor, args: Sequence[Any]) -> None:
-    """Let readers find the recipe of a product or a quotient whose operands have recipes, or are kept anyway; and that of what
-    was cast."""
+def _note(result: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Let readers find the recipe of a product or a quotient whose operands have recipes, or are kept anyway; that of what was
+    cast; and that of what was looked up."""
     label = type(result.grad_fn).__name__
+    if label == "EmbeddingBackward0" and len(args) == 2 and kwargs.get("max_norm") is None:  # as torch passes it on
+        _note_embedding(result, *args)
     if label == "ToCopyBackward0" and isinstance(args[0], Tensor) and result.device == args[0].device:
         sharing.note_cast(result, args[0])
     if label == "MulBackward0" and len(args) == 2:
@@ -288,6 +290,25 @@ def _note(result: Tensor, args: Sequence[Any]) -> None:
     if label == "DivBackward0" and len(args) == 2:
         divisor = as_it_is(args[1].detach()) if isinstance(args[1], Tensor) else args[1]  # which the quotient keeps
         note_product(result, args[0], divisor, by=operator.truediv)
+
+
+def _note_embedding(result: Tensor, indices: Tensor, weight: Tensor) -> None:
+    """Let readers of rows of a weight look them up again, exactly: both indices and weight are there anyway.
+
+    Not among several processes, which may give a sharded weight's memory back in between. Not with a max_norm either, by which
+    the next call changes the weight.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed or not isinstance(weight, torch.nn.Parameter):
+        return
+    known = sharing.find(indices) or as_it_is(indices)  # as the embedding itself keeps them
+    of_indices = known.rebuild
+
+    def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        *places, rows = kept
+        return torch.nn.functional.embedding(of_indices(places, torch.int64).long(), rows).to(dtype)
+
+    sharing.attach(result, Recipe((*known.kept, weight.detach()), rebuild))
 
 
 def _signed(number: int) -> int:

@@ -15,14 +15,16 @@ import torch
 
 from fewbit.autograd.quantize import Quantizer
 from fewbit.autograd.recurrent import Layer, State, coded_layer, states_of
+from fewbit.errors import InputError
 from fewbit.functional import exact_codes
 from fewbit.functional.layers import Code, layer, operation
 from fewbit.functional.operation import Operation
 from fewbit.kernels.recurrent import KINDS
-from fewbit.torch_internals import is_fake, without_graph
+from fewbit.torch_internals import is_fake
 
 Tensor = torch.Tensor
 Sizes = tuple[int, ...] | None
+_DESCRIBED = {1: "the outputs", 2: "a pair of outputs and cells"}  # by the number of states
 
 
 class Stack(NamedTuple):
@@ -89,12 +91,10 @@ class Stack(NamedTuple):
         """One of the layers."""
         kind = Layer(KINDS[self.mode], self.has_biases, self.bidirectional, self.batch_first, sizes=sizes)
         exact = partial(self._replace(layers=1, dropout=0.0).exact, x, sizes, *(each.tensor for each in states), *weights)
-        with without_graph():
-            made = exact()
-        return coded_layer(x, states, weights, made, kind, quantizer) or exact()
+        return coded_layer(x, states, weights, exact, kind, quantizer)
 
 
-class Cell(NamedTuple):
+class OneStep(NamedTuple):
     """torch's operation of one step."""
 
     mode: str
@@ -112,12 +112,13 @@ class Cell(NamedTuple):
         states, weights = states_of(tensors[:number], quantizer), [each for each in tensors[number:] if each is not None]
         if states is None or len(weights) == 3:  # one bias alone
             return self.exact(x, *tensors)
-        with without_graph():
-            made = self.exact(x, *tensors)
         kind = Layer(KINDS[self.mode], len(weights) > 2, is_cell=True)
-        found = coded_layer(x, states, weights, made if number > 1 else [made], kind, quantizer)
-        if found is None:
-            return self.exact(x, *tensors)
+
+        def exact() -> tuple[Tensor, ...]:
+            made = self.exact(x, *tensors)
+            return made if number > 1 else (made,)
+
+        found = coded_layer(x, states, weights, exact, kind, quantizer)
         return found if number > 1 else found[0]
 
 
@@ -127,11 +128,25 @@ def _stack(rounding: str, *options: Any) -> Operation:
 
 
 def _cell(rounding: str, mode: str) -> Operation:
-    cell = Cell(mode)
+    cell = OneStep(mode)
     return operation(f"{mode}_cell", rounding, cell.exact, cell.coded)
 
 
-def _of_layers(mode: str, state: str) -> Any:
+def _states_of(mode: str, hx: Any) -> tuple[Tensor | None, ...]:
+    """The states before the first step, None for zeros, from torch's argument. InputError for another number of them."""
+    number = KINDS[mode].states
+    if hx is None:
+        return (None,) * number
+    found = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    if len(found) != number or (number == 1) != isinstance(hx, Tensor):
+        wanted = "a tensor, the outputs" if number == 1 else "a pair of tensors, outputs and cells,"
+        raise InputError(
+            f"{mode} takes as hx {wanted} before the first step, or None for zeros; got {type(hx).__name__} of {len(found)}"
+        )
+    return found
+
+
+def _of_layers(mode: str) -> Any:
     def recurrent(
         code: Code,
         input: Tensor,
@@ -147,25 +162,28 @@ def _of_layers(mode: str, state: str) -> Any:
         sizes, options = None, (has_biases, num_layers, dropout, train, bidirectional, batch_first)
         if not isinstance(has_biases, bool | int):  # the other form: sizes come second, and the last argument is missing
             sizes, hx, params, options = hx, params, has_biases, (*options[1:], False)
-        hx = (hx,) if isinstance(hx, Tensor) else (None,) * KINDS[mode].states if hx is None else tuple(hx)
-        stack = Stack(mode, *options)
+        hx, stack = _states_of(mode, hx), Stack(mode, *options)
         if torch.compiler.is_compiling() or (sizes is not None and is_fake(sizes)):
             return stack.exact(input, sizes, *hx, *params)
         return code.run(_stack, stack, (input, None if sizes is None else tuple(sizes.tolist()), *hx, *params))
 
     recurrent.__name__ = recurrent.__qualname__ = mode
     recurrent.__doc__ = (
-        f"torch.{mode}, from codes of what each layer reads and puts out; gates and cells are not kept.\n\n"
-        "    input          (steps, batch, in), or (batch, steps, in) with batch_first, or packed sequences (rows, in): then\n"
-        "                   the sizes of the steps come second, and there is no batch_first, as torch has it\n"
-        f"    hx             {state} before the first step, (layers * directions, batch, hidden), or None for zeros\n"
-        "    params         the weights, as torch.nn lists them\n"
-        "    Returns        the outputs of all steps, and the same as hx behind the last step\n"
+        f"torch.{mode}, from codes of what each layer reads and puts out; nothing else is kept.\n\n"
+        "    input          (steps, batch, in), or (batch, steps, in) if batch_first; float16, bfloat16, float32 or float64\n"
+        f"    hx             {_DESCRIBED[KINDS[mode].states]} before the first step, (layers * directions, batch, out) each;\n"
+        "                   None for zeros\n"
+        "    params         the weights, as torch.nn lists them; has_biases: whether biases are among them\n"
+        "    num_layers … batch_first   as torch.nn's modules have them; train: whether there is a dropout between layers\n"
+        "    Returns        the outputs of all steps, (steps, batch, directions * out), and each state behind the last step\n\n"
+        "    Packed sequences as in torch: (data, batch_sizes, hx, params, has_biases, num_layers, dropout, train,\n"
+        "    bidirectional), with data (rows, in). Backward takes one gradient at a time; is_grads_batched=True raises\n"
+        "    InputError.\n"
     )
     return layer("recurrent")(recurrent)
 
 
-def _of_a_cell(mode: str, state: str) -> Any:
+def _of_a_cell(mode: str) -> Any:
     def cell(
         code: Code,
         input: Tensor,
@@ -175,22 +193,22 @@ def _of_a_cell(mode: str, state: str) -> Any:
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> Any:
-        hx = (hx,) if isinstance(hx, Tensor) else (None,) * KINDS[mode].states if hx is None else tuple(hx)
+        hx = _states_of(mode, hx)
         operands = input, *hx, w_ih, w_hh, b_ih, b_hh
         if torch.compiler.is_compiling():
-            return Cell(mode).exact(*operands)
+            return OneStep(mode).exact(*operands)
         return code.run(_cell, (mode,), operands)
 
     cell.__name__ = cell.__qualname__ = f"{mode}_cell"
     cell.__doc__ = (
-        f"torch.{mode}_cell, from codes of what it reads, input (batch, in) and states; gates are not kept.\n\n"
-        f"    hx       {state} before the step, (batch, hidden), or None for zeros\n"
+        f"torch.{mode}_cell, from codes of what it reads; nothing else is kept.\n\n"
+        "    input    (batch, in); float16, bfloat16, float32 or float64\n"
+        f"    hx       {_DESCRIBED[KINDS[mode].states]} before the step, (batch, hidden) each; None for zeros\n"
         "    w_ih     (gates * hidden, in), w_hh (gates * hidden, hidden), b_ih and b_hh (gates * hidden,) or None\n"
-        "    Returns  the same as hx behind the step\n"
+        "    Returns  the same behind the step\n"
     )
     return layer("recurrent")(cell)
 
 
-MODES = {"lstm": "a pair of outputs and cells", "gru": "the outputs", "rnn_tanh": "the outputs", "rnn_relu": "the outputs"}
-lstm, gru, rnn_tanh, rnn_relu = (_of_layers(*each) for each in MODES.items())
-lstm_cell, gru_cell, rnn_tanh_cell, rnn_relu_cell = (_of_a_cell(*each) for each in MODES.items())
+lstm, gru, rnn_tanh, rnn_relu = map(_of_layers, KINDS)
+lstm_cell, gru_cell, rnn_tanh_cell, rnn_relu_cell = map(_of_a_cell, KINDS)

@@ -1,7 +1,7 @@
 """Operations of LLVM that numba has no name for, or widens, for the loops of the CPU backend.
 
-numba compiles the kernels of `loops.py` anew where that file has changed, and not where this one has: touch it after a change
-here.
+numba compiles the kernels of a file anew where that file has changed, and not where this one has: touch `loops.py`, the files
+of layers and `recurrent_loops.py` after a change here, and all but the first after a change of `loops.py`.
 """
 
 from __future__ import annotations

@@ -45,14 +45,14 @@ class Weights(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What backward of a direction finds: gradients, and what those of its weights are made of.
+    """Gradients for one direction, and what the gradients of its weights are made of.
 
-    gates      (rows, gates hidden): of the pre-activations, as the weights of the input see them
-    recurrent  the same as the recurrent weights see them
-    before     (rows, out): the outputs of the step before
-    states     of what was before the first step: outputs (sequences, out), and cells (sequences, hidden) where there are some
-    outputs    (rows, out): of the outputs, with what comes from later steps; and shown (rows, hidden): the outputs before their
-               projection. Both are None where nothing projects them.
+    gates        (rows, gates * hidden): gradients with respect to ih x + b_ih
+    recurrent    (rows, gates * hidden): gradients with respect to hh h + b_hh
+    before       (rows, out): the outputs of the step before
+    states       gradients of the states before the first step: outputs (sequences, out), cells (sequences, hidden)
+    outputs      (rows, out): gradients of the outputs, later steps included; None without a projection
+    unprojected  (rows, hidden): the outputs before their projection; None without one
     """
 
     gates: Tensor
@@ -60,29 +60,29 @@ class Found(NamedTuple):
     before: Tensor
     states: list[Tensor]
     outputs: Tensor | None = None
-    shown: Tensor | None = None
+    unprojected: Tensor | None = None
 
     def weights(self, x: Tensor, like: Weights) -> Weights:
-        """The gradients of the weights, of what the layer reads."""
+        """Gradients of the weights, for an input x (rows, in)."""
         return Weights(
             self.gates.t() @ x,
             self.recurrent.t() @ self.before,
             None if like.b_ih is None else self.gates.sum(0),
             None if like.b_hh is None else self.recurrent.sum(0),  # a tensor of its own: gradients are changed in place
-            None if self.outputs is None or self.shown is None else self.outputs.t() @ self.shown,
+            None if self.outputs is None or self.unprojected is None else self.outputs.t() @ self.unprojected,
         )
 
 
-class Cells:
+class Recurrence:
     """A kind of recurrent layer.
 
-    states       how many it has: its outputs, and, of an LSTM, its cells
-    kept         how many numbers torch's own operation keeps for each of its outputs at least, besides the input
-    keeps_signs  whether backward needs to know exactly which outputs are positive
+    states         how many it has: its outputs, and, of an LSTM, its cells
+    kept_by_torch  how many numbers torch's own operation keeps for each of its outputs at least, besides the input
+    keeps_signs    whether backward needs to know exactly which outputs are positive
     """
 
     states: ClassVar[int] = 1
-    kept: ClassVar[int] = 1
+    kept_by_torch: ClassVar[int] = 1
 
     @property
     def keeps_signs(self) -> bool:
@@ -97,7 +97,7 @@ class Cells:
         grads: Sequence[Tensor | None],
         steps: Steps,
     ) -> Found:
-        """What the gradients of outputs and of the last states make of x (rows, in).
+        """Gradients for one direction, from gradients of its outputs and of its last states, at an input x (rows, in).
 
         y       (rows, out): the outputs; None where there is one step, unless their signs are needed
         states  before the first step
@@ -106,16 +106,20 @@ class Cells:
         raise NotImplementedError
 
 
-class LSTM(Cells):
-    """i, f, o = σ(…), g = tanh(…), c' = f c + i g, y = o tanh(c'), where … is W x + b + U h + d."""
+class LSTM(Recurrence):
+    """Hochreiter and Schmidhuber, "Long short-term memory", 1997, with the forget gates of Gers et al., 2000.
 
-    states, kept = 2, 6
+    With a = ih x + b_ih + hh h + b_hh, of which each gate has a quarter: i = σ(a_i), f = σ(a_f), g = tanh(a_g), o = σ(a_o); the
+    cells become c' = f c + i g, and the outputs o tanh(c'), or hr (o tanh(c')) where there is a projection.
+    """
+
+    states, kept_by_torch = 2, 6
 
     def backward(self, x, y, states, weights, grads, steps) -> Found:
         before = steps.before(states[0], y)
         gates = _product(x, weights.ih, weights.b_ih).addmm_(before, weights.hh.t())
         gates = gates if weights.b_hh is None else gates.add_(weights.b_hh)
-        found = _of_lstm(gates)(gates, states, weights.hh, weights.hr, grads, steps)
+        found = _lstm_backend(gates)(gates, states, weights.hh, weights.hr, grads, steps)
         return Found(gates, gates, before, *found)
 
 
@@ -127,8 +131,10 @@ def lstm_back_through_time(
     grads: Sequence[Tensor | None],
     steps: Steps,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """What follows from the pre-activations of an LSTM's gates (rows, 4 hidden), which their gradients overwrite: the last
-    three of `Found`. The other arguments are as in `_propagate`."""
+    """The last three of `Found`, from the pre-activations of an LSTM's gates (rows, 4 * hidden).
+
+    gates  is overwritten with the gradients of the pre-activations. The other arguments are as in `_propagate`.
+    """
     of_each = gates.view(len(gates), 4, -1)
     of_each[:, :2].sigmoid_()
     of_each[:, 2].tanh_()
@@ -138,14 +144,14 @@ def lstm_back_through_time(
     t = cells.tanh()
     of_i, of_f = aten.sigmoid_backward(g, i), aten.sigmoid_backward(steps.before(first[1], cells), f)
     of_g, of_o = aten.tanh_backward(i, g), aten.sigmoid_backward(t, o)
-    shown = None if projection is None else o * t
+    unprojected = None if projection is None else o * t
     through = _Factors(torch.cat([of_i, of_f, of_g, of_o], 1), into_cells=aten.tanh_backward(o, t), decay=f)
     found, outputs = _propagate(through, recurrent, projection, grads, first, steps)
     gates.copy_(through.gates)
-    return found, outputs, shown
+    return found, outputs, unprojected
 
 
-def _of_lstm(gates: Tensor) -> Callable[..., Any]:
+def _lstm_backend(gates: Tensor) -> Callable[..., Any]:
     if type(gates) is Tensor and gates.device.type == "cpu" and not is_watched(gates):
         from fewbit.kernels.recurrent_cpu import back_through_time  # here, since it loads numba
 
@@ -153,10 +159,14 @@ def _of_lstm(gates: Tensor) -> Callable[..., Any]:
     return lstm_back_through_time
 
 
-class GRU(Cells):
-    """r, z = σ(…), n = tanh(V x + e + r (T h + k)), y = n + z (h - n), where … is W x + b + U h + d."""
+class GRU(Recurrence):
+    """Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014, with r behind the product, as in torch.
 
-    kept = 6
+    With a = ih x + b_ih and b = hh h + b_hh, of which each gate has a third: r = σ(a_r + b_r), z = σ(a_z + b_z),
+    n = tanh(a_n + r b_n), and the outputs are n + z (h - n).
+    """
+
+    kept_by_torch = 6
 
     def backward(self, x, y, states, weights, grads, steps) -> Found:
         before = steps.before(states[0], y)
@@ -175,8 +185,8 @@ class GRU(Cells):
 
 
 @dataclass(frozen=True)
-class RNN(Cells):
-    """y = tanh(W x + b + U h + d), or relu(…)."""
+class RNN(Recurrence):
+    """Elman, "Finding structure in time", 1990: the outputs are tanh(ih x + b_ih + hh h + b_hh), or relu of the same."""
 
     relu: bool
 
@@ -196,7 +206,7 @@ class RNN(Cells):
         return Found(through.gates, through.gates, before, found)
 
 
-KINDS: dict[str, Cells] = {"lstm": LSTM(), "gru": GRU(), "rnn_tanh": RNN(relu=False), "rnn_relu": RNN(relu=True)}
+KINDS: dict[str, Recurrence] = {"lstm": LSTM(), "gru": GRU(), "rnn_tanh": RNN(relu=False), "rnn_relu": RNN(relu=True)}
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -206,19 +216,19 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _scan(decay: Tensor, new: Tensor, first: Tensor, steps: Steps) -> Tensor:
     """c' = decay c + new of all steps: (rows, n), (rows, n), first (sequences, n) -> (rows, n). Overwrites new."""
     decays, values, state = decay.split(steps.sizes), new.split(steps.sizes), first
-    for step in steps.numbered():
+    for step in steps.order():
         state = values[step].addcmul_(decays[step], grown(state, first, steps.sizes[step]))
     return new
 
 
 class _Factors(NamedTuple):
-    """What gradients of a row are multiplied by: h is that of the outputs, before a projection, and c that of the cells.
+    """Factors of gradients. Let h be the gradient of a row's outputs before a projection, and c that of its cells.
 
-    gates       (rows, gates hidden): gives those of the pre-activations, which overwrite it. With cells it is the last gate
-                that is multiplied by h, and all others by c.
-    carried     (rows, hidden): what of h goes to the step before, besides by the recurrent weights; None for nothing
-    into_cells  (rows, hidden): what of h goes to c; None where there are no cells
-    decay       (rows, hidden): what of c goes to the step before
+    gates       (rows, gates * hidden): times h it is the gradient of the pre-activations, which overwrites it. With cells the
+                last gate is multiplied by h, and all others by c.
+    carried     (rows, hidden): times h it is a part of the gradient of the outputs one step before; None for zeros
+    into_cells  (rows, hidden): times h it is added to c; None where there are no cells
+    decay       (rows, hidden): times c it is the gradient of the cells one step before
     """
 
     gates: Tensor
@@ -227,7 +237,7 @@ class _Factors(NamedTuple):
     decay: Tensor | None = None
 
     def split(self, sizes: Sequence[int]) -> list[_Factors]:
-        """Of each step."""
+        """The factors of each step."""
         parts = [[None] * len(sizes) if each is None else each.split(sizes) for each in self]
         return [_Factors(*each) for each in zip(*parts, strict=True)]  # type: ignore[arg-type]
 
@@ -244,16 +254,16 @@ def _propagate(
 
     recurrent   (seen, out): the weights, of the first `seen` columns of the factors' gates
     projection  of outputs, (out, hidden)
-    grads       as in `Cells.backward`
+    grads       as in `Recurrence.backward`
     first       states, whose shapes alone are looked at
     """
     grad_y, *last = grads
     states = [torch.zeros_like(like) if grad is None else grad.clone() for grad, like in zip(last, first, strict=True)]
-    h, c = states[0], states[-1]
+    h, c = states[0], states[-1]  # c is h where there are no cells, and is then not used
     incoming = None if grad_y is None else grad_y.split(steps.sizes)
     outputs = None if projection is None else factors.gates.new_empty(len(factors.gates), len(projection))
     kept, parts, seen = None if outputs is None else outputs.split(steps.sizes), factors.split(steps.sizes), len(recurrent)
-    for step in reversed(steps.numbered()):
+    for step in reversed(steps.order()):
         size, part = steps.sizes[step], parts[step]
         now = h[:size] if incoming is None else h[:size] + incoming[step]
         if kept is not None and projection is not None:

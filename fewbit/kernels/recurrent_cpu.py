@@ -30,47 +30,40 @@ def back_through_time(
     steps: Steps,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
     """As `fewbit.kernels.recurrent.lstm_back_through_time`."""
-    sizes = steps.sizes
-    rows, hidden = len(gates), gates.shape[1] // 4
+    first, begins = [each.contiguous() for each in first], [0, *accumulate(steps.sizes)]
+    cells, halves = _activate(gates, first[1], begins, steps)
+    grad_y, *last = grads
     h, c = (
         torch.zeros_like(like) if grad is None else grad.clone(memory_format=torch.contiguous_format)
-        for grad, like in zip(grads[1:], first, strict=True)
+        for grad, like in zip(last, first, strict=True)
     )
-    first_cells = first[1].contiguous()
-    gates.view(rows, 4, hidden)[:, 2].mul_(2)
+    outputs = unprojected = None
+    if projection is not None:
+        outputs = gates.new_zeros(len(gates), len(projection)) if grad_y is None else grad_y.contiguous().clone()
+        unprojected = gates.view(len(gates), 4, -1)[:, 3] * (2 * halves - 1)
+    elif grad_y is not None and grad_y.stride(1) != 1:
+        grad_y = grad_y.contiguous()
+    block = StepBlock(hidden=cells.shape[1], first=first[1].data_ptr(), c=c.data_ptr())
+    for step in reversed(steps.order()):
+        here, now, previous = slice(begins[step], begins[step + 1]), h[: steps.sizes[step]], steps.previous(step)
+        before = None if previous is None else cells[begins[previous] : begins[previous + 1]]
+        if outputs is not None and projection is not None:
+            now = outputs[here].add_(now) @ projection
+            _step(block, gates[here], halves[here], before, now, None)
+        else:
+            _step(block, gates[here], halves[here], before, now, None if grad_y is None else grad_y[here])
+        torch.mm(gates[here], recurrent, out=h[: steps.sizes[step]])
+    return [h, c], outputs, unprojected
+
+
+def _activate(gates: Tensor, first: Tensor, begins: Sequence[int], steps: Steps) -> tuple[Tensor, Tensor]:
+    """Pre-activations in place to gates as `recurrent_loops` takes them; the cells, and σ of twice the cells, all (rows, n).
+
+    Both hyperbolic tangents are taken by way of tanh(x) = 2 σ(2x) - 1: torch's tanh takes several times as long as its σ.
+    """
+    gates.view(len(gates), 4, -1)[:, 2].mul_(2)
     gates.sigmoid_()
-    cells, shown = gates.new_empty(rows, hidden), gates.new_empty(rows, hidden)
-    begins = [0, *accumulate(sizes)]
-    _scan(gates, first_cells, cells, shown, begins, steps)
-    shown.sigmoid_()
-    of_y = None if grads[0] is None else grads[0] if grads[0].stride(1) == 1 else grads[0].contiguous()
-    outputs = None if projection is None else gates.new_empty(rows, len(projection))
-    kept = None if projection is None else gates[:, 3 * hidden :] * (2 * shown - 1)
-    kernel, block, size_of = _kernel(stepper, gates.dtype), StepBlock(), gates.element_size()
-    block.hidden, block.first, block.c = hidden, first_cells.data_ptr(), c.data_ptr()
-    block.y_stride = 0 if of_y is None else of_y.stride(0)
-    order = steps.numbered()
-    scratch = step_scratch(_NAMES[gates.dtype], hidden)
-    for place, step in reversed([*enumerate(order)]):
-        size, begin = sizes[step], begins[step]
-        now = h[:size]
-        block.y = 0 if of_y is None else of_y.data_ptr() + begin * of_y.stride(0) * size_of
-        if projection is not None and outputs is not None:
-            here = outputs[begin : begin + size]
-            torch.add(now, 0 if of_y is None else of_y[begin : begin + size], out=here)
-            now, block.y = here @ projection, 0
-        previous = order[place - 1] if place else None
-        block.number = 0 if previous is None else min(size, sizes[previous])
-        block.before = 0 if previous is None else cells.data_ptr() + begins[previous] * hidden * size_of
-        block.gates = gates.data_ptr() + 4 * begin * hidden * size_of
-        block.shown = shown.data_ptr() + begin * hidden * size_of
-        block.h, block.pieces, block.claimed, block.workers, block.done = now.data_ptr(), size, 0, 0, 0
-        kernel.share(block, 4 * size * hidden, size, scratch)
-        torch.mm(gates[begin : begin + size], recurrent, out=h[:size])
-    return [h, c], outputs, kept
-
-
-def _scan(gates: Tensor, first: Tensor, cells: Tensor, doubled: Tensor, begins: Sequence[int], steps: Steps) -> None:
+    cells, halves = (gates.new_empty(len(gates), first.shape[1]) for _ in range(2))
     of_steps = np.array([steps.sizes, begins[:-1]], np.int64)
     block = ScanBlock(
         pieces=len(first),
@@ -82,9 +75,24 @@ def _scan(gates: Tensor, first: Tensor, cells: Tensor, doubled: Tensor, begins: 
         begins=of_steps[1].ctypes.data,
         backwards=steps.backwards,
         cells=cells.data_ptr(),
-        doubled=doubled.data_ptr(),
+        doubled=halves.data_ptr(),
     )
     _kernel(scanner, gates.dtype).share(block, gates.numel(), len(first), 0)
+    return cells, halves.sigmoid_()
+
+
+def _step(block: StepBlock, gates: Tensor, halves: Tensor, before: Tensor | None, h: Tensor, y: Tensor | None) -> None:
+    """One step back: gates (sequences, 4 * hidden) become the gradients of their pre-activations, and the block's cells those
+    of the step before.
+
+    before  the cells of the step before; None at the first step
+    h, y    gradients of the outputs, from later steps and from readers; their rows are contiguous
+    """
+    block.claimed = block.workers = block.done = 0
+    block.pieces, block.gates, block.halves, block.h = len(gates), gates.data_ptr(), halves.data_ptr(), h.data_ptr()
+    block.before, block.number = (0, 0) if before is None else (before.data_ptr(), len(before))
+    block.y, block.y_stride = (0, 0) if y is None else (y.data_ptr(), y.stride(0))
+    _kernel(stepper, gates.dtype).share(block, gates.numel(), len(gates), step_scratch(_NAMES[gates.dtype], block.hidden))
 
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64"}

@@ -38,13 +38,13 @@ class StepBlock(ctypes.Structure):
     pieces    the sequences of the step
     gates     is overwritten with the gradients of the pre-activations
     before    (number, hidden): the cells of the step before; all other sequences begin here, with those of `first`
-    shown     (pieces, hidden): σ of twice the cells
+    halves    (pieces, hidden): σ of twice the cells
     h         (pieces, hidden): the gradient of the outputs, as later steps give it; y likewise, as their readers give it, or 0,
               with y_stride elements from row to row
     c         (pieces, hidden): the gradient of the cells, of this step and then of the step before
     """
 
-    _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "before", "number", "shown", "h", "y", "y_stride", "c")]
+    _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "before", "number", "halves", "h", "y", "y_stride", "c")]
 
 
 def step_scratch(wide: str, hidden: int) -> int:
@@ -121,7 +121,7 @@ def stepper(wide: str) -> Any:
             _step(
                 _array(pointer(block.gates + 4 * row), (4, hidden), values),
                 _array(pointer(before), hidden, values),
-                _array(pointer(block.shown + row), hidden, values),
+                _array(pointer(block.halves + row), hidden, values),
                 _array(pointer(block.c + row), hidden, values),
                 scratch,
             )
@@ -143,13 +143,13 @@ def _add(values, others, out):
 
 
 @_inlined
-def _step(gates, before, shown, c, scratch):
+def _step(gates, before, halves, c, scratch):
     """scratch[0] holds the gradient of the outputs."""
     i, f, g, o = gates[0], gates[1], gates[2], gates[3]
     dh, dc, t, di = scratch[0], scratch[1], scratch[2], scratch[3]
     one, two, n = c.dtype.type(1), c.dtype.type(2), np.uintp(c.size)
     for k in range(n):
-        t[k] = two * shown[k] - one
+        t[k] = two * halves[k] - one
     for k in range(n):
         dc[k] = c[k] + dh[k] * o[k] * (one - t[k] * t[k])
     for k in range(n):

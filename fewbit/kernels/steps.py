@@ -20,24 +20,29 @@ class Steps:
     sizes: tuple[int, ...]
     backwards: bool = False
 
-    def numbered(self) -> range:
+    def order(self) -> range:
         """The steps in their order."""
         return range(len(self.sizes))[:: -1 if self.backwards else 1]
 
+    def previous(self, step: int) -> int | None:
+        """The step that is taken before this one; None for the first."""
+        found = step + 1 if self.backwards else step - 1
+        return found if 0 <= found < len(self.sizes) else None
+
     def before(self, first: Tensor, values: Tensor | None) -> Tensor:
-        """Of each row the value of the step before: first (sequences, n), values (rows, n) -> (rows, n)."""
+        """For each row the value of its sequence one step before: first (sequences, n), values (rows, n) -> (rows, n)."""
         if values is None or len(self.sizes) == 1:
             return first
         if self.sizes[0] == self.sizes[-1]:
             last = len(values) - len(first)
             return torch.cat([values[len(first) :], first]) if self.backwards else torch.cat([first, values[:last]])
         parts, steps, state = [first] * len(self.sizes), values.split(self.sizes), first
-        for step in self.numbered():
+        for step in self.order():
             parts[step] = grown(state, first, self.sizes[step])
             state = steps[step]
         return torch.cat(parts)
 
 
 def grown(state: Tensor, first: Tensor, size: int) -> Tensor:
-    """The state of as many sequences: those that begin now have their first."""
+    """The state of that many sequences; sequences that start at this step take it from `first`."""
     return state[:size] if len(state) >= size else torch.cat([state, first[len(state) : size]])

@@ -11,10 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 from fewbit.functional import layers, recurrent
 from fewbit.functional.layers import ADDED, Code
+from fewbit.kernels.recurrent import KINDS
 from fewbit.nn.layers import CodedLayer
 from fewbit.torch_internals import dynamo_is_loaded
 
-_FUNCTIONS = {getattr(torch, name): layers.FUNCTIONS[name] for mode in recurrent.MODES for name in (mode, f"{mode}_cell")}
+_FUNCTIONS = {getattr(torch, name): layers.FUNCTIONS[name] for mode in KINDS for name in (mode, f"{mode}_cell")}
 
 
 class _WithCodes(TorchFunctionMode):
@@ -29,7 +30,7 @@ class _WithCodes(TorchFunctionMode):
         if ours is None:
             return func(*args, **(kwargs or {}))
         if not self.states:  # torch has made zeros, which would be kept
-            place = next(number for number, each in enumerate(args) if number and not _is_sizes(each))
+            place = 2 if _is_sizes(args[1]) else 1
             args = (*args[:place], None, *args[place + 1 :])
         return ours.with_code(self.code, *args, **(kwargs or {}))
 

@@ -112,11 +112,6 @@ class TestOutputs:
         for exact, each in zip(floats(module(x)), floats(coded(module)(x)), strict=True):
             assert torch.equal(exact, each)
 
-    def test_dropout_draws_as_torchs(self):
-        module = layer("GRU", num_layers=3, dropout=0.5)
-        call, leaves = inputs(module)
-        assert torch.equal(run(module, call, leaves)[1], run(coded(module), call, leaves)[1])
-
     def test_evaluation_has_no_dropout(self):
         module = layer("LSTM", num_layers=2, dropout=0.5).eval()
         call, leaves = inputs(module)
@@ -298,7 +293,9 @@ class TestGradients:
         with torch.no_grad():
             leaves[place == "h"][0, 0, 0] = value
         for exact, each in zip(run(module, call, leaves)[2], run(coded(module), call, leaves)[2], strict=True):
-            torch.testing.assert_close(each.isfinite(), exact.isfinite())
+            finite = exact.isfinite()
+            assert torch.equal(each.isfinite(), finite)
+            assert not finite.any() or relative(each[finite], exact[finite]) < 0.1  # layers that read what is finite keep codes
 
 
 def _padded(packed, rows):
@@ -329,13 +326,15 @@ class TestWhatIsKept:
         module = layer(kind, width=128, hidden=128, num_layers=2)
         x = (torch.randn(64, 16, 128, requires_grad=True) * 1,)
         exact = fewbit.memory(module, x).activation_bytes
-        assert fewbit.memory(coded(module), x).activation_bytes < share * exact
+        assert 0 < fewbit.memory(coded(module), x).activation_bytes < share * exact
 
     def test_plan_says_it(self):
         module, x = layer("LSTM", width=64, num_layers=2), torch.randn(32, 8, 64)
         plan = fewbit.memory(module, x).plan(bits=4)
+        exact = fewbit.memory(module, x).activation_bytes
         plan.convert()
-        assert plan.after_bytes == fewbit.memory(module, x).activation_bytes
+        assert type(module) is fewbit.LSTM
+        assert plan.after_bytes == fewbit.memory(module, x).activation_bytes < 0.1 * exact
 
     @pytest.mark.parametrize("frozen", ["all", "ih"])
     @pytest.mark.parametrize("bits", [4, 8])
@@ -533,8 +532,34 @@ class TestFunctions:
         for function in (torch.gru, fewbit.functional.gru):
             with pytest.raises(RuntimeError, match="hidden states"):
                 function(x, torch.zeros(1, BATCH, HIDDEN), module._flat_weights, *options)
-            with pytest.raises(RuntimeError):
+            with pytest.raises(RuntimeError, match="number of RNN parameters"):
                 function(x, torch.zeros(2, BATCH, HIDDEN), module._flat_weights[:-1], *options)
+
+    def test_another_number_of_states(self):
+        x, h = torch.randn(STEPS, BATCH, IN, requires_grad=True), torch.zeros(1, BATCH, HIDDEN)
+        module, options = layer("LSTM"), (True, 1, 0.0, True, False, False)
+        for hx in (h, (h,), (h, h, h)):
+            with pytest.raises(
+                InputError, match=r"lstm takes as hx a pair of tensors, outputs and cells, .* got (Tensor|tuple) of"
+            ):
+                fewbit.functional.lstm(x, hx, module._flat_weights, *options)
+        with pytest.raises(InputError, match="gru takes as hx a tensor, the outputs"):
+            fewbit.functional.gru(x, (h,), layer("GRU")._flat_weights, *options)
+        with pytest.raises(InputError, match="lstm takes as hx a pair"):
+            fewbit.functional.lstm_cell(x[0], h[0], *nn.LSTMCell(IN, HIDDEN).parameters())
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_states_of_any_strides(self, kind):
+        module, results = layer(kind), []
+        x = torch.randn(STEPS, BATCH, IN)
+        for transposed in (False, True):
+            h, c = (torch.randn(1, HIDDEN, BATCH, generator=torch.Generator().manual_seed(n)).transpose(1, 2) for n in (1, 2))
+            h, c = (each if transposed else each.contiguous() for each in (h, c))
+            ours = coded(module, bits=8)
+            ours(x, (h, c) if kind == "LSTM" else h)[0].sum().backward()
+            results.append([each.grad for each in ours.parameters()])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
 
     @pytest.mark.parametrize("missing", [0, 1])
     def test_one_bias_alone(self, missing):

@@ -173,7 +173,7 @@ def plot(results: dict[str, Any]) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     axes[0].set_ylabel("error of the gradient, relative", fontsize=9)
-    figure.suptitle("Errors do not grow with the length of sequences", fontsize=10)
+    figure.suptitle("Gradient errors of recurrent layers by the length of sequences", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
 

@@ -77,7 +77,7 @@ def line(runs: Sequence[Run], labels: dict[int, str], **wanted: Any) -> Line:
 
 def is_noise(found: Distance, spread: float) -> bool:
     """Whether a distance is no greater than the spread of exact runs, or than two of its own standard errors."""
-    return found.mean <= max(spread, 2 * found.error if math.isfinite(found.error) else 0.0)
+    return found.mean <= max((each for each in (spread, 2 * found.error) if math.isfinite(each)), default=0.0)
 
 
 def percent(share: float) -> str:

@@ -41,9 +41,11 @@ class Task(NamedTuple):
 def evaluation(model: nn.Module) -> Iterator[nn.Module]:
     """The model in evaluation mode and without gradients; afterwards in the mode that it was in."""
     mode = model.training
-    with torch.no_grad():
-        yield model.eval()
-    model.train(mode)
+    try:
+        with torch.no_grad():
+            yield model.eval()
+    finally:
+        model.train(mode)
 
 
 def next_characters(text: Tensor, tokens: int, sampler: torch.Generator) -> Batch:
