@@ -35,16 +35,12 @@ class Runs:
         with self._locked("file"):
             common.write(self.name, {"runs": [*self, run]}, self.directory)
 
-    def fill(self, wanted: Iterable[Run], work: Callable[..., Run], then: Callable[[], object] = lambda: None) -> None:
-        """Add each of the wanted runs that is not there: what tells it from others are the arguments of `work`, which runs it.
-
-        `then` is called after each.
-        """
+    def fill(self, wanted: Iterable[Run], work: Callable[..., Run]) -> None:
+        """Add each of the wanted runs that is not there. What tells it from others are the arguments of `work`."""
         for each in wanted:
             with self._locked(json.dumps(each, sort_keys=True), wait=False) as claimed:
                 if claimed and not any(each.items() <= run.items() for run in self):
                     self.add({**each, **work(**each)})
-                    then()
 
     @contextmanager
     def _locked(self, what: str, wait: bool = True) -> Iterator[bool]:

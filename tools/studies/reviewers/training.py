@@ -103,12 +103,6 @@ def trained(
     }
 
 
-def run(task: Task, label: str, seed: int, steps: int, optimizer: str | None = None, rate: float | None = None) -> Run:
-    """One model trained in one way of WAYS, with what tells the run from others."""
-    found = trained(task, start(task, label, seed), seed, steps, optimizer, rate)
-    return {"task": task.name, "label": label, "seed": seed, "steps": steps, "optimizer": optimizer or task.optimizer, **found}
-
-
 def smoothed(losses: list[float], points: int = CURVE) -> list[float]:
     """Means of so many stretches of the losses, or all where they are fewer.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,6 +17,7 @@ from rich.table import Table
 
 import fewbit
 from fewbit import terminal
+from fewbit.models.gradients.fidelity import DOUBTFUL, SAFE
 from tools.studies import common
 from tools.studies.reviewers import architectures, comparison, training
 from tools.studies.reviewers.comparison import Distance, chosen
@@ -43,12 +44,15 @@ def work(task: str, seed: int, steps: int) -> Run:
     return {"verdicts": found}
 
 
-class Case:
+class Case(NamedTuple):
     """One network at one number of bits: the verdict, and how far above exact its runs ended."""
 
-    def __init__(self, task: str, bits: int, verdict: dict[str, Any], found: Distance, spread: float):
-        self.task, self.bits, self.level, self.share = task, bits, verdict["level"], verdict["share"]
-        self.found, self.spread = found, spread
+    task: str
+    bits: int
+    level: str
+    share: float | None
+    found: Distance
+    spread: float
 
     @property
     def is_noise(self) -> bool:
@@ -58,11 +62,13 @@ class Case:
 def cases(runs: Sequence[Run], steps: int) -> list[Case]:
     """All that both studies know of."""
     lines, known = architectures.lines(chosen(Runs(architectures.NAME), steps=steps)), []
-    for run in chosen(runs, steps=steps):
-        for bits in BITS if run["task"] in lines else ():
-            line = lines[run["task"]]["coded"]
-            if bits in line.distances:
-                known.append(Case(run["task"], bits, run["verdicts"][str(bits)], line.distances[bits], line.spread))
+    for run in chosen(runs, steps=steps, seed=0):
+        if run["task"] not in lines:
+            continue
+        distances, spread = lines[run["task"]]["coded"]
+        for bits in sorted(distances.keys() & set(BITS), reverse=True):
+            verdict = run["verdicts"][str(bits)]
+            known.append(Case(run["task"], bits, verdict["level"], verdict["share"], distances[bits], spread))
     return known
 
 
@@ -102,9 +108,9 @@ def plot(known: Sequence[Case]) -> Figure:
         axis.axhspan(-middle, middle, color="0.9", linewidth=0, label="spread of exact runs, the median network's")
     for bits, marker in _MARKERS.items():
         axis.plot([], [], marker, color="0.3", markersize=5, label=f"{bits} bits")
-    for level, color in list(LEVELS.items())[:3]:
-        axis.plot([], [], "s", color=color, markersize=6, label=level)
-    for mark in (0.1, 0.5):  # up to which `fidelity` says safe, and doubtful
+    for level in dict.fromkeys(each.level for each in known):
+        axis.plot([], [], "s", color=LEVELS[level], markersize=6, label=level)
+    for mark in (SAFE, DOUBTFUL):
         axis.axvline(mark, color="0.6", linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=1.0)
