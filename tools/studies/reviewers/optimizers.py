@@ -67,22 +67,18 @@ def lines(runs: Sequence[Run]) -> dict[str, dict[str, comparison.Line]]:
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
-    """For each number of bits the optimizer that codes cost most, by the mean over tasks, and the one that they cost least."""
-    found = lines(runs)
-    return [text for label in LABELS[1:] if (text := _sentence(found, int(label)))]
-
-
-def _sentence(found: dict[str, dict[str, comparison.Line]], bits: int) -> str | None:
-    by_optimizer: dict[str, list[float]] = {}
-    for by_way in found.values():
-        for optimizer, (distances, _) in by_way.items():
-            if bits in distances:
-                by_optimizer.setdefault(optimizer, []).append(distances[bits].mean)
-    if not by_optimizer:
-        return None
-    means = {optimizer: sum(each) / len(each) for optimizer, each in by_optimizer.items()}
-    texts = [f"{optimizer} {means[optimizer]:+.2%}" for optimizer in sorted(means, key=means.__getitem__)]
-    return f"With {bits} bits, the mean over tasks of the final loss above exact is, from least to most: {', '.join(texts)}."
+    """For each number of bits, of how many pairs of network and optimizer codes leave the final loss where exact runs end."""
+    found = [line for by_optimizer in lines(runs).values() for line in by_optimizer.values()]
+    texts = []
+    for bits in map(int, LABELS[1:]):
+        there = [(distances[bits], spread) for distances, spread in found if bits in distances]
+        if there:
+            quiet = sum(comparison.is_noise(*each) for each in there)
+            texts.append(
+                f"With {bits} bits, {quiet} of {len(there)} pairs of network and optimizer end no further above exact than "
+                "exact runs differ by seed, or than two standard errors."
+            )
+    return texts
 
 
 def main(arguments: list[str]) -> None:
