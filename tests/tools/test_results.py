@@ -10,7 +10,7 @@ from statistics import fmean, median
 import pytest
 
 from tools.studies import final_loss
-from tools.studies.reviewers import architectures, comparison, verdicts
+from tools.studies.reviewers import architectures, batches, comparison, verdicts
 
 ROOT = Path(__file__).parents[2]
 # beside them lie the pictures that studies draw
@@ -124,6 +124,11 @@ ALONE = gains("GELU", ["calibrated", "by gradient"], "234")
 RECURRENT = "LSTM", "GRU", "RNN, tanh"
 
 
+def of_batches(results, label):
+    """The largest batches in one way over those of exact steps."""
+    return [each[label] / each["exact"] for each in batches.by_case(results["runs"]).values()]
+
+
 def of_others(results):
     """The ratios of times of all but LSTMs."""
     return [each["ratio"] for kind, sizes in results["time"].items() if kind != "LSTM" for each in sizes.values()]
@@ -178,6 +183,15 @@ QUOTED = [
         "reviewers_verdicts",
         *of_level("safe"),
         *of_level("doubtful"),
+    ),
+    (
+        "{:.1f} to {:.1f} times the exact one with 4 bits, {:.1f} to {:.1f} times with checkpointing",
+        "reviewers_batches",
+        *(
+            lambda results, label=label, which=which: which(of_batches(results, label))
+            for label in (batches.CODES, batches.CHECKPOINTED)
+            for which in (min, max)
+        ),
     ),
     (
         "keep at 4 bits {:.1f} % (LSTM), {:.1f} % (GRU) and {:.1f} % (tanh) of what torch's keep on 64 steps",
