@@ -167,9 +167,9 @@ def _longest_run(codes: np.ndarray, step: int) -> tuple[int, int]:
 
 @cache
 def available() -> bool:
-    """Whether Triton is installed, 3.7 or newer, which torch 2.13 brings along; does not load it."""
+    """Whether Triton is installed, 3.6 or newer (torch 2.13 brings 3.7); does not load it."""
     try:
-        return find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)
+        return find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 6)
     except (PackageNotFoundError, ValueError):  # distributed under another name: a build that was never tried
         return False
 

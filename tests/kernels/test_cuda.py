@@ -27,14 +27,14 @@ def run_python(*arguments, **environment):
     )
 
 
-INTERPRETED = ["tests/kernels/interpreted_cuda.py", "tests/kernels/interpreted_layers.py"]
+OF_KERNELS = ["tests/kernels/cuda_activations.py", "tests/kernels/cuda_layers.py"]
 
 
 @needs_triton
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("marked", "files"),
-    [("not slow", INTERPRETED), *(pytest.param("slow", [file], marks=pytest.mark.slow) for file in INTERPRETED)],
+    [("not slow", OF_KERNELS), *(pytest.param("slow", [file], marks=pytest.mark.slow) for file in OF_KERNELS)],
     ids=["quick", "slow", "slow, layers"],
 )
 def test_in_the_interpreter(marked, files):

@@ -239,7 +239,8 @@ class TestWorkingSizes:
     @pytest.mark.slow
     def test_table(self, screen, monkeypatch):
         monkeypatch.setattr(working_sizes, "TOKENS", 64)
-        found = working_sizes.compare_all(screen, ["GPT-2", "ResNet, digits"], repeats=1)
+        models = {name: working_sizes.MODELS[name] for name in ("GPT-2", "ResNet, digits")}
+        found = working_sizes.compare_all(screen, models, repeats=1)
         for each in found.values():
             assert each["coded"]["kept"] < each["checkpoint"]["kept"] + 0.2
             assert each["coded"]["calls"] < 2

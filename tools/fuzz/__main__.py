@@ -81,10 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, help="run this network alone, in this process")
+    parser.add_argument("--device", default="cpu", help="where they run (%(default)s)")
     parser.add_argument("--quantiles", action="store_true", help="measure how far gradients err")
     parser.add_argument("--whole", action="store_true", help="show networks as drawn, not the smallest that fail")
     given = parser.parse_args(arguments)
-    run = partial(account, measure=given.quantiles, shrink=not given.whole)
+    run = partial(account, measure=given.quantiles, shrink=not given.whole, device=given.device)
     if given.seed is not None:
         print(network(given.seed))
         return bool(tell([(given.seed, run(given.seed))]))

@@ -23,10 +23,10 @@ class Account(NamedTuple):
     ratios: list[tuple[int, float]]
 
 
-def account(seed: int, measure: bool = False, shrink: bool = True) -> Account:
-    """Run the network of a seed, coded in all its ways."""
+def account(seed: int, measure: bool = False, shrink: bool = True, device: str = "cpu") -> Account:
+    """Run the network of a seed, coded in all its ways, on a device."""
     silence_torch()
-    judge, found, tried = Judge(network(seed), measure), [], list(ways(seed))
+    judge, found, tried = Judge(network(seed).on(device), measure), [], list(ways(seed))
     for way in tried:
         for failure in {each.kind: each for each in judge.failures(way)}.values():
             smallest, failure = shrunk(judge.net, way, failure) if shrink else (judge.net, failure)

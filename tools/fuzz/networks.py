@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -321,6 +321,10 @@ class Network:
     x: Tensor
     needs: bool  # whether a gradient of x is asked for
     values: str  # one of INPUTS
+
+    def on(self, device: str) -> Network:
+        """The same on a device."""
+        return replace(self, module=self.module.to(device), x=self.x.to(device))
 
     def __str__(self) -> str:
         """In a line, as small as it can be said."""

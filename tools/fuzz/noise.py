@@ -51,7 +51,7 @@ class _Noise:
 
     def __call__(self, x: Tensor, size: float) -> Tensor:
         """Of x's shape, and of that size, or of the resolution of x's dtype."""
-        noise = torch.randn(x.shape, generator=self.generator, dtype=torch.float64)
+        noise = torch.randn(x.shape, generator=self.generator, dtype=torch.float64).to(x.device)
         return noise * max(size, torch.finfo(x.dtype).eps)
 
 

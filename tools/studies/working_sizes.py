@@ -1,15 +1,16 @@
-"""What codes cost at common sizes: `python -m tools.studies.working_sizes [names] [--repeats 10]`, all models by default.
+"""What codes cost at common sizes: `python -m tools.studies.working_sizes [names] [--device cuda]`, all models by default.
 
 Each is measured as `fewbit bench --model tools.studies.working_sizes:gpt2` does it: exact, with its blocks checkpointed, and
 with everything coded at 4 bits. The models are Hugging Face's without a head, from configurations, with random weights and
 without dropout: 6 layers on 2,048 tokens or 8 images of 224 x 224, or whole networks of convolutions on 8 images of 128 x 128.
-Then comes the small ResNet of `tools.studies.resnet` on scikit-learn's digits. Nothing is downloaded.
+Then comes the small ResNet of `tools.studies.resnet` on scikit-learn's digits. On a GPU models are as wide as common ones,
+with 12 layers of transformers (Llama: 8), on 8,192 tokens or 64 images of 224 x 224. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from fewbit import terminal
 from fewbit.bench import compare
+from fewbit.bench.environment import device_name, versions
 from fewbit.bench.models import Subject
 from tools.studies import common, huggingface, resnet
 from tools.studies.huggingface import Batch, Case
@@ -32,14 +34,14 @@ _VIT = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "i
 _RESNET18 = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
 
 
-def sample_tokens(sampler: torch.Generator) -> Batch:
-    """Random ones."""
-    return {"input_ids": torch.randint(VOCABULARY, (BATCH, TOKENS), generator=sampler)}
+def sample_tokens(sampler: torch.Generator, longer: int = 1) -> Batch:
+    """Random ones, so many times as long."""
+    return {"input_ids": torch.randint(VOCABULARY, (BATCH, longer * TOKENS), generator=sampler)}
 
 
-def sample_images(sampler: torch.Generator, size: int) -> Batch:
-    """Noise, of size x size."""
-    return {"pixel_values": torch.randn(BATCH, 3, size, size, generator=sampler)}
+def sample_images(sampler: torch.Generator, size: int, more: int = 1) -> Batch:
+    """Noise, of size x size; so many times as many."""
+    return {"pixel_values": torch.randn(more * BATCH, 3, size, size, generator=sampler)}
 
 
 CASES = {
@@ -50,15 +52,26 @@ CASES = {
     "resnet18": Case("ResNetModel", _RESNET18, partial(sample_images, size=128)),
     "convnext": Case("ConvNextModel", {}, partial(sample_images, size=128)),  # the smallest that there is by default
 }
+_WIDE = {"hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "vocab_size": VOCABULARY}
+_WIDE |= {"max_position_embeddings": 4 * TOKENS, "intermediate_size": 4096}
+_WIDE_GPT2 = {**_GPT2, "n_embd": 1024, "n_layer": 12, "n_head": 16, "n_positions": 4 * TOKENS}
+_WIDE_LLAMA = {**_WIDE, "hidden_size": 2048, "num_hidden_layers": 8, "intermediate_size": 5632, "use_cache": False}
+LARGE = {  # for GPUs
+    "gpt2": Case("GPT2Model", _WIDE_GPT2, partial(sample_tokens, longer=4)),
+    "bert": Case("BertModel", _WIDE, partial(sample_tokens, longer=4)),
+    "llama": Case("LlamaModel", _WIDE_LLAMA, partial(sample_tokens, longer=4)),
+    "vit": Case("ViTModel", {**_WIDE, "image_size": 224}, partial(sample_images, size=224, more=8)),
+    "resnet50": Case("ResNetModel", {}, partial(sample_images, size=224, more=8)),
+    "convnext": Case("ConvNextModel", {}, partial(sample_images, size=224, more=8)),
+}
 
 
-def subject(name: str) -> Subject:
-    """The model of that name in CASES, and a batch."""
-    case = CASES[name]
+def subject(case: Case) -> Subject:
+    """The model, and a batch."""
     return Subject(huggingface.build(case), case.sample(torch.Generator().manual_seed(0)))
 
 
-gpt2, bert, llama, vit, resnet18, convnext = (partial(subject, name) for name in CASES)
+gpt2, bert, llama, vit, resnet18, convnext = (partial(subject, case) for case in CASES.values())
 
 
 def digits() -> Subject:
@@ -68,8 +81,8 @@ def digits() -> Subject:
     return Subject(resnet.ResNet(), batch, lambda model, batch: resnet.loss_of(model, *batch))
 
 
-# by the name under which it is reported: the model and the dtype
-MODELS: dict[str, tuple[Callable[[], Subject], torch.dtype]] = {
+Models = dict[str, tuple[Callable[[], Subject], torch.dtype]]  # by the name under which it is reported: the model and the dtype
+MODELS: Models = {
     "GPT-2": (gpt2, torch.float32),
     "GPT-2, bfloat16": (gpt2, torch.bfloat16),
     "BERT": (bert, torch.float32),
@@ -79,23 +92,31 @@ MODELS: dict[str, tuple[Callable[[], Subject], torch.dtype]] = {
     "ResNet-18": (resnet18, torch.float32),
     "ResNet, digits": (digits, torch.float32),
 }
+ON_GPUS: Models = {
+    "GPT-2": (partial(subject, LARGE["gpt2"]), torch.bfloat16),
+    "GPT-2, float32": (partial(subject, LARGE["gpt2"]), torch.float32),
+    "BERT": (partial(subject, LARGE["bert"]), torch.bfloat16),
+    "Llama": (partial(subject, LARGE["llama"]), torch.bfloat16),
+    "ViT": (partial(subject, LARGE["vit"]), torch.bfloat16),
+    "ConvNeXt": (partial(subject, LARGE["convnext"]), torch.bfloat16),
+    "ResNet-50": (partial(subject, LARGE["resnet50"]), torch.bfloat16),
+    "ResNet-50, float32": (partial(subject, LARGE["resnet50"]), torch.float32),
+}
 COLUMNS = ("calls", "moved", "kept", "peak", "time")
 
 
-def compare_all(console: Console, names: Sequence[str], repeats: int) -> dict[str, Any]:
+def compare_all(console: Console, models: Models, repeats: int, device: str = "cpu") -> dict[str, Any]:
     """Print, and give, what steps take of the exact ones: coded, and checkpointed at the level of blocks that peaks lowest."""
     results: dict[str, Any] = {}
     columns = [f"{kind}\n{column}" for kind in ("coded", "checkpoint") for column in COLUMNS]
     view = terminal.table(("\nmodel",), tuple(columns))
-    for name in names:
-        make, dtype = MODELS[name]
-        cpu, threads = torch.device("cpu"), torch.get_num_threads()
-        settings = compare.Settings(name, make, [BITS], [dtype], [cpu], threads, repeats)
+    for name, (make, dtype) in models.items():
+        settings = compare.Settings(name, make, [BITS], [dtype], [torch.device(device)], torch.get_num_threads(), repeats)
         exact, *runs = compare.run(settings).cases[0].runs
         found = [_shares(run, exact) for run in runs]
         *checkpointed, coded = found
         results[name] = {"coded": coded, "checkpoint": min(checkpointed, key=lambda each: each["peak"])}
-        results[name]["exact seconds"] = exact.seconds
+        results[name] |= {"exact seconds": exact.seconds, "exact peak bytes": exact.peak_bytes}
         view.add_row(name, *(f"{results[name][kind][column]:.2f}" for kind in ("coded", "checkpoint") for column in COLUMNS))
     console.print(view, "")
     return results
@@ -118,11 +139,20 @@ def _shares(run: compare.RunResult, exact: compare.RunResult) -> dict[str, Any]:
 def main() -> None:
     """Measure the models asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[[], *MODELS], help="all by default")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(MODELS)}; on GPUs of {', '.join(ON_GPUS)}; all by default")
+    parser.add_argument("--device", default="cpu", help="%(default)s by default")
     parser.add_argument("--repeats", type=int, default=10, help="rounds of all steps (%(default)s)")
     arguments = parser.parse_args()
-    results = compare_all(terminal.console(at_least=120), arguments.names or list(MODELS), arguments.repeats)
-    common.write("working_sizes", results)
+    all_models = MODELS if arguments.device == "cpu" else ON_GPUS
+    if unknown := sorted({*arguments.names} - {*all_models}):
+        parser.error(f"no model {unknown[0]!r}; there are {', '.join(all_models)}")
+    models = {name: all_models[name] for name in arguments.names or all_models}
+    results = compare_all(terminal.console(at_least=120), models, arguments.repeats, arguments.device)
+    if arguments.device == "cpu":
+        common.write("working_sizes", results)
+    else:
+        where = {"device": device_name(torch.device(arguments.device)), "versions": dict(versions())}
+        common.write("working_sizes_gpu", {**where, "models": results})
 
 
 if __name__ == "__main__":

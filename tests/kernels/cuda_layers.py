@@ -1,25 +1,28 @@
-"""The CUDA kernels of layers and ladders in Triton's interpreter; `test_cuda.py` runs this file in a process of its own.
+"""The CUDA kernels of layers and ladders, in Triton's interpreter or on a device. `test_cuda.py` runs it in its own process.
 
 Codes, and what stands for them, are those of the reference to the bit; gradients agree to rounding. The interpreter rounds
 float32 to bfloat16 by truncation, so that bfloat16 results are held against truncated ones.
 """
 
-import interpreter  # noqa: F401
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from cuda_device import DEVICE, INTERPRETED, OnDevice
 from test_kernels import DTYPES, adversarial, random_device_table
 
 from fewbit import activations, resolve
-from fewbit.kernels import DeviceTable, cuda, layers_cuda, reference
+from fewbit.kernels import DeviceTable, reference
+from fewbit.kernels import cuda as cuda_kernels
+from fewbit.kernels import layers_cuda as layer_kernels
 from fewbit.kernels import layers_reference as layers
 from fewbit.kernels.device_table import MIDDLE
 from fewbit.kernels.grid import Grid
 from fewbit.kernels.layers_reference import Codes, First, Vectors, wide_dtype
 from fewbit.kernels.sample_programs import next_after
 
+cuda, layers_cuda = OnDevice(cuda_kernels), OnDevice(layer_kernels)
 CPU, EPS = torch.device("cpu"), 1e-5
 TOKENS, IMAGES, LAST = Grid(9, 48), Grid(3, 6, 49, 1, 2), Grid(12, 24, 1, 4, 3)  # the last: images with the channels last
 GRIDS = [
@@ -46,7 +49,8 @@ def slow(*cases):
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Each costs as much as the numbers in it: one program for all channels. And overflow is silent, as on a GPU."""
-    monkeypatch.setattr(layers_cuda, "_CHANNELS", 64)
+    if INTERPRETED:
+        monkeypatch.setattr(layer_kernels, "_CHANNELS", 64)
     with np.errstate(all="ignore"):
         yield
 
@@ -74,7 +78,7 @@ def an_input(grid, dtype, rng):
 def assert_same(found, expected):
     """Of one dtype and shape, and bit by bit the same, NaN as NaN; float32 rounded to bfloat16 may be truncated."""
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    if found.dtype == torch.bfloat16:
+    if found.dtype == torch.bfloat16 and INTERPRETED:
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=0, equal_nan=True)
     elif found.is_floating_point():
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -262,13 +266,13 @@ def test_gradients(grid, dtype, bits, affine, rng):
 @pytest.mark.parametrize(("size", "parts"), slow((16, 2), (64, 3)))
 def test_long_rows_and_many_parts(size, parts, rng, monkeypatch):
     """Rows that do not fit a program, and sums over several programs."""
-    monkeypatch.setattr(layers_cuda, "_PARTS", parts)
+    monkeypatch.setattr(layer_kernels, "_PARTS", parts)
     table = normal_table(3, torch.float32)
     for grid in (Grid(70, 48), Grid(3, 6, 49, 1, 2)):
         packed, grad, vectors = coded(grid, torch.float32, table, rng)
         scale = torch.from_numpy(rng.uniform(0.5, 300, grid.rows)).float()
-        for largest in (layers_cuda._LARGEST_ROW, 2 * size):
-            monkeypatch.setattr(layers_cuda, "_LARGEST_ROW", largest)
+        for largest in (layer_kernels._LARGEST_ROW, 2 * size):
+            monkeypatch.setattr(layer_kernels, "_LARGEST_ROW", largest)
             check_gradients(packed, grad, grid, vectors, scale, table, rng, True)
 
 
@@ -322,9 +326,9 @@ def test_the_next_number():
     for dtype in (torch.float32, torch.float64):
         info = torch.finfo(dtype)
         a = torch.tensor([0.0, -0.0, 1.0, -1.0, info.max, -info.max, info.smallest_normal, -torch.inf], dtype=dtype)
-        found = torch.empty_like(a)
-        next_numbers[(1,)](a, found)
-        assert torch.equal(found, torch.nextafter(a, torch.full_like(a, torch.inf)))
+        found = torch.empty_like(a, device=DEVICE)
+        next_numbers[(1,)](a.to(DEVICE), found)
+        assert torch.equal(found.cpu(), torch.nextafter(a, torch.full_like(a, torch.inf)))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The CUDA kernels in Triton's interpreter, on tensors of the CPU; `test_cuda.py` runs this file in a process of its own.
+"""The CUDA kernels of activations, in Triton's interpreter or on a device. `test_cuda.py` runs it in a process of its own.
 
 The interpreter must be on when the kernels are decorated, hence the other process. It is slow, at 0.1 s a launch and more, so
 that the cases are few and the long ones marked slow.
@@ -10,11 +10,11 @@ misreads subnormal bfloat16 numbers. It has no libdevice: numpy's functions stan
 import dataclasses
 from types import SimpleNamespace
 
-import interpreter  # noqa: F401
 import numpy as np
 import oracles
 import pytest
 import torch
+from cuda_device import DEVICE, INTERPRETED, OnDevice
 from scipy import special
 from test_kernels import DTYPES, SIZES, adversarial, codes_of, random_device_table
 
@@ -22,13 +22,18 @@ import fewbit
 from fewbit import activations, kernels, packing, resolve
 from fewbit.autograd.activation import coded_activation
 from fewbit.functional.activations import formula
-from fewbit.kernels import DeviceTable, cuda, reference
+from fewbit.kernels import DeviceTable, reference
+from fewbit.kernels import cuda as cuda_kernels
 
+cuda = OnDevice(cuda_kernels)
 BITS = range(1, 9)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def elementary_functions():
+    if not INTERPRETED:
+        yield
+        return
     tl = pytest.importorskip("triton.language")
     from triton.runtime.interpreter import TensorHandle
 
@@ -99,7 +104,7 @@ def check(device_table, n, dtype, rng):
     grad = torch.from_numpy(rng.normal(size=n)).to(dtype)
     product = cuda.decode(packed, grad, device_table)
     assert product.dtype == dtype
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and INTERPRETED:
         exact = reference.decode(packed, grad.float(), device_table)
         expected = (exact.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
     else:
@@ -138,12 +143,13 @@ def test_every_kind_of_table(bits, dtype, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float32, 3)], ids=str)
 def test_three_million_elements(dtype, bits, rng, monkeypatch):
-    monkeypatch.setattr(cuda, "_BYTES", 1 << 11)  # 128 times the elements a program
+    if INTERPRETED:
+        monkeypatch.setattr(cuda_kernels, "_BYTES", 1 << 11)  # 128 times the elements a program
     device_table = run_device_table(rng, bits, dtype)
     x, grad = adversarial(device_table, 3_000_001, rng).to(dtype), torch.randn(3_000_001).to(dtype)
     packed = cuda.encode(x, device_table)
     assert torch.equal(packed, reference.encode(x, device_table))
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or not INTERPRETED:
         assert torch.equal(cuda.decode(packed, grad, device_table), reference.decode(packed, grad, device_table))
 
 
@@ -186,9 +192,9 @@ def test_closed_forms_are_those_of_built_in_activations():
 
 
 def test_who_serves_what():
-    assert cuda.supports(torch.device("cpu"), torch.float32)
-    assert not cuda.supports(torch.device("cpu"), torch.int32)
-    assert not cuda.supports(torch.device("meta"), torch.float32)
+    assert cuda_kernels.supports(DEVICE, torch.float32)
+    assert not cuda_kernels.supports(DEVICE, torch.int32)
+    assert not cuda_kernels.supports(torch.device("meta"), torch.float32)
 
 
 @pytest.mark.slow
@@ -232,7 +238,7 @@ def check_forward(record, dtype):
     x = np.concatenate([special, np.linspace(-12, 12, 1501), np.linspace(-100, 100, 401), small, -small])
     x = torch.from_numpy(x).to(dtype)
     info = torch.finfo(dtype)
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and INTERPRETED:
         x = x[(x == 0) | ~(x.abs() < info.smallest_normal)]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     device_table = resolve.device_tables(fewbit.load_table(record, 2), wide, torch.device("cpu"))[0]
@@ -251,9 +257,9 @@ def check_forward(record, dtype):
     error = (y.double() - expected).abs() / unit
     assert torch.equal(y.isnan(), expected.isnan())
     exact = (y.double() == expected) | y.isnan()  # infinities too
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and INTERPRETED:
         exact |= expected.abs() < info.smallest_normal
-    assert float(torch.where(exact, 0.0, error).max()) <= UNITS + (dtype == torch.bfloat16)
+    assert float(torch.where(exact, 0.0, error).max()) <= UNITS + (dtype == torch.bfloat16 and INTERPRETED)
 
 
 def test_forward(record):
@@ -263,7 +269,11 @@ def test_forward(record):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_forward_in_other_dtypes(record, dtype):
-    if (record.name, dtype) != ("quick_gelu", torch.bfloat16):  # 1.702·x is rounded before exp, which magnifies the truncation
+    if (record.name, dtype) != (
+        "quick_gelu",
+        torch.bfloat16,
+    ) or not INTERPRETED:
+        # 1.702·x is rounded before exp, which magnifies the truncation
         check_forward(record, dtype)
 
 
