@@ -248,9 +248,9 @@ def check_forward(record, dtype):
     expected = as_on_a_gpu(record, dtype).forward(x).double()
     if dtype == torch.float64 and record.name in ("hardswish", "hardsigmoid"):
         expected *= 6 * np.float64(np.float32(1 / 6))  # which is what torch multiplies by on a GPU; on the CPU it divides by 6
-    if record.name == "gelu":  # torch's own overflows on some processors, and is coarse in float32
-        fine = x.double() if dtype == torch.float32 else x
-        expected = torch.where(x > 1e30, x, record.forward(fine).to(dtype)).double()
+    if record.name == "gelu":  # torch's own overflows on some processors, and is coarse on some
+        fine = x.double() if dtype == torch.float32 else x.to(wide)
+        expected = torch.where(x.double() > 1e30, x, record.forward(fine).to(dtype)).double()
     unit = info.eps * expected.abs() + info.smallest_normal * info.eps * (1 + x.double().abs())
     if record.name in CANCELLING:
         unit = info.eps * x.double().abs() + unit

@@ -4,7 +4,8 @@ Each is measured as `fewbit bench --model tools.studies.working_sizes:gpt2` does
 with everything coded at 4 bits. The models are Hugging Face's without a head, from configurations, with random weights and
 without dropout: 6 layers on 2,048 tokens or 8 images of 224 x 224, or whole networks of convolutions on 8 images of 128 x 128.
 Then comes the small ResNet of `tools.studies.resnet` on scikit-learn's digits. On a GPU models are as wide as common ones,
-with 12 layers of transformers (Llama: 8), on 8,192 tokens or 64 images of 224 x 224. Nothing is downloaded.
+with 12 layers of transformers (Llama: 8), on 65,536 tokens (Llama: 16,384) or 256 images of 224 x 224: with small steps a GPU
+waits for Python. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ _VIT = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "i
 _RESNET18 = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
 
 
-def sample_tokens(sampler: torch.Generator, longer: int = 1) -> Batch:
-    """Random ones, so many times as long."""
-    return {"input_ids": torch.randint(VOCABULARY, (BATCH, longer * TOKENS), generator=sampler)}
+def sample_tokens(sampler: torch.Generator, more: int = 1, longer: int = 1) -> Batch:
+    """Random ones; so many times as many sequences, so many times as long."""
+    return {"input_ids": torch.randint(VOCABULARY, (more * BATCH, longer * TOKENS), generator=sampler)}
 
 
 def sample_images(sampler: torch.Generator, size: int, more: int = 1) -> Batch:
@@ -57,12 +58,12 @@ _WIDE |= {"max_position_embeddings": 4 * TOKENS, "intermediate_size": 4096}
 _WIDE_GPT2 = {**_GPT2, "n_embd": 1024, "n_layer": 12, "n_head": 16, "n_positions": 4 * TOKENS}
 _WIDE_LLAMA = {**_WIDE, "hidden_size": 2048, "num_hidden_layers": 8, "intermediate_size": 5632, "use_cache": False}
 LARGE = {  # for GPUs
-    "gpt2": Case("GPT2Model", _WIDE_GPT2, partial(sample_tokens, longer=4)),
-    "bert": Case("BertModel", _WIDE, partial(sample_tokens, longer=4)),
-    "llama": Case("LlamaModel", _WIDE_LLAMA, partial(sample_tokens, longer=4)),
-    "vit": Case("ViTModel", {**_WIDE, "image_size": 224}, partial(sample_images, size=224, more=8)),
-    "resnet50": Case("ResNetModel", {}, partial(sample_images, size=224, more=8)),
-    "convnext": Case("ConvNextModel", {}, partial(sample_images, size=224, more=8)),
+    "gpt2": Case("GPT2Model", _WIDE_GPT2, partial(sample_tokens, more=8, longer=4)),
+    "bert": Case("BertModel", _WIDE, partial(sample_tokens, more=8, longer=4)),
+    "llama": Case("LlamaModel", _WIDE_LLAMA, partial(sample_tokens, more=2, longer=4)),
+    "vit": Case("ViTModel", {**_WIDE, "image_size": 224}, partial(sample_images, size=224, more=32)),
+    "resnet50": Case("ResNetModel", {}, partial(sample_images, size=224, more=32)),
+    "convnext": Case("ConvNextModel", {}, partial(sample_images, size=224, more=32)),
 }
 
 

@@ -19,8 +19,10 @@ def plot_distances(panels: dict[str, dict[str, Line]], title: str, columns: int 
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(2.1 * columns, 5.6) + 0.4, 2.3 * rows + 0.8), layout="constrained")
     axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    drawn = [each.mean for lines in panels.values() for line in lines.values() for each in line.distances.values()]
+    largest = 100 * max(map(abs, drawn), default=0.0)
     for axis, (task, lines) in zip(axes, panels.items(), strict=False):
-        _draw_panel(axis, lines)
+        _draw_panel(axis, lines, largest)
         axis.set_title(task, fontsize=9)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -34,7 +36,7 @@ def plot_distances(panels: dict[str, dict[str, Line]], title: str, columns: int 
     return figure
 
 
-def _draw_panel(axis: Axes, lines: dict[str, Line]) -> None:
+def _draw_panel(axis: Axes, lines: dict[str, Line], largest: float) -> None:
     axis.axhline(0.0, color="0.6", linewidth=1.0)
     spreads = [100 * each.spread for each in lines.values() if math.isfinite(each.spread)]
     if spreads:
@@ -45,7 +47,8 @@ def _draw_panel(axis: Axes, lines: dict[str, Line]) -> None:
         errors = [each if math.isfinite(each) else 0.0 for each in errors]
         style = {"color": _COLOURS[i % len(_COLOURS)], "marker": "osD^v<>"[i % 7], "markersize": 3.5, "linewidth": 1.2}
         axis.errorbar(list(points), means, errors, capsize=2, label=label, **style)
-    axis.set_yscale("symlog", linthresh=_LINEAR)
+    if largest > 2 * _LINEAR:
+        axis.set_yscale("symlog", linthresh=_LINEAR)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
     axis.set_xticks(sorted({bits for each in lines.values() for bits in each.distances}))
     axis.grid(axis="y", color="0.93", which="major")
