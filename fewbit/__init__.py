@@ -29,14 +29,18 @@ _HOMES = {  # all public names but `design`, and where they come from on first u
     "exact": "fewbit.autograd.exact",
     "fidelity": "fewbit.models.gradients.fidelity",
     "functional": "fewbit",
+    "load": "fewbit.models.conversion.stored",
     "load_ladder": "fewbit.store",
     "load_table": "fewbit.store",
     "memory": "fewbit.models.memory.report",
     "nn": "fewbit",
     "patch": "fewbit.models.conversion.patch",
+    "Preparation": "fewbit.models.prepare",
+    "prepare": "fewbit.models.prepare",
     "recompute": "fewbit.functional.recompute",
     "register": "fewbit.activations",
     "revert": "fewbit.models.conversion.convert",
+    "save": "fewbit.models.conversion.stored",
     "watch": "fewbit.models.gradients.watch",
 }
 __all__ = ["design", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

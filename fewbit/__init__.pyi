@@ -22,6 +22,8 @@ from fewbit.models.calibration.calibration import Calibration as Calibration
 from fewbit.models.conversion.convert import convert as convert
 from fewbit.models.conversion.convert import revert as revert
 from fewbit.models.conversion.patch import patch as patch
+from fewbit.models.conversion.stored import load as load
+from fewbit.models.conversion.stored import save as save
 from fewbit.models.gradients.fidelity import Fidelity as Fidelity
 from fewbit.models.gradients.fidelity import fidelity as fidelity
 from fewbit.models.gradients.watch import Drift as Drift
@@ -30,6 +32,8 @@ from fewbit.models.gradients.watch import watch as watch
 from fewbit.models.memory.plan import Plan as Plan
 from fewbit.models.memory.report import MemoryReport as MemoryReport
 from fewbit.models.memory.report import memory as memory
+from fewbit.models.prepare import Preparation as Preparation
+from fewbit.models.prepare import prepare as prepare
 from fewbit.nn import CELU as CELU
 from fewbit.nn import ELU as ELU
 from fewbit.nn import GEGLU as GEGLU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from fewbit.text import plain
+from fewbit.errors import InputError
+from fewbit.text import plain, shown
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(i)?B?", re.IGNORECASE)
 
 
 class _Console(Console):
@@ -84,6 +88,22 @@ def bytes_label(number: int) -> str:
         scaled /= 1024
         units.pop(0)
     return f"{three_figures(scaled)} {units[0]}"
+
+
+def parse_bytes(given: int | str) -> int:
+    """A number of bytes, or a text such as "24 GiB", "8GB" or "512 MiB". InputError for anything else.
+
+    >>> parse_bytes("1.5 KiB"), parse_bytes("2GB"), parse_bytes(100)
+    (1536, 2000000000, 100)
+    """
+    found = _BYTES.fullmatch(given.strip()) if isinstance(given, str) else None
+    if isinstance(given, bool) or not (found or isinstance(given, int)) or (isinstance(given, int) and given < 1):
+        raise InputError(f"a number of bytes is an integer, or a text such as '24 GiB' or '512 MB'; got {shown(given)}")
+    if found is None:
+        return int(given)
+    number, prefix, binary = found.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** (" KMGT".index(prefix.upper()) if prefix else 0))
 
 
 def three_figures(number: float) -> str:

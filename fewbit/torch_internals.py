@@ -231,6 +231,11 @@ def is_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
 
 
+def current_node() -> Any:
+    """The node whose backward runs on this thread; None where none does. Public names tell of a node in its own hooks alone."""
+    return torch._C._current_autograd_node() if is_backward() else None  # type: ignore[attr-defined]
+
+
 def raw_saved(node: Any) -> Iterator[Any]:
     """What an autograd node holds, without unpacking it: to unpack makes a checkpointed region run again."""
     for name in _raw_saved_names(type(node)):
@@ -294,6 +299,8 @@ def each_operator(look: Callable[[Any, tuple, dict[str, Any], Any], None]) -> Ab
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Looking(TorchDispatchMode):
+        only_looks = True
+
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
             output = func(*args, **(kwargs or {}))
             look(func, args, kwargs or {}, output)
@@ -401,8 +408,14 @@ def is_fake(x: Tensor) -> bool:
 
 
 def is_rehearsal(x: Tensor) -> bool:
-    """Whether x is a fake tensor and no more than that looks on: a run for its sizes, of which no trace is made."""
-    return is_fake(x) and _number_of_modes() == 1 and not is_compiling() and not is_transformed()
+    """Whether x is a fake tensor and no more than that looks on, `each_operator` apart: a run for its sizes, of which no trace
+    is made."""
+    if not is_fake(x) or is_compiling() or is_transformed():
+        return False
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    others = [each for each in _get_current_dispatch_mode_stack() if not getattr(each, "only_looks", False)]
+    return len(others) == 1
 
 
 def fake_mode() -> Any:

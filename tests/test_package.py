@@ -38,7 +38,7 @@ MODELS = [
     {"memory"},
     {"conversion"},
     {"modules"},
-    {"preserve", "arguments", "report"},
+    {"preserve", "arguments", "report", "blocks"},
     {"grouping"},
 ]
 # no torch at module level, and nothing of the machinery

@@ -16,10 +16,11 @@ import torch
 
 from fewbit.bench.environment import device_name, dtype_name, first_line, now, parse_dtype, versions
 from fewbit.bench.models import Subject
-from fewbit.bench.step import Step, blocks, checkpointed, moved
+from fewbit.bench.step import Step, moved
 from fewbit.bench.traffic import Traffic, traffic
 from fewbit.errors import ConversionWarning, FewbitError, InputError
 from fewbit.measuring import Key, Quantiles, Task, find_device, quantiles, time_rounds, torch_threads
+from fewbit.models.blocks import blocks, checkpoint_blocks
 from fewbit.models.conversion.convert import convert
 from fewbit.models.conversion.setting import Setting, parse_bits
 from fewbit.models.memory.saved import tensors_in
@@ -180,7 +181,7 @@ def _models(settings: Settings, subject: Subject, notes: list[str]) -> dict[str,
     levels = blocks(subject.model)
     for level, found in enumerate(levels):
         label = CHECKPOINT if len(levels) == 1 else f"{CHECKPOINT} {level + 1}"
-        models[label] = checkpointed(subject.model, level)
+        models[label] = checkpoint_blocks(copy.deepcopy(subject.model), level)
         notes.append(f"{label}: around each of {len(found)} {', '.join(sorted({type(each).__name__ for each in found}))}")
     if not levels:
         notes.append(f"nothing is checkpointed: {settings.name} has no blocks, of one class in a ModuleList or Sequential")

@@ -1,23 +1,19 @@
-"""One training step of a model, without its optimizer, and the ways to keep less for it."""
+"""One training step of a model, without its optimizer."""
 
 from __future__ import annotations
 
-import copy
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fewbit import measuring
 from fewbit.bench.models import Subject
-from fewbit.errors import InputError
-from fewbit.models.arguments import check_loss, loss_in, run
+from fewbit.models.arguments import roots_of
 from fewbit.models.memory.forward import Forward
 from fewbit.models.memory.saved import tensors_in
 from fewbit.models.memory.storages import total
-from fewbit.torch_internals import leaves, map_tensors
+from fewbit.torch_internals import map_tensors
 
 Tensor = torch.Tensor
 
@@ -42,15 +38,7 @@ class Step:
 
     def forward(self) -> list[Tensor]:
         """Where backward begins: the loss, or else all that the model returns."""
-        if self.loss_fn is not None:
-            return [check_loss(self.loss_fn(self.model, self.batch))]
-        output = run(self.model, self.batch)
-        if (loss := loss_in(output)) is not None:
-            return [check_loss(loss)]
-        found = [each for each in leaves(output) if isinstance(each, Tensor) and each.requires_grad]
-        if not found:
-            raise InputError("the model returns no tensor that needs a gradient; is all of it frozen, or does it use no_grad?")
-        return found
+        return roots_of(self.model, self.batch, self.loss_fn)
 
     def kept_bytes(self) -> int:
         """What forward keeps for backward, the loss included; neither parameters, buffers and the batch, nor code tables."""
@@ -93,40 +81,3 @@ def moved(subject: Subject, device: torch.device, dtype: torch.dtype) -> Subject
         return tensor.detach().to(device, kind).requires_grad_(tensor.requires_grad)
 
     return subject._replace(model=subject.model.to(device, dtype), batch=map_tensors(move, subject.batch))
-
-
-def checkpointed(model: nn.Module, level: int = 0) -> nn.Module:
-    """A copy, each of whose blocks of that level keeps its input alone and runs again in backward."""
-    copied = copy.deepcopy(model)
-    for block in blocks(copied)[level]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return copied
-
-
-def blocks(model: nn.Module) -> list[list[nn.Module]]:
-    """The modules that a model repeats, the outermost first, as stages, their blocks, and what those repeat in turn.
-
-    They are what a ModuleList or Sequential holds that are of one class and have parts of their own. No level is empty.
-
-    >>> norms = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3)]
-    >>> [len(level) for level in blocks(nn.Sequential(nn.Linear(2, 2), nn.Sequential(*norms)))]
-    [3]
-    """
-    levels: list[dict[nn.Module, None]] = []
-
-    def enter(module: nn.Module, level: int) -> None:
-        repeats = _repeats(module)
-        if repeats:
-            levels.extend({} for _ in range(level + 1 - len(levels)))
-            levels[level].update(dict.fromkeys(module.children()))
-        for child in module.children():
-            enter(child, level + repeats)
-
-    enter(model, 0)
-    return [list(level) for level in levels]
-
-
-def _repeats(module: nn.Module) -> bool:
-    parts = list(module.children())
-    composite = all(next(part.children(), None) is not None for part in parts)
-    return isinstance(module, (nn.ModuleList, nn.Sequential)) and composite and len({type(part) for part in parts}) == 1

@@ -117,6 +117,19 @@ def surrogate_loss(model: nn.Module, batch: Any) -> Tensor:
     return total
 
 
+def roots_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> list[Tensor]:
+    """Where backward begins: the loss, or else all that the model returns; InputError where nothing needs a gradient."""
+    if loss_fn is not None:
+        return [check_loss(loss_fn(model, batch))]
+    output = run(model, batch)
+    if (loss := loss_in(output)) is not None:
+        return [check_loss(loss)]
+    found = [each for each in leaves(output) if isinstance(each, Tensor) and each.requires_grad]
+    if not found:
+        raise InputError("the model returns no tensor that needs a gradient; is all of it frozen, or does it use no_grad?")
+    return found
+
+
 def check_loss(loss: Any) -> Tensor:
     """The loss; InputError for what backward cannot begin with."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():

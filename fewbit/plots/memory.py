@@ -53,6 +53,19 @@ def plot_memory(modules: Mapping[str, Bars], title: str, label_of: Callable[[int
     return figure
 
 
+def plot_counts(counts: Mapping[str, int], what: str) -> Figure:
+    """A bar for each label, with its number. what: on the axis"""
+    with styled():
+        figure = Figure(figsize=(7, 1.0 + 0.4 * len(counts)), layout="constrained")
+        axes = figure.subplots()
+        bars = axes.barh([literal(label) for label in counts], list(counts.values()), height=0.6)
+        axes.bar_label(bars, [str(number) if number else "none" for number in counts.values()], padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_xlabel(what)
+    return figure
+
+
 def _draw(axes: Axes, y: float, height: float, stack: Stack, colours: Mapping[str, Any]) -> None:
     left = 0
     for operation in colours:

@@ -1,5 +1,7 @@
 """One training step: what it runs, keeps and holds; blocks and their checkpoints; the built-in models."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,9 @@ from torch import nn
 import fewbit
 from fewbit.bench import models
 from fewbit.bench.models import Subject
-from fewbit.bench.step import Step, blocks, checkpointed, moved
+from fewbit.bench.step import Step, moved
 from fewbit.errors import InputError
+from fewbit.models.blocks import blocks, checkpoint_blocks
 
 CPU = torch.device("cpu")
 
@@ -122,7 +125,7 @@ class TestBlocks:
 
     def test_checkpoints_keep_inputs_and_give_the_same_gradient(self):
         model, x = mlps(), torch.randn(64, 8)
-        copied = checkpointed(model)
+        copied = checkpoint_blocks(copy.deepcopy(model))
         exact, step = Step(Subject(model, x)), Step(Subject(copied, x))
         assert all(map(torch.equal, grads(exact), grads(step)))
         assert step.kept_bytes() == 2 * x.nbytes  # what comes into the second and the third

@@ -271,6 +271,15 @@ QUOTED = [
         )
         for name in read("working_sizes")["results"]
     ),
+    *(
+        (
+            f"{name} {' '.join(['{:.2f}'] * 8)}",
+            "working_sizes-cuda",
+            *(f"models/{name}/coded/{column}" for column in ("calls", "moved", "kept", "peak", "time")),
+            *(f"models/{name}/checkpoint/{column}" for column in ("kept", "peak", "time")),
+        )
+        for name in read("working_sizes-cuda")["results"]["models"]
+    ),
 ]
 
 
@@ -294,7 +303,7 @@ def test_each_file_says_what_it_was_measured_with(path):
 def test_readme_names_the_study_of_each_file(path):
     study, _, part = path.stem.replace("reviewers_", "reviewers-").partition("-")
     assert f"python -m tools.studies.{study}" in README or f"`… {study}" in README
-    assert not part or re.search(rf"`(python -m tools.studies|…)[ .]{study} {part}`", README)
+    assert not part or re.search(rf"`(python -m tools.studies|…)[ .]{study} (--device )?{part}`", README)
 
 
 def test_results_hold_what_readme_says_in_words():

@@ -12,7 +12,8 @@ from torch import nn
 
 import fewbit
 from fewbit import demo, terminal
-from fewbit.bench.step import Step, blocks
+from fewbit.bench.step import Step
+from fewbit.models.blocks import blocks
 from tools.studies import (
     baselines,
     calibration,

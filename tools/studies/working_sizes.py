@@ -153,7 +153,7 @@ def main() -> None:
         common.write("working_sizes", results)
     else:
         where = {"device": device_name(torch.device(arguments.device)), "versions": dict(versions())}
-        common.write("working_sizes_gpu", {**where, "models": results})
+        common.write(f"working_sizes-{arguments.device}", {**where, "models": results})
 
 
 if __name__ == "__main__":

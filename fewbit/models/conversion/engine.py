@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch import nn
 
 from fewbit.design.request import Request
 from fewbit.design.table import CodeTable
-from fewbit.errors import ActivationError, DesignError
+from fewbit.errors import ActivationError, DesignError, InputError
 from fewbit.models.arguments import Filter
 from fewbit.models.conversion import classes
 from fewbit.models.conversion.interception import Interception
@@ -65,6 +65,34 @@ def revert_modules(model: nn.Module) -> list[nn.Module]:
 def is_converted(module: nn.Module) -> bool:
     """Whether `revert` would change it."""
     return _BEFORE in vars(module)
+
+
+def conversion_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """By the dotted name of each converted module, what the conversion set, with the values of now: bits and table of a coded
+    one, the interception of one whose calls are intercepted."""
+    return {
+        name: {each: vars(module)[each] for each in vars(module)[_BEFORE][2]}
+        for name, module in model.named_modules()
+        if is_converted(module)
+    }
+
+
+def convert_again(model: nn.Module, conversion: Mapping[str, dict[str, Any]]) -> None:
+    """Convert the modules of these names to what `conversion_of` said of them, and no others.
+
+    InputError for names that the model lacks, and modules that cannot be converted so; the model is then as before.
+    """
+    with structure_restored_on_error(model):
+        revert_modules(model)
+        modules, candidates = dict(model.named_modules()), {each.name: each for each in _candidates(model, None)}
+        for name, attributes in conversion.items():
+            if name not in modules:
+                raise InputError(f"the model has no module {name!r}, which the conversion names; is it the one that was saved?")
+            own, found = classes.own_class(modules[name]), candidates.get(name)
+            coded = classes.intercepted_class(own) if "interception" in attributes else found and found.coded
+            if coded is None or _names_in_use(modules[name], own, coded, attributes):
+                raise InputError(f"{name!r}, a {own.__name__}, cannot be converted so; is the model the one that was saved?")
+            _Change(name, modules[name], "", own, coded, attributes).apply()
 
 
 def left_exact(model: nn.Module, setting: Setting) -> dict[str, list[str]]:

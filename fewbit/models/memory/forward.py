@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fewbit import resolve
 from fewbit.errors import InputError
-from fewbit.models.arguments import arguments_of, run
+from fewbit.models.arguments import LossFunction, arguments_of, run
 from fewbit.models.memory.saved import Storage, record, storages_of, tensors_in
 from fewbit.models.preserve import Autocast, preserved_state, preserved_structure
 from fewbit.torch_internals import fake_mode, map_tensors, silent_fakes, storage_key
@@ -21,17 +21,22 @@ Tensor = torch.Tensor
 
 
 class Forward(NamedTuple):
-    """A call of a model: the model, the batch that it is called with, and, as they were when it was asked about, the classes of
-    its modules and autocast."""
+    """A call of a model, or of a loss that calls it: the model, the batch, the function of both, if there is one, and, as they
+    were when it was asked about, the classes of the model's modules and autocast."""
 
     model: nn.Module
     batch: Any
+    loss_fn: LossFunction | None
     classes: list[type[nn.Module]]
     autocast: Autocast
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Any) -> Forward:
-        return cls(model, batch, [type(module) for module in model.modules()], Autocast(model))
+    def of(cls, model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> Forward:
+        return cls(model, batch, loss_fn, [type(module) for module in model.modules()], Autocast(model))
+
+    def call(self, batch: Any) -> Any:
+        """What the model, or the loss, makes of a batch. InputError for one that the model does not take."""
+        return run(self.model, batch) if self.loss_fn is None else self.loss_fn(self.model, batch)
 
     def check_unchanged(self) -> None:
         """Raise InputError if modules of the model have changed their class since."""
@@ -41,41 +46,63 @@ class Forward(NamedTuple):
     def saved(self, fake: bool) -> list[Storage]:
         """What the call keeps for backward, of the model as it is now; its state, gradients and torch's random numbers are
         as before, after an error too."""
-        _check_initialized(self.model)
-        with preserved_state(self.model), preserved_structure(self.model), self._as_asked_about():
+        with self.untouched():
             return self._saved_by_fake() if fake else self._saved_by_real()
 
     @contextmanager
-    def _as_asked_about(self) -> Iterator[None]:
-        with self.autocast.again(), torch.inference_mode(False), torch.enable_grad():
+    def untouched(self) -> Iterator[None]:
+        """A context to run the model in, with gradients and the autocast that it was asked about with: its state, structure and
+        gradients and torch's random numbers are afterwards as before. InputError for a lazy model that never ran."""
+        _check_initialized(self.model)
+        with ExitStack() as stack:
+            for each in (preserved_state(self.model), preserved_structure(self.model), self.autocast.again()):
+                stack.enter_context(each)
+            for each in (torch.inference_mode(False), torch.enable_grad()):
+                stack.enter_context(each)
             yield
+
+    def fakes(self, mode: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+        """Parameters and buffers by name, and the batch, as fake tensors."""
+        parameters, buffers = (
+            {name: _faked(tensor, mode) for name, tensor in named}
+            for named in (self.model.named_parameters(), self.model.named_buffers())
+        )
+        batch = dict(self.batch) if isinstance(self.batch, Mapping) else self.batch
+        return parameters, buffers, map_tensors(lambda tensor: _faked(tensor, mode), batch)
 
     def _saved_by_real(self) -> list[Storage]:
         def roles() -> dict[int, str]:
             return _roles(self.model.parameters(), self.model.buffers(), tensors_in(arguments_of(self.batch)), _tables())
 
-        return record(self.model, lambda: run(self.model, self.batch), roles)
+        return record(self.model, lambda: self.call(self.batch), roles)
 
     def _saved_by_fake(self) -> list[Storage]:
-        from torch.func import functional_call
-
         mode = fake_mode()
-        parameters, buffers = (
-            {name: _faked(tensor, mode) for name, tensor in named}
-            for named in (self.model.named_parameters(), self.model.named_buffers())
-        )
-        args, kwargs = map_tensors(lambda tensor: _faked(tensor, mode), arguments_of(self.batch))
+        parameters, buffers, batch = self.fakes(mode)
 
         def roles() -> dict[int, str]:
             tables = (mode.from_tensor(table) for table in _tables())  # but not those of one number, copied each time
-            return _roles(parameters.values(), buffers.values(), tensors_in((args, kwargs)), tables)
+            return _roles(parameters.values(), buffers.values(), tensors_in(arguments_of(batch)), tables)
 
         with mode, silent_fakes():
+            return record(self.model, lambda: with_tensors(self.model, {**parameters, **buffers}, self.call, batch), roles)
 
-            def call(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(self.model, {**parameters, **buffers}, args, kwargs)
 
-            return record(self.model, lambda: run(call, kwargs or args), roles)
+def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor], function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), while the model's parameters and buffers are these, by name."""
+    whole = _Whole(model, function)
+    return torch.func.functional_call(whole, {f"model.{name}": each for name, each in tensors.items()}, arguments)
+
+
+class _Whole(nn.Module):
+    """A function that calls a model, as a module around it."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]):
+        super().__init__()
+        self.model, self._function = model, function
+
+    def forward(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
 
 
 def _check_initialized(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -19,6 +19,7 @@ from fewbit.models.conversion.setting import Setting
 from fewbit.models.grouping import label, shortened
 from fewbit.models.memory import advice, trials
 from fewbit.models.memory.forward import Forward
+from fewbit.models.memory.peak import MakeOptimizer, Peak, peak_of
 from fewbit.models.memory.saved import Storage
 from fewbit.models.memory.storages import bars_of, kept_by, note_on_workspaces, total
 from fewbit.models.preserve import preserved_structure
@@ -48,6 +49,7 @@ class Plan(Report):
     advice      for each module that is converted or keeps something
     how         on what the converted model ran
     filter_fn   that of the user
+    make_optimizer  of parameters, for `peak`
     """
 
     forward: Forward
@@ -59,6 +61,15 @@ class Plan(Report):
     advice: list[advice.Advice]
     how: str
     filter_fn: Filter | None = None
+    make_optimizer: MakeOptimizer | None = None
+
+    @cached_property
+    def peak(self) -> Peak:
+        """The worst moment of a training step after `convert()` of this plan. Raises as `MemoryReport.peak`."""
+        self.forward.check_unchanged()
+        with preserved_structure(self.forward.model):
+            self._convert()
+            return peak_of(self.forward, self.make_optimizer)
 
     @property
     def before_bytes(self) -> int:
@@ -83,14 +94,17 @@ class Plan(Report):
         Raises InputError if the model was converted or changed since its report.
         """
         self.forward.check_unchanged()
-        model = self.forward.model
-        converted = convert_modules(model, self.setting, _choice(self.outcome.chosen, self.candidates, self.filter_fn))
+        model, converted = self.forward.model, self._convert()
         if converted or not self.candidates:
             log_conversion(model, self.setting, converted)
         for each in self.advice:
             if each.module in self.candidates - self.outcome.chosen:
                 _log.info("%s", plain(f"{each.module or type(model).__name__} stays exact: {each.reason}"))
         return model
+
+    def _convert(self) -> list[Any]:
+        passes = _choice(self.outcome.chosen, self.candidates, self.filter_fn)
+        return convert_modules(self.forward.model, self.setting, passes)
 
     def by_module(self) -> dict[str, tuple[int, int]]:
         """Bytes before and after by module, of all that are converted; what is shared counts for the first that saves it."""
@@ -144,7 +158,13 @@ class Plan(Report):
         return plot_memory(bars_of({"exact": self.before, "converted": self.after}), title, bytes_label)
 
 
-def plan(forward: Forward, measured: list[Storage] | None, setting: Setting, filter_fn: Filter | None = None) -> Plan:
+def plan(
+    forward: Forward,
+    measured: list[Storage] | None,
+    setting: Setting,
+    filter_fn: Filter | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+) -> Plan:
     """See `MemoryReport.plan`; `measured` is what the model keeps on real tensors, None if it has run on fake ones alone."""
     forward.check_unchanged()
     model = forward.model
@@ -170,7 +190,7 @@ def plan(forward: Forward, measured: list[Storage] | None, setting: Setting, fil
         outcome = (trials.all_or_none if compiled else partial(trials.choose, run))(candidates, before, after)
     convertible, classes = _convertible(model)
     found = advice.of_modules(classes, candidates, convertible - {*candidates}, before, after, outcome)
-    return Plan(forward, setting, before, after, outcome, frozenset(candidates), found, how, filter_fn)
+    return Plan(forward, setting, before, after, outcome, frozenset(candidates), found, how, filter_fn, make_optimizer)
 
 
 def _convert(model: nn.Module, setting: Setting, filter_fn: Filter | None) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from torch import nn
 
 from fewbit import files, terminal
 from fewbit.constants import DEFAULT_MODEL_BITS
-from fewbit.models.arguments import Filter, check_filter, check_model
+from fewbit.models.arguments import Filter, LossFunction, check_filter, check_model
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.grouping import cut, shortened
 from fewbit.models.memory.forward import Forward
+from fewbit.models.memory.largest import LargestBatch, largest_batch
 from fewbit.models.memory.page import page
+from fewbit.models.memory.peak import MakeOptimizer, Optimizer, Peak, optimizer_of, peak_of
 from fewbit.models.memory.plan import Plan, plan
 from fewbit.models.memory.saved import ACTIVATIONS, Storage
 from fewbit.models.memory.storages import NOTE, ROLES, bars_of, kept_by, note_on_workspaces, repeated, saver_label, total
@@ -32,19 +35,31 @@ if TYPE_CHECKING:
 _MODULE_WIDTH, _OPERATION_WIDTH, _TENSOR_WIDTH, _SHARED_WIDTH = 28, 22, 22, 20  # 119 columns with the others
 
 
-def memory(model: nn.Module, batch: Any, *, fake: bool = False) -> MemoryReport:
+def memory(
+    model: nn.Module,
+    batch: Any,
+    *,
+    fake: bool = False,
+    loss_fn: LossFunction | None = None,
+    optimizer: Optimizer | None = None,
+) -> MemoryReport:
     """What one forward pass of a model keeps for backward: every saved tensor, by the module and operation that saved it.
 
     model    runs once as it is, in training or evaluation mode, with gradients enabled; its buffers, gradients and attributes
              and torch's random numbers are afterwards as before. A compiled model is one module to this.
-    batch    what to call it with: a tensor, a tuple (or list) of arguments, or a mapping of named ones
+    batch    what to call it with: a tensor, a tuple (or list) of arguments, or a mapping of named ones; with a loss_fn whatever
+             that takes
     fake     run on fake tensors, which take neither memory nor time: for models too large for this machine. Tensors of the meta
              device are taken for tensors of the CPU. Not for models whose control flow looks at numbers, nor for compiled ones.
+    loss_fn  of the model and a batch, which is called instead of the model alone. Without it the backward pass of `peak` and
+             `largest_batch` begins at the `loss` of what the model returns, or else at all of that
+    optimizer  for these: the name of one of torch's, such as "adamw"; an optimizer, whose class and settings count; or a
+             function of the parameters. Without it a step has none.
     Returns  a report: print it, or take its `rows()`, `totals()`, `to_json()`, `to_csv()`, `plot()`; its `plan()` predicts what
              `fewbit.convert` would leave. It holds the model and the batch.
 
     What autograd is not told of is not seen: tensors that a model keeps for itself, or an autograd Function as attributes; and
-    what checkpointed regions hold only while backward runs. The gradients and the optimizer's state are not counted.
+    what checkpointed regions hold only while backward runs. Gradients and the optimizer's state count in `peak` alone.
 
     Raises InputError for what is no module, for lazy modules that have not run yet and for a batch that the model does not
     take; and what the model itself raises, with fake=True also because it cannot run on fake tensors.
@@ -54,12 +69,12 @@ def memory(model: nn.Module, batch: Any, *, fake: bool = False) -> MemoryReport:
     512
     """
     check_model("memory", model)
-    forward = Forward.of(model, batch)
+    make_optimizer, forward = optimizer_of(optimizer), Forward.of(model, batch, loss_fn)
     with terminal.progress(f"running the {type(model).__name__}"):
         storages = forward.saved(fake)
     if fake and (note := note_on_workspaces(storages)):
         warnings.warn(note, UserWarning, stacklevel=2)
-    return MemoryReport(forward, storages, fake)
+    return MemoryReport(forward, storages, fake, make_optimizer)
 
 
 @dataclass(repr=False)
@@ -69,6 +84,17 @@ class MemoryReport(Report):
     forward: Forward
     storages: list[Storage]
     fake: bool
+    make_optimizer: MakeOptimizer | None = None
+
+    @cached_property
+    def peak(self) -> Peak:
+        """The worst moment of a training step: how many bytes are taken then, by what, and where.
+
+        The step runs on fake tensors when this is first asked for. Raises what the model raises on such, and InputError if it
+        was converted since the report.
+        """
+        self.forward.check_unchanged()
+        return peak_of(self.forward, self.make_optimizer)
 
     @property
     def activation_bytes(self) -> int:
@@ -133,7 +159,29 @@ class MemoryReport(Report):
         """
         setting = Setting.of(bits, coding)
         check_filter(filter_fn)
-        return plan(self.forward, None if self.fake else self.storages, setting, filter_fn)
+        return plan(self.forward, None if self.fake else self.storages, setting, filter_fn, self.make_optimizer)
+
+    def largest_batch(
+        self,
+        budget: int | str,
+        bits: Bits = DEFAULT_MODEL_BITS,
+        filter_fn: Filter | None = None,
+        *,
+        coding: str | None = None,
+    ) -> LargestBatch:
+        """The largest batch whose training step fits a budget: exact, after `fewbit.convert(model, bits, filter_fn)`, with its
+        blocks checkpointed, and both.
+
+        The batch grows along the first dimension of all tensors that have as many samples there as the largest has. Steps run
+        on fake tensors, and the model is left as it is. Blocks are what the model repeats in a ModuleList or Sequential.
+
+        budget  bytes, or a text such as "24 GiB", for all that `peak` counts
+
+        Raises as `peak`, and InputError for a budget that is none.
+        """
+        setting = Setting.of(bits, coding)
+        check_filter(filter_fn)
+        return largest_batch(self.forward, self.make_optimizer, budget, setting, filter_fn)
 
     def to_html(self, path: str | Path | None = None, plan: Plan | None = None) -> str:
         """One self-contained page of the report, and of the plan if one is given; also written to the file, if one is named."""

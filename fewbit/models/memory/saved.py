@@ -143,17 +143,29 @@ def _where(names: Mapping[int, str]) -> tuple[str, str]:
     Read off the stack instead of kept by hooks on modules: that holds for modules that raise, recur or are called by another
     method than `forward`, and hooks would make compiled modules compile anew.
     """
-    frame: FrameType | None = sys._getframe(2)
     caller = UNKNOWN
-    while frame is not None:
+    for frame in _frames():
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             caller = "checkpoint"
-        if "self" in frame.f_code.co_varnames[:1]:
-            name = names.get(id(frame.f_locals.get("self")))
-            if name is not None:
-                return name, caller
-        frame = frame.f_back
+        if (name := _module_of(frame, names)) is not None:
+            return name, caller
     return "", caller
+
+
+def running_module(names: Mapping[int, str]) -> str | None:
+    """The name of the innermost module whose method is running; None where none is."""
+    return next((name for frame in _frames() if (name := _module_of(frame, names)) is not None), None)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _module_of(frame: FrameType, names: Mapping[int, str]) -> str | None:
+    return names.get(id(frame.f_locals.get("self"))) if "self" in frame.f_code.co_varnames[:1] else None
 
 
 def operation_name(node: Any) -> str:

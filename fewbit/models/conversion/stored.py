@@ -1,0 +1,105 @@
+"""Conversions in files, beside a checkpoint: which modules code what, with which bits and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fewbit import files
+from fewbit.constants import MAX_BITS
+from fewbit.design.table import VERSION, CodeTable, parse_entries, read_text
+from fewbit.errors import DesignError, InputError, TableError, TableFileError
+from fewbit.models.arguments import check_model
+from fewbit.models.conversion.engine import conversion_of, convert_again
+from fewbit.models.conversion.interception import Interception
+from fewbit.models.conversion.setting import Setting
+from fewbit.text import shown
+
+Model = TypeVar("Model", bound=nn.Module)
+FORMAT = "fewbit-conversion"
+MOST_BYTES = 1 << 28
+_FLAGS = ("shared", "inplace")
+_ROUNDINGS = ("nearest", "stochastic")
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write the conversion of a model to a file, beside its weights: which modules are converted, with their bits and tables.
+
+    The model's state_dict is torch's and knows nothing of codes. A model that is made anew, gets its weights and then this file
+    by `load` goes on as the saved one would have, bit for bit.
+
+    Raises InputError for what is no module and for a model that is not converted; OSError as from open().
+    """
+    conversion = conversion_of(check_model("save", model))
+    if not conversion:
+        raise InputError("the model is not converted, so there is nothing to save; call fewbit.convert(model) first")
+    lines = ",\n".join("  " + json.dumps({"name": name, **_entries(attributes)}) for name, attributes in conversion.items())
+    head = f'"format": "{FORMAT}",\n "version": {VERSION}'
+    files.write(path, f'{{\n {head},\n "modules": [\n{lines}\n ]\n}}\n')
+
+
+def load(model: Model, path: str | Path) -> Model:
+    """Convert a model as the one was that `save` wrote to the file; a former conversion is undone. Returns the model.
+
+    Raises TableFileError, which names the file, for what is no such file; InputError for what is no module, and for a model
+    that lacks modules of these names or has others in their place. The model is then as before.
+    """
+    inner = check_model("load", model)
+    conversion: dict[str, dict[str, Any]] = {}
+    interceptions: dict[Setting | None, Interception] = {}  # modules of one setting share one, by which they know each other
+    for each in parse_entries(read_text(path, MOST_BYTES), str(path), FORMAT, "modules"):
+        try:
+            name = each.pop("name")
+            if "interception" in each:
+                setting = _setting(each)
+                conversion[name] = {"interception": interceptions.setdefault(setting, Interception(setting))}
+            else:
+                conversion[name] = _attributes(each)
+        except (TableError, DesignError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise TableFileError(f"{path} holds a broken module, {shown(each)} ({error}); save the conversion anew") from error
+    convert_again(inner, conversion)
+    return model
+
+
+def _entries(attributes: dict[str, Any]) -> dict[str, Any]:
+    """What a conversion set of a module, as plain numbers and texts."""
+    found = dict(attributes)
+    if isinstance(table := found.get("table"), CodeTable):
+        found["table"] = table.to_dict()
+    if isinstance(interception := found.get("interception"), Interception):
+        found["interception"] = _of_interception(interception)
+    return found
+
+
+def _of_interception(interception: Interception) -> dict[str, Any] | None:
+    if interception.setting is None:
+        return None
+    return {"bits": dict(interception.setting.by_kind), "coding": interception.setting.coding}
+
+
+def _setting(entries: dict[str, Any]) -> Setting | None:
+    """Of a module whose calls are intercepted. Raises for what `_entries` would not have made, as the next function does."""
+    if set(entries) != {"interception"}:
+        raise ValueError("a module whose calls are intercepted has no codes of its own")
+    given = entries["interception"]
+    return None if given is None else Setting.of(given["bits"], given["coding"])
+
+
+def _attributes(entries: dict[str, Any]) -> dict[str, Any]:
+    """Of a coded module."""
+    if unknown := set(entries) - {"bits", "table", "rounding", *_FLAGS}:
+        raise ValueError(f"unknown entries {', '.join(sorted(unknown))}")
+    found = dict(entries)
+    if found.get("table") is not None:
+        found["table"] = CodeTable.from_dict(found["table"])
+        found["table"].check()
+    bits = found.get("bits")
+    if not (bits is None or (type(bits) is int and 1 <= bits <= MAX_BITS)):
+        raise ValueError(f"bits cannot be {shown(bits)}")
+    flags = [found[each] for each in _FLAGS if each in found]
+    if found.get("rounding", "nearest") not in _ROUNDINGS or any(type(each) is not bool for each in flags):
+        raise ValueError("rounding is nearest or stochastic, shared and inplace are true or false")
+    return found

@@ -1,0 +1,218 @@
+"""Safe in one call: convert a model, look at its gradients, give more bits where they err too much, and say what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from torch import nn
+
+from fewbit import terminal
+from fewbit.constants import DEFAULT_MODEL_BITS, MAX_BITS
+from fewbit.errors import InputError
+from fewbit.models.arguments import Filter, LossFunction, check_batches, check_filter, check_model, model_loss, names_passed
+from fewbit.models.blocks import blocks
+from fewbit.models.calibration.calibrate import calibrate
+from fewbit.models.conversion.engine import conversion_of, convert_again
+from fewbit.models.conversion.interception import Interception
+from fewbit.models.conversion.setting import Bits, Setting
+from fewbit.models.gradients.fidelity import JUDGED, SAFE, Fidelity, Part, fidelity
+from fewbit.models.memory.peak import Optimizer, Peak
+from fewbit.models.memory.plan import Plan
+from fewbit.models.memory.report import memory
+from fewbit.models.preserve import structure_restored_on_error
+from fewbit.models.report import Report
+from fewbit.record import plural
+from fewbit.terminal import bytes_label, parse_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+_ROUNDS = 4  # of more bits at most
+_HELPS = 0.95  # of the error: above that, calibration is not worth its tables
+
+
+@dataclass(frozen=True, repr=False)
+class Preparation(Report):
+    """What `prepare` did. Prints as a few lines; `fidelity` has the gradients in full, `plan` the memory.
+
+    plan        of the conversion, made before it
+    peaks       of a training step before and after
+    fidelity    of the model as it is now
+    setting     of the conversion
+    raised      names of the modules that have more bits than the setting says
+    calibrated  whether activations have tables for their own inputs
+    budget      in bytes, if one was given
+    """
+
+    plan: Plan
+    peaks: tuple[Peak, Peak]
+    fidelity: Fidelity
+    setting: Setting
+    raised: list[str]
+    calibrated: bool
+    budget: int | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within the budget; None without one."""
+        return None if self.budget is None else self.peaks[1].bytes <= self.budget
+
+    @property
+    def verdict(self) -> str:
+        """One line: what is kept, the peak, and whether that is safe."""
+        before, after = self.peaks
+        kept = self.plan.best_bytes / self.plan.before_bytes if self.plan.before_bytes else 1.0
+        return (
+            f"{self.fidelity.level}: keeps {kept:.0%} of what exact keeps; the peak of a step goes from "
+            f"{bytes_label(before.bytes)} to {bytes_label(after.bytes)}"
+        )
+
+    @property
+    def next_step(self) -> str:
+        """What to do now."""
+        if not self.plan.outcome.chosen:
+            return "nothing in this model pays to be coded; train it as it is"
+        if self.fidelity.level == "unknown":
+            return f"find out whether it is safe: {self.fidelity.verdict}"
+        if self.fidelity.level != "safe":
+            weakest = self.fidelity.weakest
+            where = (
+                f"leave {weakest.group} exact, by filter_fn" if weakest is not None else "leave more of it exact, by filter_fn"
+            )
+            return f"{where}; or give more batches, from which the noise is known better"
+        if self.fits is False:
+            checkpointing = "checkpoint the blocks besides" if blocks(self.plan.forward.model) else "take a smaller batch"
+            return f"the peak is above the budget: {checkpointing}; fewbit.memory(…).largest_batch(…) says which batch fits"
+        return "train; fewbit.save(model, path) keeps this conversion beside a checkpoint"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A group of parameters each, as in `fidelity`."""
+        return self.fidelity.rows()
+
+    def totals(self) -> dict[str, Any]:
+        before, after = self.peaks
+        return {
+            "verdict": self.verdict,
+            "next_step": self.next_step,
+            "bits": dict(self.setting.by_kind),
+            "raised": self.raised,
+            "calibrated": self.calibrated,
+            "budget": self.budget,
+            "kept": {"before": self.plan.before_bytes, "after": self.plan.best_bytes},
+            "peak": {"before": before.to_dict(), "after": after.to_dict()},
+            "fidelity": self.fidelity.totals(),
+        }
+
+    def view(self) -> RenderableType:
+        """The verdict, what was done, the gradients in one line, and the next step."""
+        more = f"; more bits for {plural(len(self.raised), 'module')}" if self.raised else ""
+        tables = "; tables calibrated" if self.calibrated else ""
+        lines = [self.verdict, f"  {self.setting}{more}{tables}", f"  {self.fidelity.verdict}"]
+        if self.budget is not None:
+            lines.append(f"  the budget of {bytes_label(self.budget)} is {'kept' if self.fits else 'exceeded'}")
+        return Group(*lines, f"next: {self.next_step}")
+
+    def figure(self) -> Figure:
+        return self.fidelity.figure()
+
+
+def prepare(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFunction | None = None,
+    budget: int | str | None = None,
+    *,
+    bits: Bits = DEFAULT_MODEL_BITS,
+    filter_fn: Filter | None = None,
+    optimizer: Optimizer | None = None,
+) -> Preparation:
+    """Convert a model for training, in place, as far as that pays and is safe, and report.
+
+    The conversion is planned first, so that only modules that pay are coded. Then gradients from codes are compared with exact
+    ones on the batches (`fewbit.fidelity`): where a module's, or all of them, err by more than a tenth of their noise, codes
+    get more bits, up to 8. Last, tables of activations are calibrated on the batches and stay if that makes the error smaller.
+
+    model      in training mode, if that is what it is for
+    batches    a few, as training has them; two or more, eight tell more
+    loss_fn    of the model and a batch; left out, the `loss` of what the model returns
+    budget     bytes that a training step may take, or a text such as "24 GiB"; the report says whether the peak is within
+    bits       to begin with, as in `fewbit.convert`
+    filter_fn  of a module and its dotted name: whether it may be converted
+    optimizer  for the peak, as in `fewbit.memory`
+
+    Raises InputError (no batches, no loss, no budget) and what the model raises; the model is then as before.
+    """
+    inner = check_model("prepare", model)
+    check_batches("prepare", batches, loss_fn)
+    check_filter(filter_fn)
+    limit, given = None if budget is None else parse_bytes(budget), list(batches)
+    if len(given) < 2:
+        raise InputError(f"prepare needs two batches or more, to tell noise from error; got {len(given)}")
+    with structure_restored_on_error(inner), terminal.progress("preparing the model"):
+        passes = names_passed(inner, filter_fn)
+        report = memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer)
+        before, plan = report.peak, report.plan(bits, passes)
+        plan.convert()
+        found, more, of_modules = fidelity(inner, given, loss_fn, by="module"), 0, dict[str, int]()
+        for _ in range(_ROUNDS):
+            extra, wanted = _missing(found.whole), {part.group: _missing(part) for part in found.parts}
+            wanted = {name: bits for name, bits in wanted.items() if bits > extra}
+            if not (extra or wanted) or not _give_bits(inner, extra, wanted):
+                break
+            more += extra
+            of_modules |= wanted
+            found = fidelity(inner, given, loss_fn, by="module")
+        found, calibrated = _calibrated(inner, given, loss_fn, found)
+        after = memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer).peak
+    return Preparation(plan, (before, after), found, _raised(plan.setting, more), sorted(of_modules), calibrated, limit)
+
+
+def _missing(part: Part) -> int:
+    """How many bits more bring the error of a group down to what is safe: each bit halves it."""
+    if part.share is None or (part.weight is not None and part.weight < JUDGED):
+        return 0
+    share = max(part.share, part.systematic or 0.0)
+    return max(0, math.ceil(math.log2(share / SAFE))) if math.isfinite(share) and share > SAFE else 0
+
+
+def _give_bits(model: nn.Module, extra: int, of_modules: Mapping[str, int]) -> bool:
+    """More bits for all codes, and more for those of some modules; whether any changed, since there are no more than 8."""
+    conversion, interceptions = conversion_of(model), dict[Setting, Interception]()
+    before = _bits_in(conversion)
+    for name, attributes in conversion.items():
+        most = max(extra, of_modules.get(name, 0))
+        interception = attributes.get("interception")
+        if isinstance(interception, Interception) and interception.setting is not None:
+            setting = _raised(interception.setting, extra)
+            attributes["interception"] = interceptions.setdefault(setting, Interception(setting))
+        elif attributes.get("bits") is not None:
+            attributes["bits"] = min(MAX_BITS, attributes["bits"] + most)
+    convert_again(model, conversion)
+    return _bits_in(conversion) != before
+
+
+def _bits_in(conversion: Mapping[str, dict[str, Any]]) -> list[Any]:
+    return [(each.get("bits"), getattr(each.get("interception"), "setting", None)) for each in conversion.values()]
+
+
+def _raised(setting: Setting, extra: int) -> Setting:
+    return Setting.of({kind: min(MAX_BITS, bits + extra) for kind, bits in setting.by_kind}, setting.coding)
+
+
+def _calibrated(model: nn.Module, batches: list[Any], loss_fn: LossFunction | None, found: Fidelity) -> tuple[Fidelity, bool]:
+    """The gradients after calibration, which is undone where it does not help, and whether it does."""
+    conversion = conversion_of(model)
+    try:
+        calibrate(model, batches, loss_fn or model_loss)
+    except InputError:  # nothing to calibrate
+        return found, False
+    other = fidelity(model, batches, loss_fn, by="module")
+    if other.whole.error is not None and found.whole.error is not None and other.whole.error < _HELPS * found.whole.error:
+        return other, True
+    convert_again(model, conversion)
+    return found, False

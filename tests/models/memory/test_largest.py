@@ -1,0 +1,79 @@
+"""The largest batch that fits: against trying every one, and how it is told."""
+
+import pytest
+import torch
+from support import SwiGLU
+from torch import nn
+
+import fewbit
+from fewbit.bench.models import gpt
+from fewbit.errors import InputError
+from fewbit.models.memory.largest import batch_size, with_samples
+from fewbit.models.memory.peak import peak_of
+from fewbit.terminal import parse_bytes
+
+
+def mlps(number=3):
+    return nn.Sequential(*(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(number)))
+
+
+@pytest.mark.parametrize("budget", [2**17, 300_000, 2**20, 3 * 2**20])
+def test_one_more_does_not_fit(budget):
+    report = fewbit.memory(mlps(), torch.randn(8, 16, 32))
+    found = report.largest_batch(budget, bits=4)
+    assert list(found.ways) == ["exact", "coded", "checkpointed", "coded and checkpointed"]
+    exact = found.ways["exact"]
+
+    def peak(samples):
+        return peak_of(report.forward, None, lambda batch: with_samples(batch, 8, samples)).bytes
+
+    assert exact.bytes == peak(exact.samples or 1)
+    assert peak(exact.samples + 1) > budget
+    if exact.samples:
+        assert exact.bytes <= budget
+        assert found.ways["coded"].samples >= exact.samples
+
+
+def test_where_nothing_fits():
+    report = fewbit.memory(SwiGLU(32, 64), torch.randn(4, 128, 32))
+    found = report.largest_batch(1000)
+    assert {each.samples for each in found.ways.values()} == {0}
+    assert "none" in str(found)
+    assert "checkpointed" not in found.ways  # it has no blocks
+
+
+def test_the_table_and_what_is_exported():
+    subject = gpt(2, 64, 2, 16)
+    report = fewbit.memory(subject.model, subject.batch, optimizer="adamw")
+    found = report.largest_batch("4 MiB", bits=3)
+    text = str(found)
+    assert "4.00 MiB" in text
+    assert "bits=3" in text
+    assert [row["way"] for row in found.rows()] == list(found.ways)
+    assert found.to_dict()["budget"] == 4 * 2**20
+    assert len(found.plot().axes[0].patches) == 4
+    assert found.ways["coded"].samples > found.ways["exact"].samples
+    assert not any(each.requires_grad and each.grad is not None for each in subject.model.parameters())
+
+
+def test_every_tensor_of_a_batch_grows_along():
+    batch = {"input_ids": torch.zeros(4, 7, dtype=torch.int64), "position": torch.arange(7), "scale": torch.tensor(1.0)}
+    assert batch_size(batch) == 4
+    shapes = {name: tuple(each.shape) for name, each in with_samples(batch, 4, 9).items()}
+    assert shapes == {"input_ids": (9, 7), "position": (7,), "scale": ()}
+    with pytest.raises(InputError, match="no tensor"):
+        batch_size(3)
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [(7, 7), ("24 GiB", 24 * 2**30), ("8GB", 8 * 10**9), ("1.5kib", 1536), ("512 MB", 512 * 10**6), ("100", 100), ("3 B", 3)],
+)
+def test_bytes(given, number):
+    assert parse_bytes(given) == number
+
+
+@pytest.mark.parametrize("given", ["", "many", "-3", "4 XB", 0, -1, True, None, 2.5, "1e3"])
+def test_no_bytes(given):
+    with pytest.raises(InputError, match="24 GiB"):
+        parse_bytes(given)
