@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fewbit.cli.options import check_folder, check_picture, file_option, named, working_folder_on_path
-from fewbit.errors import InputError
+from fewbit.constants import DEFAULT_MODEL_BITS
+from fewbit.errors import FewbitError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -16,11 +18,24 @@ if TYPE_CHECKING:
 
 
 def memory(
-    model: Annotated[str, typer.Argument(help="package.module:factory, called without arguments, or a module itself.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="package.module:factory or ./file.py:factory, called without arguments, or a module itself; or "
+            "hf:path/to/config.json, of Hugging Face."
+        ),
+    ],
     inputs: Annotated[
         list[str],
-        typer.Option("--input", help="Shape of an input, 8,3,224,224, or with its dtype, 8,128:int64; once for each."),
+        typer.Option(
+            "--input", help="Shape of an input, 8,3,224,224, or with its dtype and name, labels=8,128:int64; once for each."
+        ),
     ],
+    class_name: Annotated[
+        str | None, typer.Option("--class", help="Of transformers, for hf:; the first in the file if left out.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Of the training step whose peak is shown: adamw, say.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Show the largest batches that fit: '24 GiB', say.")] = None,
     bits: Annotated[
         str | None, typer.Option(help="Plan a conversion: 4, for every kind, or by kind, activation=3,linear=4.")
     ] = None,
@@ -31,9 +46,10 @@ def memory(
     plot_path: Annotated[Path | None, file_option("--plot", help="Picture of the bytes by module.")] = None,
     html_path: Annotated[Path | None, file_option("--html", help="Write all of it as one page to this file.")] = None,
 ) -> None:
-    """Show what a model keeps for backward, by module and operation, and what fewbit.convert would save.
+    """Show what a model keeps for backward, by module and operation, the peak of a step, and what fewbit.convert would save.
 
-    Integer inputs are zeros. With --bits, the page, the picture and the JSON hold the plan, too.
+    Integer inputs are zeros. With --bits, the page, the picture and the JSON hold the plan, too; with --budget, the JSON holds
+    the largest batches.
     """
     if plot_path:
         check_picture(plot_path, "--plot")
@@ -42,33 +58,59 @@ def memory(
             check_folder(path)
     from fewbit import terminal
     from fewbit.models.conversion.setting import Setting, parse_bits
+    from fewbit.models.memory.peak import optimizer_of
     from fewbit.models.memory.report import memory as measure
 
     wanted = None if bits is None else parse_bits(bits)
     if wanted is not None:
         Setting.of(wanted)  # which raises before the model is looked at
-    found, batch = _find_model(model), tuple(_input(text, gradient, fake) for text in inputs)
+    limit = None if budget is None else terminal.parse_bytes(budget)
+    optimizer_of(optimizer)
+    batch = _batch(inputs, gradient, fake)
+    found = _find_model(model, class_name, fake)
     try:
-        report = measure(found, batch, fake=fake)
+        report = measure(found, batch, fake=fake, optimizer=optimizer)
         plan = None if wanted is None else report.plan(wanted)
+        peaks = _peaks(report, plan)
+        largest = None if limit is None else report.largest_batch(limit, DEFAULT_MODEL_BITS if wanted is None else wanted)
+    except FewbitError:
+        raise
     except (Exception, SystemExit) as error:  # whatever the model does with such inputs
         raise InputError(f"the model raised {type(error).__name__} for these inputs: {error}") from error
     console = terminal.console(at_least=report.width)
-    for each in (report, plan):
+    for each in (report, plan, largest):
         if each is not None:
             console.print(each.view(), "")
-    _write(report, plan, json_path, csv_path, plot_path, html_path)
+    for text in peaks:
+        console.print(text, "", soft_wrap=True)
+    _write(report, plan, largest, json_path, csv_path, plot_path, html_path)
+
+
+def _peaks(report: Any, plan: Any) -> list[str]:
+    """The peak of a step, and that after the plan's conversion; or why there is none."""
+    try:
+        found = [str(report.peak)]
+        return found if plan is None else [*found, f"after plan.convert(), {plan.peak}"]
+    except Exception as error:  # whatever the model does that fake tensors cannot, or has no gradient
+        return [f"no peak of a training step: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"]
 
 
 def _write(
-    report: Any, plan: Any, json_path: Path | None, csv_path: Path | None, plot_path: Path | None, html_path: Path | None
+    report: Any,
+    plan: Any,
+    largest: Any,
+    json_path: Path | None,
+    csv_path: Path | None,
+    plot_path: Path | None,
+    html_path: Path | None,
 ) -> None:
     import json
 
     from fewbit import files, terminal
 
     if json_path:
-        figures = report.to_dict() if plan is None else {**report.to_dict(), "plan": plan.to_dict()}
+        figures = report.to_dict()
+        figures |= {name: each.to_dict() for name, each in (("plan", plan), ("largest_batch", largest)) if each is not None}
         files.write(json_path, json.dumps(figures, indent=1) + "\n")
     if csv_path:
         report.to_csv(csv_path)
@@ -80,16 +122,19 @@ def _write(
         terminal.say_written(path)
 
 
-def _find_model(name: str) -> nn.Module:
-    """What `package.module:attribute` makes or is, imported with the working folder on the path."""
+def _find_model(name: str, class_name: str | None, fake: bool) -> nn.Module:
+    """What `package.module:attribute` makes or is, imported with the working folder on the path; or what a configuration of
+    Hugging Face describes, if it is to be fake on the meta device."""
     import torch
     from torch import nn
 
     if ":" not in name:
-        raise typer.BadParameter(f"the model is given as package.module:factory, got {name!r}")
+        raise typer.BadParameter(
+            f"the model is given as package.module:factory, ./file.py:factory or hf:config.json, got {name!r}"
+        )
     try:
         with working_folder_on_path():  # from which a factory may import, too
-            found = named(name)
+            found = named(name) if not name.startswith("hf:") else partial(_configured, Path(name[3:]), class_name, fake)
             if not isinstance(found, nn.Module):
                 found = found()
     except (Exception, SystemExit) as error:  # whatever the module does on import, and the factory on a call
@@ -99,6 +144,34 @@ def _find_model(name: str) -> nn.Module:
     if isinstance(found, torch.jit.ScriptModule):
         raise InputError(f"{name} made a scripted module, whose parts run out of sight; give the module that it was made of")
     return found
+
+
+def _configured(path: Path, class_name: str | None, fake: bool) -> nn.Module:
+    """The model of transformers that a config.json describes, with random weights."""
+    import json
+
+    import torch
+    import transformers
+
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    wanted = class_name or next(iter(settings.get("architectures") or ()), None)
+    if wanted is None:
+        raise InputError("the file names no architectures; give one of transformers by --class")
+    kind = getattr(transformers, wanted)
+    with torch.device("meta" if fake else "cpu"):
+        return kind(kind.config_class.from_dict(settings)).train()
+
+
+def _batch(texts: list[str], gradient: bool, fake: bool) -> Any:
+    """The inputs, by name if they are given with names."""
+    found = [text.rpartition("=")[::2] for text in texts]
+    tensors = [_input(text, gradient, fake) for _, text in found]
+    names = [name for name, _ in found if name]
+    if not names:
+        return tuple(tensors)
+    if len({*names}) != len(found):
+        raise typer.BadParameter("--input: either all inputs have names, each its own, or none has")
+    return dict(zip(names, tensors, strict=True))
 
 
 def _input(text: str, gradient: bool, fake: bool) -> torch.Tensor:

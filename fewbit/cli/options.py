@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.util
 import os
 import sys
 import zipfile
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -128,12 +130,23 @@ def find_activation(name: str) -> Activation:
 
 
 def named(name: str) -> Any:
-    """What `package.module:attribute` is, imported with the working folder on the path."""
-    home, _, attributes = name.partition(":")
+    """What `package.module:attribute` or `./file.py:attribute` is, imported with the working folder on the path."""
+    home, _, attributes = name.rpartition(":")
     with working_folder_on_path():
-        found = importlib.import_module(home)
+        found = _run_file(Path(home)) if home.endswith(".py") else importlib.import_module(home)
         for part in attributes.split("."):
             found = getattr(found, part)
+    return found
+
+
+def _run_file(path: Path) -> ModuleType:
+    """The module that a file makes, known under the name of the file, as what it defines may look for it there."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None, "it ends in .py"
+    assert spec.loader is not None, "likewise"
+    found = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, found)
+    spec.loader.exec_module(found)
     return found
 
 

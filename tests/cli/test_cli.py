@@ -338,9 +338,41 @@ def test_memory_of_a_module_itself_without_a_plan(capsys, models):
     assert (models / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_peak_and_the_largest_batch(capsys, models):
+    options = ["--optimizer", "adamw", "--budget", "1 MiB", "--bits", 4, "--json", "a.json"]
+    status, out, err = run(capsys, "memory", "./some_models.py:make", "--input", "16,8", *options)
+    assert (status, err) == (0, "")
+    assert "peak of a training step: " in out
+    assert "after plan.convert(), peak of a training step: " in out
+    assert "fits 1.00 MiB" in out
+    assert json.loads((models / "a.json").read_text())["largest_batch"]["budget"] == 2**20
+
+
+def test_a_model_of_a_configuration(capsys, tmp_path, monkeypatch):
+    """And inputs with names."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **sizes}))
+    inputs = ["--input", "input_ids=2,8:int64", "--input", "labels=2,8:int64"]
+    status, out, _ = run(capsys, "memory", "hf:config.json", *inputs, "--fake")
+    assert status == 0
+    assert "Kept for backward by GPT2LMHeadModel" in out
+    assert "peak of a training step: " in out
+    status, out, _ = run(capsys, "memory", "hf:config.json", "--class", "GPT2Model", "--input", "input_ids=2,8:int64")
+    assert status == 0
+    assert "Kept for backward by GPT2Model" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
+        (["hf:none.json", "--input", "2"], 1, "No such file"),
+        (["./none.py:make", "--input", "2"], 1, "No such file"),
+        (["some_models:make", "--input", "2,8", "--optimizer", "adamm"], 1, "adamw"),
+        (["some_models:make", "--input", "2,8", "--budget", "much"], 1, "24 GiB"),
+        (["some_models:make", "--input", "x=2,8", "--input", "2"], 2, "either all inputs have names"),
+        (["some_models:make", "--input", "x=2,8", "--input", "x=2"], 2, "either all inputs have names"),
         (["some_models", "--input", "2"], 2, "given as package.module:factory"),
         (["some_models:make", "--input", "2,x"], 2, "--input takes a shape"),
         (["some_models:make", "--input", "2:integer"], 2, "--input takes a shape"),

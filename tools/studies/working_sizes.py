@@ -82,7 +82,8 @@ def digits() -> Subject:
     return Subject(resnet.ResNet(), batch, lambda model, batch: resnet.loss_of(model, *batch))
 
 
-Models = dict[str, tuple[Callable[[], Subject], torch.dtype]]  # by the name under which it is reported: the model and the dtype
+Make = tuple[Callable[[], Subject], torch.dtype]
+Models = dict[str, Make]  # by the name under which it is reported: what makes the model, and the dtype
 MODELS: Models = {
     "GPT-2": (gpt2, torch.float32),
     "GPT-2, bfloat16": (gpt2, torch.bfloat16),
