@@ -425,6 +425,13 @@ def fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def needs_numbers(error: BaseException) -> bool:
+    """Whether it was raised since fake tensors have no numbers: control flow looked at some, or a shape depends on some."""
+    from torch._subclasses import fake_tensor
+
+    return isinstance(error, (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException))
+
+
 @contextmanager
 def silent_fakes() -> Iterator[None]:
     """Within this context torch logs on this thread no trace of what fails on fake tensors: the error itself tells."""

@@ -34,6 +34,7 @@ RANKS = [
 ]
 # and likewise inside of models
 MODELS = [
+    {"prepare"},
     {"calibration", "gradients"},
     {"memory"},
     {"conversion"},

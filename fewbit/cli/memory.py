@@ -60,6 +60,7 @@ def memory(
     from fewbit.models.conversion.setting import Setting, parse_bits
     from fewbit.models.memory.peak import optimizer_of
     from fewbit.models.memory.report import memory as measure
+    from fewbit.models.report import Report
 
     wanted = None if bits is None else parse_bits(bits)
     if wanted is not None:
@@ -71,34 +72,36 @@ def memory(
     try:
         report = measure(found, batch, fake=fake, optimizer=optimizer)
         plan = None if wanted is None else report.plan(wanted)
-        peaks = _peaks(report, plan)
-        largest = None if limit is None else report.largest_batch(limit, DEFAULT_MODEL_BITS if wanted is None else wanted)
+        results = {"peak": _peak_of(report), "plan": plan, "peak_after": plan and _peak_of(plan)}
+        if limit is not None:
+            results["largest_batch"] = report.largest_batch(limit, DEFAULT_MODEL_BITS if wanted is None else wanted)
     except FewbitError:
         raise
     except (Exception, SystemExit) as error:  # whatever the model does with such inputs
         raise InputError(f"the model raised {type(error).__name__} for these inputs: {error}") from error
+    results = {name: each for name, each in results.items() if each is not None}
     console = terminal.console(at_least=report.width)
-    for each in (report, plan, largest):
-        if each is not None:
+    console.print(report.view(), "")
+    for name, each in results.items():
+        if isinstance(each, Report):
             console.print(each.view(), "")
-    for text in peaks:
-        console.print(text, "", soft_wrap=True)
-    _write(report, plan, largest, json_path, csv_path, plot_path, html_path)
+        else:
+            text = f"after plan.convert(), {each}" if name == "peak_after" else str(each)
+            console.print(text, "", sep="\n", soft_wrap=True)
+    _write(report, results, json_path, csv_path, plot_path, html_path)
 
 
-def _peaks(report: Any, plan: Any) -> list[str]:
-    """The peak of a step, and that after the plan's conversion; or why there is none."""
+def _peak_of(report: Any) -> Any:
+    """The peak of a step, or the words why there is none: the model cannot run on fake tensors, or nothing needs a gradient."""
     try:
-        found = [str(report.peak)]
-        return found if plan is None else [*found, f"after plan.convert(), {plan.peak}"]
-    except Exception as error:  # whatever the model does that fake tensors cannot, or has no gradient
-        return [f"no peak of a training step: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"]
+        return report.peak
+    except Exception as error:  # whatever the model does
+        return f"no peak of a training step: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _write(
     report: Any,
-    plan: Any,
-    largest: Any,
+    results: dict[str, Any],
     json_path: Path | None,
     csv_path: Path | None,
     plot_path: Path | None,
@@ -108,10 +111,10 @@ def _write(
 
     from fewbit import files, terminal
 
+    plan = results.get("plan")
     if json_path:
-        figures = report.to_dict()
-        figures |= {name: each.to_dict() for name, each in (("plan", plan), ("largest_batch", largest)) if each is not None}
-        files.write(json_path, json.dumps(figures, indent=1) + "\n")
+        figures = {name: each.to_dict() for name, each in results.items() if not isinstance(each, str)}
+        files.write(json_path, json.dumps({**report.to_dict(), **figures}, indent=1) + "\n")
     if csv_path:
         report.to_csv(csv_path)
     if plot_path:
@@ -149,10 +152,14 @@ def _find_model(name: str, class_name: str | None, fake: bool) -> nn.Module:
 def _configured(path: Path, class_name: str | None, fake: bool) -> nn.Module:
     """The model of transformers that a config.json describes, with random weights."""
     import json
+    from importlib import import_module
 
     import torch
-    import transformers
 
+    try:
+        transformers = import_module("transformers")  # not among fewbit's requirements
+    except ImportError as error:
+        raise InputError(f"hf: needs the package transformers ({error}); pip install transformers") from error
     settings = json.loads(path.read_text(encoding="utf-8"))
     wanted = class_name or next(iter(settings.get("architectures") or ()), None)
     if wanted is None:

@@ -16,13 +16,13 @@ from fewbit.errors import InputError
 from fewbit.models.arguments import Filter, LossFunction, check_batches, check_filter, check_model, model_loss, names_passed
 from fewbit.models.blocks import blocks
 from fewbit.models.calibration.calibrate import calibrate
-from fewbit.models.conversion.engine import conversion_of, convert_again
+from fewbit.models.conversion.engine import conversion_of, convert_again, revert_modules
 from fewbit.models.conversion.interception import Interception
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.gradients.fidelity import JUDGED, SAFE, Fidelity, Part, fidelity
 from fewbit.models.memory.peak import Optimizer, Peak
 from fewbit.models.memory.plan import Plan
-from fewbit.models.memory.report import memory
+from fewbit.models.memory.report import MemoryReport, memory
 from fewbit.models.preserve import structure_restored_on_error
 from fewbit.models.report import Report
 from fewbit.record import plural
@@ -41,7 +41,7 @@ class Preparation(Report):
     """What `prepare` did. Prints as a few lines; `fidelity` has the gradients in full, `plan` the memory.
 
     plan        of the conversion, made before it
-    peaks       of a training step before and after
+    peaks       of a training step before and after; None where fake tensors do not serve, since the model looks at numbers
     fidelity    of the model as it is now
     setting     of the conversion
     raised      names of the modules that have more bits than the setting says
@@ -50,7 +50,7 @@ class Preparation(Report):
     """
 
     plan: Plan
-    peaks: tuple[Peak, Peak]
+    peaks: tuple[Peak, Peak] | None
     fidelity: Fidelity
     setting: Setting
     raised: list[str]
@@ -59,18 +59,18 @@ class Preparation(Report):
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak is within the budget; None without one."""
-        return None if self.budget is None else self.peaks[1].bytes <= self.budget
+        """Whether the peak is within the budget; None without a budget or a peak."""
+        return None if self.budget is None or self.peaks is None else self.peaks[1].bytes <= self.budget
 
     @property
     def verdict(self) -> str:
         """One line: what is kept, the peak, and whether that is safe."""
-        before, after = self.peaks
         kept = self.plan.best_bytes / self.plan.before_bytes if self.plan.before_bytes else 1.0
-        return (
-            f"{self.fidelity.level}: keeps {kept:.0%} of what exact keeps; the peak of a step goes from "
-            f"{bytes_label(before.bytes)} to {bytes_label(after.bytes)}"
-        )
+        text = f"{self.fidelity.level}: keeps {kept:.0%} of what exact keeps"
+        if self.peaks is None:
+            return text
+        before, after = (bytes_label(each.bytes) for each in self.peaks)
+        return f"{text}; the peak of a training step goes from {before} to {after}"
 
     @property
     def next_step(self) -> str:
@@ -95,7 +95,6 @@ class Preparation(Report):
         return self.fidelity.rows()
 
     def totals(self) -> dict[str, Any]:
-        before, after = self.peaks
         return {
             "verdict": self.verdict,
             "next_step": self.next_step,
@@ -104,7 +103,7 @@ class Preparation(Report):
             "calibrated": self.calibrated,
             "budget": self.budget,
             "kept": {"before": self.plan.before_bytes, "after": self.plan.best_bytes},
-            "peak": {"before": before.to_dict(), "after": after.to_dict()},
+            "peaks": self.peaks and [each.to_dict() for each in self.peaks],
             "fidelity": self.fidelity.totals(),
         }
 
@@ -114,7 +113,8 @@ class Preparation(Report):
         tables = "; tables calibrated" if self.calibrated else ""
         lines = [self.verdict, f"  {self.setting}{more}{tables}", f"  {self.fidelity.verdict}"]
         if self.budget is not None:
-            lines.append(f"  the budget of {bytes_label(self.budget)} is {'kept' if self.fits else 'exceeded'}")
+            said = {None: "cannot be checked: there is no peak", True: "is kept", False: "is exceeded"}[self.fits]
+            lines.append(f"  the budget of {bytes_label(self.budget)} {said}")
         return Group(*lines, f"next: {self.next_step}")
 
     def figure(self) -> Figure:
@@ -137,7 +137,7 @@ def prepare(
     ones on the batches (`fewbit.fidelity`): where a module's, or all of them, err by more than a tenth of their noise, codes
     get more bits, up to 8. Last, tables of activations are calibrated on the batches and stay if that makes the error smaller.
 
-    model      in training mode, if that is what it is for
+    model      in training mode, if that is what it is for; a former conversion is undone
     batches    a few, as training has them; two or more, eight tell more
     loss_fn    of the model and a batch; left out, the `loss` of what the model returns
     budget     bytes that a training step may take, or a text such as "24 GiB"; the report says whether the peak is within
@@ -154,9 +154,10 @@ def prepare(
     if len(given) < 2:
         raise InputError(f"prepare needs two batches or more, to tell noise from error; got {len(given)}")
     with structure_restored_on_error(inner), terminal.progress("preparing the model"):
+        revert_modules(inner)
         passes = names_passed(inner, filter_fn)
         report = memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer)
-        before, plan = report.peak, report.plan(bits, passes)
+        before, plan = _peak(report), report.plan(bits, passes)
         plan.convert()
         found, more, of_modules = fidelity(inner, given, loss_fn, by="module"), 0, dict[str, int]()
         for _ in range(_ROUNDS):
@@ -168,8 +169,19 @@ def prepare(
             of_modules |= wanted
             found = fidelity(inner, given, loss_fn, by="module")
         found, calibrated = _calibrated(inner, given, loss_fn, found)
-        after = memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer).peak
-    return Preparation(plan, (before, after), found, _raised(plan.setting, more), sorted(of_modules), calibrated, limit)
+        after = _peak(memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer))
+    peaks = None if before is None or after is None else (before, after)
+    return Preparation(plan, peaks, found, _raised(plan.setting, more), sorted(of_modules), calibrated, limit)
+
+
+def _peak(report: MemoryReport) -> Peak | None:
+    """None where the model does not run on fake tensors."""
+    try:
+        return report.peak
+    except InputError as error:
+        if error.__cause__ is None:
+            raise
+        return None
 
 
 def _missing(part: Part) -> int:

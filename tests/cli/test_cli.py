@@ -345,7 +345,9 @@ def test_the_peak_and_the_largest_batch(capsys, models):
     assert "peak of a training step: " in out
     assert "after plan.convert(), peak of a training step: " in out
     assert "fits 1.00 MiB" in out
-    assert json.loads((models / "a.json").read_text())["largest_batch"]["budget"] == 2**20
+    figures = json.loads((models / "a.json").read_text())
+    assert figures["largest_batch"]["budget"] == 2**20
+    assert figures["peak_after"]["bytes"] <= figures["peak"]["bytes"]
 
 
 def test_a_model_of_a_configuration(capsys, tmp_path, monkeypatch):

@@ -75,11 +75,37 @@ def test_a_budget_that_is_too_small():
     assert "checkpoint" in done.next_step
 
 
+def test_a_model_that_looks_at_numbers():
+    """Fake tensors do not serve for it: there is no peak, and all else is there."""
+
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 5))
+
+        def forward(self, x):
+            return self.body(x) if x.sum() < 1e9 else x
+
+    done = fewbit.prepare(Looks(), [torch.randn(64, 32) for _ in range(3)], squares, "1 GiB")
+    assert done.peaks is done.fits is None
+    assert "cannot be checked" in str(done)
+    assert done.verdict.startswith("safe: keeps ")
+    assert done.to_dict()["peaks"] is None
+
+
+def test_a_former_conversion_is_undone():
+    found = fewbit.convert(model(), bits=1)
+    done = fewbit.prepare(found, batches(), loss)
+    assert done.peaks[0].bytes > done.peaks[1].bytes
+    assert done.peaks[0].bytes == fewbit.prepare(model(), batches(), loss).peaks[0].bytes
+
+
 def test_what_is_exported():
     done = fewbit.prepare(model(), batches(), loss)
     found = done.to_dict()
     assert found["kept"]["after"] < found["kept"]["before"]
     assert found["verdict"] == done.verdict
+    assert found["peaks"][1]["bytes"] < found["peaks"][0]["bytes"]
     assert [row["group"] for row in done.rows()] == [part.group for part in done.fidelity.parts]
     assert done.fits is None
     assert done.plot().axes

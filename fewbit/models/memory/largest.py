@@ -109,9 +109,9 @@ def batch_size(batch: Any) -> int:
     >>> batch_size({"input_ids": torch.zeros(4, 128), "position": torch.zeros(128)})
     4
     """
-    found = [each for each in tensors_in(batch) if each.dim()]
+    found = [each for each in tensors_in(batch) if each.dim() and each.numel()]
     if not found:
-        raise InputError("the batch holds no tensor with a dimension, along which it could grow")
+        raise InputError("the batch holds no tensor with a dimension and numbers in it, along which it could grow")
     return max(found, key=lambda each: each.numel()).shape[0]
 
 

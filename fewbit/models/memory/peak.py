@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from fewbit.errors import InputError
-from fewbit.models.arguments import roots_of
+from fewbit.models.arguments import roots_of, trainable
 from fewbit.models.memory.alive import GRADIENTS, KEPT, TEMPORARY, Alive
 from fewbit.models.memory.forward import Forward, with_tensors
 from fewbit.models.memory.saved import tensors_in
 from fewbit.terminal import bytes_label
-from fewbit.torch_internals import fake_mode, silent_fakes
+from fewbit.torch_internals import fake_mode, needs_numbers, silent_fakes
 
 Tensor = torch.Tensor
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
@@ -113,7 +113,8 @@ def peak_of(forward: Forward, make_optimizer: MakeOptimizer | None, change: Call
     make_optimizer  of parameters; None: the step has none
     change          of the batch, whose tensors are fake, to another one
 
-    Raises what the model, the loss or the optimizer raises on fake tensors.
+    Raises InputError for a model or a loss whose control flow looks at numbers, which fake tensors have not, for an optimizer
+    that needs a closure or finds no parameters, and what else the model, the loss or the optimizer raises on fake tensors.
     """
     with forward.untouched(), silent_fakes():
         mode = fake_mode()
@@ -125,14 +126,25 @@ def peak_of(forward: Forward, make_optimizer: MakeOptimizer | None, change: Call
             there = {"parameters": parameters.values(), "buffers": buffers.values(), "inputs": tensors_in(batch)}
             for role, tensors in there.items():
                 alive.enter(tensors, role)
-            with_tensors(forward.model, {**parameters, **buffers}, _train, forward, batch, make_optimizer, alive)
+            try:
+                with_tensors(forward.model, {**parameters, **buffers}, _train, forward, batch, make_optimizer, alive)
+            except RuntimeError as error:
+                if not needs_numbers(error):
+                    raise
+                raise InputError(
+                    "the peak is found on fake tensors, which have no numbers, and the model or its loss looks at some "
+                    f"({type(error).__name__}: {error}); `fewbit bench --model` measures it by running"
+                ) from error
     return _described(alive, forward.model)
 
 
 def _train(forward: Forward, batch: Any, make_optimizer: MakeOptimizer | None, alive: Alive) -> None:
     """A step, or with an optimizer two, of which the second is looked at."""
-    parameters = [each for each in forward.model.parameters() if each.requires_grad]
-    optimizer = None if make_optimizer is None else make_optimizer(parameters)
+    optimizer = None if make_optimizer is None else make_optimizer(trainable(forward.model))
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InputError(
+            "LBFGS runs the model as often as it likes in a step, so that its peak is not told; name another optimizer"
+        )
     for _ in range(1 if optimizer is None else 2):
         alive.forget()
         with alive.watching():

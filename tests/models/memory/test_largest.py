@@ -61,8 +61,9 @@ def test_every_tensor_of_a_batch_grows_along():
     assert batch_size(batch) == 4
     shapes = {name: tuple(each.shape) for name, each in with_samples(batch, 4, 9).items()}
     assert shapes == {"input_ids": (9, 7), "position": (7,), "scale": ()}
-    with pytest.raises(InputError, match="no tensor"):
-        batch_size(3)
+    for empty in (3, torch.zeros(0, 4)):
+        with pytest.raises(InputError, match="no tensor"):
+            batch_size(empty)
 
 
 @pytest.mark.parametrize(

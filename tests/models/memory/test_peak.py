@@ -178,6 +178,27 @@ class TestOptimizers:
             optimizer_of(given)
 
 
+class TestErrors:
+    def test_control_flow_that_looks_at_numbers(self):
+        class Looks(nn.Linear):
+            def forward(self, x):
+                return super().forward(x if x.sum() > 0 else -x)
+
+        with pytest.raises(InputError, match="looks at some"):
+            _ = fewbit.memory(Looks(4, 4), torch.ones(2, 4)).peak
+
+    def test_optimizers_that_cannot_be_told(self):
+        with pytest.raises(InputError, match="LBFGS"):
+            _ = fewbit.memory(nn.Linear(4, 4), torch.ones(2, 4), optimizer="lbfgs").peak
+        frozen = nn.Linear(4, 4).requires_grad_(False)
+        with pytest.raises(InputError, match="requires a gradient"):
+            _ = fewbit.memory(frozen, torch.ones(2, 4, requires_grad=True), optimizer="sgd").peak
+
+    def test_nothing_to_differentiate(self):
+        with pytest.raises(InputError, match="needs a gradient"):
+            _ = fewbit.memory(nn.Linear(4, 4).requires_grad_(False), torch.ones(2, 4)).peak
+
+
 class TestReports:
     def test_a_plan_knows_its_own(self):
         subject = made("gpt")
