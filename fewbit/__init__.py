@@ -24,6 +24,7 @@ _HOMES = {  # all public names but `design`, and where they come from on first u
     "TableFileError": "fewbit.errors",
     "Watch": "fewbit.models.gradients.watch",
     "allocate": "fewbit.models.calibration.allocate",
+    "callbacks": "fewbit",
     "calibrate": "fewbit.models.calibration.calibrate",
     "convert": "fewbit.models.conversion.convert",
     "exact": "fewbit.autograd.exact",

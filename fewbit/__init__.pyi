@@ -1,5 +1,6 @@
 """Written by tools/stubs.py."""
 
+from fewbit import callbacks as callbacks
 from fewbit import functional as functional
 from fewbit import nn as nn
 from fewbit.activations import register as register

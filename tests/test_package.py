@@ -19,7 +19,7 @@ RANKS = [
     {"__main__"},
     {"cli"},
     {"bench"},
-    {"demo"},
+    {"demo", "callbacks"},
     {"models"},
     {"plots", "terminal", "measuring"},
     {"nn"},

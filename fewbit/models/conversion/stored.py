@@ -33,12 +33,17 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     Raises InputError for what is no module and for a model that is not converted; OSError as from open().
     """
+    files.write(path, to_text(model))
+
+
+def to_text(model: nn.Module) -> str:
+    """What `save` writes, for checkpoints that hold texts."""
     conversion = conversion_of(check_model("save", model))
     if not conversion:
         raise InputError("the model is not converted, so there is nothing to save; call fewbit.convert(model) first")
     lines = ",\n".join("  " + json.dumps({"name": name, **_entries(attributes)}) for name, attributes in conversion.items())
     head = f'"format": "{FORMAT}",\n "version": {VERSION}'
-    files.write(path, f'{{\n {head},\n "modules": [\n{lines}\n ]\n}}\n')
+    return f'{{\n {head},\n "modules": [\n{lines}\n ]\n}}\n'
 
 
 def load(model: Model, path: str | Path) -> Model:
@@ -47,10 +52,16 @@ def load(model: Model, path: str | Path) -> Model:
     Raises TableFileError, which names the file, for what is no such file; InputError for what is no module, and for a model
     that lacks modules of these names or has others in their place. The model is then as before.
     """
+    check_model("load", model)
+    return from_text(model, read_text(path, MOST_BYTES), str(path))
+
+
+def from_text(model: Model, text: str, origin: str) -> Model:
+    """The same for what `to_text` gave. origin: what errors call it"""
     inner = check_model("load", model)
     conversion: dict[str, dict[str, Any]] = {}
     interceptions: dict[Setting | None, Interception] = {}  # modules of one setting share one, by which they know each other
-    for each in parse_entries(read_text(path, MOST_BYTES), str(path), FORMAT, "modules"):
+    for each in parse_entries(text, origin, FORMAT, "modules"):
         try:
             name = each.pop("name")
             if "interception" in each:
@@ -59,7 +70,9 @@ def load(model: Model, path: str | Path) -> Model:
             else:
                 conversion[name] = _attributes(each)
         except (TableError, DesignError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise TableFileError(f"{path} holds a broken module, {shown(each)} ({error}); save the conversion anew") from error
+            raise TableFileError(
+                f"{origin} holds a broken module, {shown(each)} ({error}); save the conversion anew"
+            ) from error
     convert_again(inner, conversion)
     return model
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import sys
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def trainer(model, folder, **options):
     plain = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0, "dataloader_pin_memory": False}
     steps = {"max_steps": 6, "logging_steps": 1, "save_steps": 6, "per_device_train_batch_size": 16}
     rate = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-    arguments = TrainingArguments(output_dir=str(folder), **plain, **steps, **rate, **options)
+    arguments = TrainingArguments(output_dir=str(folder), **{**plain, **steps, **rate, **options})
     return Trainer(model=model, args=arguments, train_dataset=rows())
 
 
@@ -226,6 +227,66 @@ def test_accelerate(tmp_path):
     accelerator.load_state(str(tmp_path))
     assert torch.equal(model(x), before)
     assert list(accelerator.unwrap_model(model).state_dict()) == keys
+
+
+@renamed
+class TestCallbackOfTrainers:
+    def run(self, folder, callback, model=None, **options):
+        found = trainer(model or language_model(), folder, **options)
+        found.add_callback(callback)
+        return found
+
+    def test_converts_saves_and_resumes(self, tmp_path):
+        """Seven steps at once, or six, a checkpoint, and one more in a run made anew, whose callback has other settings."""
+        whole = self.run(tmp_path / "whole", fewbit.callbacks.trainer_callback(bits=3), max_steps=7)
+        whole.train()
+        assert isinstance(whole.model.model.layers[0].mlp.up_proj, fewbit.Linear)
+        first = self.run(tmp_path / "parts", fewbit.callbacks.trainer_callback(bits=3))
+        first.train()
+        folder = tmp_path / "parts" / "checkpoint-6"
+        assert (folder / "fewbit.json").is_file()
+        resumed = self.run(tmp_path / "parts", fewbit.callbacks.trainer_callback(bits=8), max_steps=7)
+        resumed.train(resume_from_checkpoint=str(folder))
+        assert resumed.model.model.layers[0].mlp.up_proj.bits == 3
+        for name, each in whole.model.state_dict().items():
+            assert torch.equal(each, resumed.model.state_dict()[name])
+
+    def test_a_converted_model_stays(self, tmp_path):
+        model = fewbit.convert(language_model(), bits=2)
+        self.run(tmp_path, fewbit.callbacks.trainer_callback(bits=8), model, max_steps=1).train()
+        assert model.model.layers[0].mlp.up_proj.bits == 2
+
+    def test_errors_come_when_it_is_made(self, monkeypatch):
+        with pytest.raises(fewbit.DesignError, match="1 to 8"):
+            fewbit.callbacks.trainer_callback(bits=9)
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(fewbit.InputError, match="install it"):
+            fewbit.callbacks.trainer_callback()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")  # advice on speed
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # lightning's own call of torch's pytree
+@pytest.mark.filterwarnings("ignore:.*dirpath has changed.*")  # the resumed run saves elsewhere
+def test_callback_of_lightning(tmp_path):
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def fit(bits, epochs, resume=None):
+        torch.manual_seed(0)
+        module = lightning_module("nowhere")
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        saving = ModelCheckpoint(tmp_path / f"{bits} bits, {epochs} epochs", filename="last")
+        callbacks = [fewbit.callbacks.lightning_callback(bits), saving]
+        run = lightning.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, **quiet)
+        run.fit(module, torch.utils.data.DataLoader(examples(), batch_size=64), ckpt_path=resume)
+        return module
+
+    whole, _ = fit(3, 3), fit(3, 2)
+    checkpoint = tmp_path / "3 bits, 2 epochs" / "last.ckpt"
+    assert torch.load(checkpoint)["fewbit"].startswith("{")
+    resumed = fit(8, 3, checkpoint)
+    assert {each.bits for each in resumed.modules() if isinstance(each, fewbit.Linear)} == {3}
+    assert all(torch.equal(each, resumed.state_dict()[name]) for name, each in whole.state_dict().items())
 
 
 def lightning_module(where):
