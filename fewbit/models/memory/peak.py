@@ -1,8 +1,8 @@
 """The worst moment of a training step: how much memory is taken then, by what, and where in the model that is.
 
-The step runs on fake tensors under torch's memory tracker, which sees every tensor that operations make: the forward pass, the
-loss, the backward pass and, with an optimizer, its step; with an optimizer twice, since its state is there from the second on.
-What an operation takes while it runs and gives back before it returns is not seen.
+The step runs on fake tensors, and every one that operations make is seen: in the forward pass, the loss, the backward pass and,
+if there is an optimizer, in its step. Then there are two steps, since its state is there from the second on. What an operation
+takes while it runs, and gives back before it returns, is not seen.
 """
 
 from __future__ import annotations
