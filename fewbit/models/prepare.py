@@ -41,6 +41,7 @@ class Preparation(Report):
     """What `prepare` did. Prints as a few lines; `fidelity` has the gradients in full, `plan` the memory.
 
     plan        of the conversion, made before it
+    kept        bytes of activations that forward keeps, before and after
     peaks       of a training step before and after; None where fake tensors do not serve, since the model looks at numbers
     fidelity    of the model as it is now
     setting     of the conversion
@@ -50,6 +51,7 @@ class Preparation(Report):
     """
 
     plan: Plan
+    kept: tuple[int, int]
     peaks: tuple[Peak, Peak] | None
     fidelity: Fidelity
     setting: Setting
@@ -65,12 +67,12 @@ class Preparation(Report):
     @property
     def verdict(self) -> str:
         """One line: what is kept, the peak, and whether that is safe."""
-        kept = self.plan.best_bytes / self.plan.before_bytes if self.plan.before_bytes else 1.0
-        text = f"{self.fidelity.level}: keeps {kept:.0%} of what exact keeps"
+        before, after = self.kept
+        text = f"{self.fidelity.level}: keeps {after / before if before else 1:.0%} of what exact keeps"
         if self.peaks is None:
             return text
-        before, after = (bytes_label(each.bytes) for each in self.peaks)
-        return f"{text}; the peak of a training step goes from {before} to {after}"
+        peaks = [bytes_label(each.bytes) for each in self.peaks]
+        return f"{text}; the peak of a training step goes from {peaks[0]} to {peaks[1]}"
 
     @property
     def next_step(self) -> str:
@@ -102,7 +104,7 @@ class Preparation(Report):
             "raised": self.raised,
             "calibrated": self.calibrated,
             "budget": self.budget,
-            "kept": {"before": self.plan.before_bytes, "after": self.plan.best_bytes},
+            "kept": list(self.kept),
             "peaks": self.peaks and [each.to_dict() for each in self.peaks],
             "fidelity": self.fidelity.totals(),
         }
@@ -169,9 +171,11 @@ def prepare(
             of_modules |= wanted
             found = fidelity(inner, given, loss_fn, by="module")
         found, calibrated = _calibrated(inner, given, loss_fn, found)
-        after = _peak(memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer))
+        other = memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer)
+        after = _peak(other)
+    kept = report.activation_bytes, other.activation_bytes
     peaks = None if before is None or after is None else (before, after)
-    return Preparation(plan, peaks, found, _raised(plan.setting, more), sorted(of_modules), calibrated, limit)
+    return Preparation(plan, kept, peaks, found, _raised(plan.setting, more), sorted(of_modules), calibrated, limit)
 
 
 def _peak(report: MemoryReport) -> Peak | None:
