@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import fewbit
 from fewbit import activations, cli, store
@@ -336,6 +337,16 @@ def test_memory_of_a_module_itself_without_a_plan(capsys, models):
     assert "converted" not in out
     assert "What to do" not in (models / "a.html").read_text()
     assert (models / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_env(capsys):
+    status, out, err = run(capsys, "env")
+    assert (status, err) == (0, "")
+    found = dict(line.split(None, 1) for line in out.splitlines())
+    assert found["torch"] == torch.__version__
+    assert found["fewbit"] == fewbit.__version__
+    assert found["cpu"].strip().endswith("kernels: cpu")
+    assert {"python", "numba", "system", "threads", "GPUs", "cache"} <= found.keys()
 
 
 def test_the_peak_and_the_largest_batch(capsys, models):
