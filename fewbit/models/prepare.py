@@ -16,7 +16,7 @@ from fewbit.errors import InputError
 from fewbit.models.arguments import Filter, LossFunction, check_batches, check_filter, check_model, model_loss, names_passed
 from fewbit.models.blocks import blocks
 from fewbit.models.calibration.calibrate import calibrate
-from fewbit.models.conversion.engine import conversion_of, convert_again, revert_modules
+from fewbit.models.conversion.engine import conversion_of, convert_again, is_converted, revert_modules
 from fewbit.models.conversion.interception import Interception
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.gradients.fidelity import JUDGED, SAFE, Fidelity, Part, fidelity
@@ -42,7 +42,7 @@ class Preparation(Report):
 
     plan        of the conversion, made before it
     kept        bytes of activations that forward keeps, before and after
-    peaks       of a training step before and after; None where fake tensors do not serve, since the model looks at numbers
+    peaks       of a training step before and after; None where the model does not run on fake tensors
     fidelity    of the model as it is now
     setting     of the conversion
     raised      names of the modules that have more bits than the setting says
@@ -161,29 +161,30 @@ def prepare(
         report = memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer)
         before, plan = _peak(report), report.plan(bits, passes)
         plan.convert()
-        found, more, of_modules = fidelity(inner, given, loss_fn, by="module"), 0, dict[str, int]()
+        found, more = fidelity(inner, given, loss_fn, by="module"), 0
         for _ in range(_ROUNDS):
             extra, wanted = _missing(found.whole), {part.group: _missing(part) for part in found.parts}
             wanted = {name: bits for name, bits in wanted.items() if bits > extra}
             if not (extra or wanted) or not _give_bits(inner, extra, wanted):
                 break
             more += extra
-            of_modules |= wanted
             found = fidelity(inner, given, loss_fn, by="module")
+        setting = _raised(plan.setting, more)
+        own = [name for name, module in inner.named_modules() if _has_more_bits(module, setting)]
         found, calibrated = _calibrated(inner, given, loss_fn, found)
         other = memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer)
         after = _peak(other)
     kept = report.activation_bytes, other.activation_bytes
     peaks = None if before is None or after is None else (before, after)
-    return Preparation(plan, kept, peaks, found, _raised(plan.setting, more), sorted(of_modules), calibrated, limit)
+    return Preparation(plan, kept, peaks, found, setting, own, calibrated, limit)
 
 
 def _peak(report: MemoryReport) -> Peak | None:
-    """None where the model does not run on fake tensors."""
+    """None where the model does not run on fake tensors. It did run on its own: what else fails is the optimizer."""
     try:
         return report.peak
-    except InputError as error:
-        if error.__cause__ is None:
+    except Exception as error:  # whatever the model does that fake tensors cannot
+        if isinstance(error, InputError) and error.__cause__ is None:
             raise
         return None
 
@@ -210,6 +211,12 @@ def _give_bits(model: nn.Module, extra: int, of_modules: Mapping[str, int]) -> b
             attributes["bits"] = min(MAX_BITS, attributes["bits"] + most)
     convert_again(model, conversion)
     return _bits_in(conversion) != before
+
+
+def _has_more_bits(module: nn.Module, setting: Setting) -> bool:
+    """Whether a module that was converted with the setting has more bits than that says."""
+    bits, kind = getattr(module, "bits", None), getattr(module, "coded_kind", None)
+    return is_converted(module) and bits is not None and kind is not None and bits > (setting.bits_of(kind) or MAX_BITS)
 
 
 def _bits_in(conversion: Mapping[str, dict[str, Any]]) -> list[Any]:

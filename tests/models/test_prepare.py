@@ -64,9 +64,9 @@ def test_bits_rise_until_it_is_safe():
     assert done.kept[1] == fewbit.memory(found, batches()[0], loss_fn=loss).activation_bytes > done.plan.best_bytes
     assert min(dict(done.setting.by_kind).values()) > 1
     bits = {name: each.bits for name, each in found.named_modules() if isinstance(each, fewbit.Linear)}
-    assert all(number is None or number >= dict(done.setting.by_kind)["linear"] for number in bits.values())
-    raised = {name for name, number in bits.items() if number and number > done.setting.bits_of("linear")}
-    assert raised <= {*done.raised}
+    assert all(number >= done.setting.bits_of("linear") for number in bits.values())
+    raised = {name for name, number in bits.items() if number > done.setting.bits_of("linear")}
+    assert raised == {name for name in done.raised if name in bits}
 
 
 def test_a_budget_that_is_too_small():
