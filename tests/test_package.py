@@ -21,7 +21,7 @@ RANKS = [
     {"bench"},
     {"demo", "callbacks"},
     {"models"},
-    {"plots", "terminal", "measuring"},
+    {"plots", "terminal", "measuring", "traffic"},
     {"nn"},
     {"functional"},
     {"resolve", "autograd"},

@@ -17,7 +17,6 @@ import torch
 from fewbit.bench.environment import device_name, dtype_name, first_line, now, parse_dtype, versions
 from fewbit.bench.models import Subject
 from fewbit.bench.step import Step, moved
-from fewbit.bench.traffic import Traffic, traffic
 from fewbit.errors import ConversionWarning, FewbitError, InputError
 from fewbit.measuring import Key, Quantiles, Task, find_device, quantiles, time_rounds, torch_threads
 from fewbit.models.blocks import blocks, checkpoint_blocks
@@ -25,6 +24,7 @@ from fewbit.models.conversion.convert import convert
 from fewbit.models.conversion.setting import Setting, parse_bits
 from fewbit.models.memory.saved import tensors_in
 from fewbit.record import plural
+from fewbit.traffic import Traffic, traffic
 
 EXACT, CHECKPOINT = "exact", "checkpoint"
 

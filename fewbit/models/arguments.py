@@ -57,6 +57,14 @@ def check_filter(filter_fn: Any) -> None:
         )
 
 
+def check_names(argument: str, names: Any) -> list[str]:
+    """The names of modules. InputError, naming the argument, for what is no collection of texts."""
+    found = [*names] if isinstance(names, Iterable) and not isinstance(names, str) else None
+    if found is None or not all(isinstance(each, str) for each in found):
+        raise InputError(f"{argument} takes a list of the dotted names of modules, such as ['blocks.0']; got {names!r}")
+    return found
+
+
 def names_passed(model: nn.Module, filter_fn: Filter | None) -> Filter | None:
     """The filter's answers of now as a filter, for modules that are of another class later; it is asked about new names."""
     if filter_fn is None:

@@ -169,7 +169,7 @@ def prepare(
                 break
             more += extra
             found = fidelity(inner, given, loss_fn, by="module")
-        setting = _raised(plan.setting, more)
+        setting = plan.setting.raised(more)
         own = [name for name, module in inner.named_modules() if _has_more_bits(module, setting)]
         found, calibrated = _calibrated(inner, given, loss_fn, found)
         other = memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer)
@@ -205,7 +205,7 @@ def _give_bits(model: nn.Module, extra: int, of_modules: Mapping[str, int]) -> b
         most = max(extra, of_modules.get(name, 0))
         interception = attributes.get("interception")
         if isinstance(interception, Interception) and interception.setting is not None:
-            setting = _raised(interception.setting, extra)
+            setting = interception.setting.raised(extra)
             attributes["interception"] = interceptions.setdefault(setting, Interception(setting))
         elif attributes.get("bits") is not None:
             attributes["bits"] = min(MAX_BITS, attributes["bits"] + most)
@@ -221,10 +221,6 @@ def _has_more_bits(module: nn.Module, setting: Setting) -> bool:
 
 def _bits_in(conversion: Mapping[str, dict[str, Any]]) -> list[Any]:
     return [(each.get("bits"), getattr(each.get("interception"), "setting", None)) for each in conversion.values()]
-
-
-def _raised(setting: Setting, extra: int) -> Setting:
-    return Setting.of({kind: min(MAX_BITS, bits + extra) for kind, bits in setting.by_kind}, setting.coding)
 
 
 def _calibrated(model: nn.Module, batches: list[Any], loss_fn: LossFunction | None, found: Fidelity) -> tuple[Fidelity, bool]:

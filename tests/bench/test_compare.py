@@ -13,8 +13,8 @@ import fewbit
 from fewbit import cli
 from fewbit.bench import compare, compare_report, models
 from fewbit.bench.models import Subject
-from fewbit.bench.traffic import traffic
 from fewbit.errors import DesignError, FewbitError, InputError
+from fewbit.traffic import traffic
 
 
 def make():

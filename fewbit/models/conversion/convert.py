@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from fewbit.autograd.sharing import is_kept_exactly
 from fewbit.constants import DEFAULT_MODEL_BITS, EXACT
 from fewbit.errors import ConversionWarning
-from fewbit.models.arguments import Filter, check_filter, check_model
+from fewbit.models.arguments import Filter, check_filter, check_model, check_names
 from fewbit.models.conversion.engine import CALLS, Converted, convert_modules, left_exact, revert_modules
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.grouping import some
@@ -31,6 +31,7 @@ def convert(
     filter_fn: Filter | None = None,
     *,
     coding: str | None = None,
+    recompute: Collection[str] = (),
 ) -> Model:
     """Let the modules of a model keep codes for backward, in place. The forward pass stays as it is, bit for bit.
 
@@ -50,14 +51,16 @@ def convert(
                With "linear", what linear layers read is coded once, by what made it, with the larger of both numbers of bits.
     filter_fn  of a module and its dotted name: whether to convert it; what is left out stays exact within others, too
     coding     of the tables, as in `fewbit.design`; None for the optimal one
+    recompute  dotted names of modules that keep their inputs alone and run their forward again in backward, coded or not, as
+               `torch.utils.checkpoint` does: the blocks of a model, say
     Returns    the model
 
     A model that was converted before has this setting alone afterwards; what was built of fewbit's modules stays. The logger
     "fewbit" tells at level INFO what was done, and a ConversionWarning that nothing was. Some kinds alone may keep more than
     nothing coded does: `fewbit.memory(model, batch).plan(bits).convert()` leaves out what does not pay.
 
-    Raises DesignError (bits, coding) or InputError (something that is no module, a filter that cannot be called) before
-    anything is changed.
+    Raises DesignError (bits, coding) or InputError (something that is no module, a filter that cannot be called, names to
+    recompute that the model lacks) before anything is changed.
 
     >>> model = convert(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), bits=4)
     >>> model
@@ -72,7 +75,8 @@ def convert(
     check_model("convert", model)
     check_filter(filter_fn)
     setting = Setting.of(bits, coding)
-    log_conversion(model, setting, convert_modules(model, setting, filter_fn))
+    converted = convert_modules(model, setting, filter_fn, recompute=check_names("recompute", recompute))
+    log_conversion(model, setting, converted, recompute)
     return model
 
 
@@ -87,9 +91,13 @@ def revert(model: Model) -> Model:
     return model
 
 
-def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Converted]) -> None:
+def log_conversion(
+    model: nn.Module, setting: Setting, converted: Sequence[Converted], recomputed: Collection[str] = ()
+) -> None:
     """Log what a conversion did, in one line, or warn that it did nothing."""
-    if not converted:
+    if recomputed:
+        _log.info("convert: %s of the %s run again in backward", plural(len(recomputed), "module"), type(model).__name__)
+    elif not converted:
         warnings.warn(
             f"no module of the {type(model).__name__} was converted with {setting}: none is of these kinds, or the filter let "
             f"none pass{_left_exact(model, setting)}. Modules that were built as fewbit's stay. Code that "
@@ -97,8 +105,7 @@ def log_conversion(model: nn.Module, setting: Setting, converted: Sequence[Conve
             ConversionWarning,
             stacklevel=3,
         )
-        return
-    if _log.isEnabledFor(logging.INFO):
+    if converted and _log.isEnabledFor(logging.INFO):
         kinds = Counter(each.kind for each in converted)
         calls = kinds.pop(CALLS, 0)
         numbers = [f"{number} {_described(kind, setting)}" for kind, number in kinds.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from fewbit.design.request import Request
 from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, DesignError, InputError
 from fewbit.models.arguments import Filter
-from fewbit.models.conversion import classes
+from fewbit.models.conversion import again, classes
 from fewbit.models.conversion.interception import Interception
 from fewbit.models.conversion.setting import Setting
 from fewbit.models.preserve import structure_restored_on_error
@@ -36,10 +37,16 @@ class Converted(NamedTuple):
 
 
 def convert_modules(
-    model: nn.Module, setting: Setting, filter_fn: Filter | None = None, *, keep_others: bool = False
+    model: nn.Module,
+    setting: Setting,
+    filter_fn: Filter | None = None,
+    *,
+    recompute: Collection[str] = (),
+    keep_others: bool = False,
 ) -> list[Converted]:
     """Convert the modules that are of a kind in the setting, and make all others torch's own again; what was converted.
 
+    recompute    names of modules whose forward is to run again in backward
     keep_others  leave alone the modules that were converted before
 
     The filter sees each module as it is without fewbit. After an error the model is as before.
@@ -48,7 +55,9 @@ def convert_modules(
         if not keep_others:
             revert_modules(model)
         changes = _changes(model, setting, filter_fn)
-        changes += _interceptions(model, setting, filter_fn, {each.name for each in changes}, keep_others)
+        intercepted = _interceptions(model, setting, filter_fn, {each.name for each in changes}, keep_others)
+        _let_run_again(model, recompute, intercepted, {each.name for each in changes})
+        changes += intercepted.values()
         for change in changes:
             change.apply()
     return [Converted(each.name, each.module, each.kind) for each in changes if each.kind]
@@ -71,7 +80,7 @@ def conversion_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """By the dotted name of each converted module, what the conversion set, with the values of now: bits and table of a coded
     one, the interception of one whose calls are intercepted."""
     return {
-        name: {each: vars(module)[each] for each in vars(module)[_BEFORE][2]}
+        name: again.attributes_meant({each: vars(module)[each] for each in vars(module)[_BEFORE][2]})
         for name, module in model.named_modules()
         if is_converted(module)
     }
@@ -125,9 +134,9 @@ class _Change:
     attributes: dict[str, Any]
 
     def apply(self) -> None:
-        state = vars(self.module)
-        before = {name: state[name] for name in self.attributes if name in state}
-        state.update({_BEFORE: (self.own, before, tuple(self.attributes)), **self.attributes})
+        state, attributes = vars(self.module), again.attributes_set(self.attributes)
+        before = {name: state[name] for name in attributes if name in state}
+        state.update({_BEFORE: (self.own, before, tuple(attributes)), **attributes})
         classes.exchange(self.module, self.own, self.coded)
 
 
@@ -155,8 +164,9 @@ def _changes(model: nn.Module, setting: Setting, filter_fn: Filter | None) -> li
 
 def _interceptions(
     model: nn.Module, setting: Setting, filter_fn: Filter | None, coded: Collection[str], keep_others: bool
-) -> list[_Change]:
-    """Modules with a forward of their own, which runs under an interception; and modules within them that are to stay exact.
+) -> dict[str, _Change]:
+    """Modules with a forward of their own, which runs under an interception; and modules within them that are to stay exact. By
+    name.
 
     coded  names of modules that are coded themselves
     """
@@ -172,7 +182,38 @@ def _interceptions(
         intercepted = classes.intercepted_class(own) if classes.runs_its_forward(module, own) else None
         if intercepted is not None and not _names_in_use(module, own, intercepted, attributes):
             found[name] = _Change(name, module, CALLS if passes else "", own, intercepted, attributes)
-    return [*found.values()]
+    return found
+
+
+def _let_run_again(model: nn.Module, names: Collection[str], intercepted: dict[str, _Change], coded: Collection[str]) -> None:
+    """Let the modules of these names run again in backward: of what is intercepted, to which those that are not are added.
+
+    coded  names of modules that are coded themselves
+
+    InputError for names that the model lacks, and for modules whose forward is not their class's.
+    """
+    modules, nothing = dict(model.named_modules()), Interception(None)
+
+    def let(name: str, way: bool | str) -> None:
+        if name not in intercepted:
+            module, own = modules[name], classes.own_class(modules[name])
+            around = next((intercepted[each] for each in reversed(_around(name)) if each in intercepted), None)
+            attributes = {"interception": nothing if around is None else around.attributes["interception"]}
+            found = classes.intercepted_class(own) if classes.runs_its_forward(module, own) and name not in coded else None
+            if found is None or is_converted(module) or _names_in_use(module, own, found, attributes):
+                raise InputError(f"{name!r}, a {own.__name__}, cannot run again in backward; name a module around it")
+            intercepted[name] = _Change(name, module, "", own, found, attributes)
+        attributes = intercepted[name].attributes
+        intercepted[name].attributes = {**attributes, again.ATTRIBUTE: attributes.get(again.ATTRIBUTE, way)}
+
+    for name in names:
+        if name not in modules:
+            near = "".join(f"; did you mean {each!r}?" for each in difflib.get_close_matches(name, modules, n=1))
+            raise InputError(f"recompute names a module {name!r}, which the model does not have{near}")
+        let(name, way := again.way_of(modules[name]))
+        for each in _around(name) if way == again.ITSELF else ():
+            if again.follows(modules[each]):
+                let(each, again.INSIDE)
 
 
 def _around(name: str) -> list[str]:

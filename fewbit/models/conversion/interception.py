@@ -27,6 +27,7 @@ from fewbit.functional import exact_codes, layers, products
 from fewbit.functional.activations import activation_operation
 from fewbit.functional.operation import Operation, fixed, is_codable, run, takes_part
 from fewbit.kernels import DeviceTable
+from fewbit.models.conversion.again import WRAPPED, run_again_in_backward
 from fewbit.models.conversion.setting import Setting
 from fewbit.store import load_table
 from fewbit.torch_internals import (
@@ -127,16 +128,24 @@ class Intercepted(torch.nn.Module):
     """Base of the classes made for modules with a forward of their own: the functions of torch that it calls are intercepted.
 
     interception  what they become; one that codes nothing in modules that are to stay exact within others
+    runs_again    whether the forward keeps its inputs alone, and runs again in backward; see `again`
     """
 
     interception: Interception
+    runs_again: bool | str = False
 
 
 def forward_of(own: type[torch.nn.Module]) -> Callable[..., Any]:
-    """The forward of a class as one that enters the module's `interception`, if that is not in force."""
+    """The forward of a class as one that enters the module's `interception`, if that is not in force; and that is checkpointed,
+    if it `runs_again`."""
 
     @wraps(own.forward)  # whose signature others read
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.runs_again is WRAPPED and torch.is_grad_enabled():
+            return run_again_in_backward(run_intercepted, self, args, kwargs)
+        return run_intercepted(self, *args, **kwargs)
+
+    def run_intercepted(self: Any, *args: Any, **kwargs: Any) -> Any:
         settings = self.interception
         if _is_in_force(settings) or not _needs_gradients(self, args, kwargs):
             return own.forward(self, *args, **kwargs)

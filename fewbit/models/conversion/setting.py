@@ -73,6 +73,14 @@ class Setting:
         """
         return kind == EXACT or self.bits_of(kind) is not None
 
+    def raised(self, extra: int) -> Setting:
+        """The setting with so many bits more of each kind, up to 8.
+
+        >>> Setting.of({"linear": 4, "rest": 8}).raised(1).by_kind
+        (('linear', 5), ('rest', 8))
+        """
+        return Setting(tuple((kind, min(MAX_BITS, bits + extra)) for kind, bits in self.by_kind), self.coding)
+
     @property
     def shares(self) -> bool:
         """Whether activations make one code for their own backward and for the linear layers that read them."""

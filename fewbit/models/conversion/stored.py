@@ -13,6 +13,7 @@ from fewbit.constants import MAX_BITS
 from fewbit.design.table import VERSION, CodeTable, parse_entries, read_text
 from fewbit.errors import DesignError, InputError, TableError, TableFileError
 from fewbit.models.arguments import check_model
+from fewbit.models.conversion import again
 from fewbit.models.conversion.engine import conversion_of, convert_again
 from fewbit.models.conversion.interception import Interception
 from fewbit.models.conversion.setting import Setting
@@ -66,7 +67,7 @@ def from_text(model: Model, text: str, origin: str) -> Model:
             name = each.pop("name")
             if "interception" in each:
                 setting = _setting(each)
-                conversion[name] = {"interception": interceptions.setdefault(setting, Interception(setting))}
+                conversion[name] = {**each, "interception": interceptions.setdefault(setting, Interception(setting))}
             else:
                 conversion[name] = _attributes(each)
         except (TableError, DesignError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -95,7 +96,7 @@ def _of_interception(interception: Interception) -> dict[str, Any] | None:
 
 def _setting(entries: dict[str, Any]) -> Setting | None:
     """Of a module whose calls are intercepted. Raises for what `_entries` would not have made, as the next function does."""
-    if set(entries) != {"interception"}:
+    if set(entries) - {again.ATTRIBUTE} != {"interception"} or entries.get(again.ATTRIBUTE, True) not in again.VALUES:
         raise ValueError("a module whose calls are intercepted has no codes of its own")
     given = entries["interception"]
     return None if given is None else Setting.of(given["bits"], given["coding"])

@@ -38,6 +38,15 @@ class Place(NamedTuple):
         return f"{self.phase} of {'the loss' if self.module is None else self.module or 'the model itself'}"
 
 
+class Seen(NamedTuple):
+    """One operator that ran: where, what was alive before and after it, and its call, not to be held on to."""
+
+    place: Place
+    before: int
+    after: int
+    call: tuple[Any, tuple, dict[str, Any], Any]  # operator, arguments, named ones, output
+
+
 @dataclass(frozen=True)
 class Piece:
     """One storage: its bytes, how many numbers it has room for, what it is, and where it was made, if in the step."""
@@ -58,12 +67,18 @@ class Alive:
     makers   how many numbers a storage has room for -> the module that made the first such one in the forward pass
     """
 
-    def __init__(self, device: torch.device, names: Mapping[int, str], gradients: Callable[[], Iterable[Tensor]]):
-        """names: identity of a module -> its name; gradients: those that are there now"""
+    def __init__(
+        self,
+        device: torch.device,
+        names: Mapping[int, str],
+        gradients: Callable[[], Iterable[Tensor]],
+        tell: Callable[[Seen], None] | None = None,
+    ):
+        """names: identity of a module -> its name; gradients: those that are there now; tell: what each operator is told to"""
         self.bytes = self.most = 0
         self.worst, self.pieces = Place("forward", None), list[Piece]()
         self.makers: dict[int, str | None] = {}
-        self._device, self._names, self._gradients = device, names, gradients
+        self._device, self._names, self._gradients, self._tell = device, names, gradients, tell
         self._alive: dict[int, Piece] = {}
         self._watched: dict[int, Any] = {}
         self._modules: dict[int, str | None] = {}  # number of a node -> the module that made it
@@ -86,7 +101,7 @@ class Alive:
         self.most = 0
 
     def _look(self, operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        place = self._place()
+        place, before = self._place(), self.bytes
         for tensor in leaves(output):
             if isinstance(tensor, Tensor) and tensor.device == self._device:
                 for storage in storages_of(tensor):
@@ -95,6 +110,8 @@ class Alive:
         if self.bytes > self.most:
             self.most, self.worst = self.bytes, place
             self.pieces = self._pieces()
+        if self._tell is not None:
+            self._tell(Seen(place, before, self.bytes, (operator, args, kwargs, output)))
 
     def _pieces(self) -> list[Piece]:
         gradients = {storage_key(storage) for each in self._gradients() for storage in storages_of(each)}

@@ -19,7 +19,7 @@ from torch import nn
 
 from fewbit.errors import InputError
 from fewbit.models.arguments import roots_of, trainable
-from fewbit.models.memory.alive import GRADIENTS, KEPT, TEMPORARY, Alive
+from fewbit.models.memory.alive import GRADIENTS, KEPT, TEMPORARY, Alive, Seen
 from fewbit.models.memory.forward import Forward, with_tensors
 from fewbit.models.memory.saved import tensors_in
 from fewbit.terminal import bytes_label
@@ -107,11 +107,17 @@ def _is_optimizer(thing: Any) -> bool:
     return isinstance(thing, type) and issubclass(thing, torch.optim.Optimizer) and thing is not torch.optim.Optimizer
 
 
-def peak_of(forward: Forward, make_optimizer: MakeOptimizer | None, change: Callable[[Any], Any] = lambda batch: batch) -> Peak:
+def peak_of(
+    forward: Forward,
+    make_optimizer: MakeOptimizer | None,
+    change: Callable[[Any], Any] = lambda batch: batch,
+    tell: Callable[[Seen], None] | None = None,
+) -> Peak:
     """The peak of a step of the model as it is now, which is afterwards as before.
 
     make_optimizer  of parameters; None: the step has none
     change          of the batch, whose tensors are fake, to another one
+    tell            what each operator of the one step, or of both, is told to
 
     Raises InputError for a model or a loss whose control flow looks at numbers, which fake tensors have not, for an optimizer
     that needs a closure or finds no parameters, and what else the model, the loss or the optimizer raises on fake tensors.
@@ -120,7 +126,7 @@ def peak_of(forward: Forward, make_optimizer: MakeOptimizer | None, change: Call
         mode = fake_mode()
         parameters, buffers, batch = forward.fakes(mode)
         names = {id(module): name for name, module in forward.model.named_modules()}
-        alive = Alive(_main_device([*parameters.values(), *buffers.values()]), names, partial(_gradients, parameters))
+        alive = Alive(_main_device([*parameters.values(), *buffers.values()]), names, partial(_gradients, parameters), tell)
         with mode:
             batch = change(batch)
             there = {"parameters": parameters.values(), "buffers": buffers.values(), "inputs": tensors_in(batch)}
@@ -159,6 +165,16 @@ def _train(forward: Forward, batch: Any, make_optimizer: MakeOptimizer | None, a
 def _backward(forward: Forward, batch: Any) -> None:
     roots = roots_of(forward.model, batch, forward.loss_fn)
     torch.autograd.backward(roots, [each.new_ones(()).expand(each.shape) for each in roots])
+
+
+def main_device(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where most bytes of a model lie, and of which dtype they are there."""
+    tensors = [*model.parameters(), *model.buffers()]
+    device, sizes = _main_device(tensors), Counter[torch.dtype]()
+    for each in tensors:
+        if each.device == device and each.is_floating_point():
+            sizes[each.dtype] += each.nbytes
+    return device, sizes.most_common(1)[0][0] if sizes else torch.get_default_dtype()
 
 
 def _main_device(tensors: Iterable[Tensor]) -> torch.device:

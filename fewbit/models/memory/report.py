@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from rich.console import Group
@@ -18,12 +18,14 @@ from fewbit.constants import DEFAULT_MODEL_BITS
 from fewbit.models.arguments import Filter, LossFunction, check_filter, check_model
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.grouping import cut, shortened
+from fewbit.models.memory.budget import BudgetPlan
 from fewbit.models.memory.forward import Forward
 from fewbit.models.memory.largest import LargestBatch, largest_batch
 from fewbit.models.memory.page import page
 from fewbit.models.memory.peak import MakeOptimizer, Optimizer, Peak, optimizer_of, peak_of
 from fewbit.models.memory.plan import Plan, plan
 from fewbit.models.memory.saved import ACTIVATIONS, Storage
+from fewbit.models.memory.search import plan_budget
 from fewbit.models.memory.storages import NOTE, ROLES, bars_of, kept_by, note_on_workspaces, repeated, saver_label, total
 from fewbit.models.report import Report
 from fewbit.terminal import bytes_label
@@ -141,24 +143,42 @@ class MemoryReport(Report):
         title = f"{type(self.forward.model).__name__}: {bytes_label(self.activation_bytes)} kept for backward"
         return plot_memory(bars_of({"": self.storages}), title, bytes_label)
 
+    @overload
+    def plan(
+        self, bits: Bits = ..., filter_fn: Filter | None = ..., *, coding: str | None = ..., budget: None = None
+    ) -> Plan: ...
+
+    @overload
+    def plan(
+        self, bits: Bits = ..., filter_fn: Filter | None = ..., *, coding: str | None = ..., budget: int | str
+    ) -> BudgetPlan: ...
+
     def plan(
         self,
         bits: Bits = DEFAULT_MODEL_BITS,
         filter_fn: Filter | None = None,
         *,
         coding: str | None = None,
-    ) -> Plan:
-        """What would be kept after `fewbit.convert(model, bits, filter_fn)`, and what is worth coding.
+        budget: int | str | None = None,
+    ) -> Plan | BudgetPlan:
+        """What to convert, found before anything changes. The report that it returns has a `convert()`, which does it.
 
+        Without a budget: what would be kept after `fewbit.convert(model, bits, filter_fn)`, and which modules are worth coding.
         The converted model runs on fake tensors, and on real ones where it cannot, and is then made what it was. Each
         conversion is also tried beside the others; a compiled model is judged as a whole.
 
-        Returns  a report, whose `convert()` converts what pays
+        budget  bytes that a training step may take at its peak, or a text such as "8 GiB". Then each block that the model
+                repeats is kept, coded, recomputed (its input is kept exactly), or coded and recomputed, so that the step fits
+                and takes the least time. A step of each way runs on fake tensors, and a few on real ones, to be timed; if this
+                report was made with fake=True, operators are counted instead. Codes have `bits`, or more where there is room.
 
-        Raises as `fewbit.convert`, before anything is changed, and InputError if the model was converted since.
+        Raises as `fewbit.convert`, before anything is changed, and InputError if the model was converted since; with a budget
+        also for one that is none, and as `peak`.
         """
         setting = Setting.of(bits, coding)
         check_filter(filter_fn)
+        if budget is not None:
+            return plan_budget(self.forward, not self.fake, setting, budget, filter_fn, self.make_optimizer)
         return plan(self.forward, None if self.fake else self.storages, setting, filter_fn, self.make_optimizer)
 
     def largest_batch(

@@ -10,7 +10,7 @@ from transformers.models.llama import modeling_llama
 import fewbit
 from fewbit.bench import models
 from fewbit.bench.step import Step
-from fewbit.bench.traffic import Use, traffic
+from fewbit.traffic import Use, traffic
 
 ONES = torch.ones(4, 4)
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fewbit.torch_internals import each_operator, leaves, parts_of, storage_key, writes_into_arguments
 
@@ -57,18 +57,44 @@ def traffic(function: Callable[[], Any]) -> Traffic:
     found = Traffic()
 
     def look(operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        given, returned = _tensors((args, kwargs)), _tensors(output)
-        if _moves_nothing(operator, given, returned):
-            return
-        read = given if torch.Tag.out not in operator.tags else [each for each in given if not _is_in(each, returned)]
-        uses = found.products if _is_product(operator.overloadpacket) else found.others
-        name = str(operator.overloadpacket)
-        before = uses.get(name, Use())
-        uses[name] = Use(before.calls + 1, before.bytes + _bytes(read) + _bytes(returned))
+        moved = moved_bytes(operator, args, kwargs, output)
+        if moved is not None:
+            uses = found.products if _is_product(operator.overloadpacket) else found.others
+            name = str(operator.overloadpacket)
+            before = uses.get(name, Use())
+            uses[name] = Use(before.calls + 1, before.bytes + moved)
 
     with each_operator(look):
         function()
     return found
+
+
+def moved_bytes(operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> int | None:
+    """The bytes that a call of an operator reads and writes; None of a call that looks at no numbers."""
+    given, returned = _tensors((args, kwargs)), _tensors(output)
+    if _moves_nothing(operator, given, returned):
+        return None
+    read = given if torch.Tag.out not in operator.tags else [each for each in given if not _is_in(each, returned)]
+    return _bytes(read) + _bytes(returned)
+
+
+def flops(operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> int:
+    """The multiplications and additions of a matrix product, convolution or attention, each as one; 0 of all others.
+
+    torch's flop counter tells them. Of attention it knows some variants; the others have their query, key and value first, or
+    behind the gradient of their output.
+    """
+    packet = operator.overloadpacket
+    if not _is_product(packet):
+        return 0
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **kwargs, out_val=output)
+    shapes = [each.shape for each in args if isinstance(each, Tensor) and each.dim() == 4]
+    if "attention" not in packet.__name__ or len(shapes) < 3:
+        return 0
+    if "backward" in packet.__name__ and len(shapes) > 3:
+        return sdpa_backward_flop_count(*shapes[:4])
+    return sdpa_flop_count(*shapes[:3])
 
 
 def _tensors(thing: Any) -> list[Tensor]:

@@ -1,0 +1,244 @@
+"""The search for a plan that fits a number of bytes: a step of each way runs, and blocks are put together from these."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from fewbit import terminal
+from fewbit.constants import MAX_BITS
+from fewbit.models.arguments import Filter, roots_of
+from fewbit.models.blocks import blocks
+from fewbit.models.conversion.setting import Setting
+from fewbit.models.memory.budget import BudgetPlan, Cost
+from fewbit.models.memory.choices import Point, frontier
+from fewbit.models.memory.course import Course, Recorder, course_of, units_of
+from fewbit.models.memory.forward import Forward
+from fewbit.models.memory.peak import MakeOptimizer, Peak, main_device, peak_of
+from fewbit.models.memory.rates import rates_of
+from fewbit.models.memory.saved import tensors_in
+from fewbit.models.memory.ways import CODE, KEEP, WAYS, Choice, Way
+from fewbit.models.preserve import preserved_structure
+
+_ROUNDS, _ENOUGH_SECONDS = 3, 20.0  # steps that are timed of each way, and the time from which on one round does
+_TRIES = 8  # of choices, until one fits when it runs
+_MOST_BLOCKS = 200
+
+
+def plan_budget(
+    forward: Forward,
+    measure: bool,
+    setting: Setting,
+    budget: int | str,
+    filter_fn: Filter | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+) -> BudgetPlan:
+    """See `MemoryReport.plan`. measure: whether the model may run, to be timed"""
+    forward.check_unchanged()
+    limit = terminal.parse_bytes(budget)
+    names = {module: name for name, module in forward.model.named_modules()}
+    levels = [[names[module] for module in level] for level in blocks(forward.model)] or [[]]
+    levels = levels[:1] + [level for level in levels[1:2] if len(levels[0]) < len(level) <= _MOST_BLOCKS]
+    with terminal.progress("weighing what to keep, code and recompute") as advance:
+        found = [
+            _Search(forward, measure, setting, limit, filter_fn, make_optimizer, level, advance).best() for level in levels
+        ]
+    return min(found, key=lambda plan: (not plan.fits, plan.time if plan.fits else plan.peak.bytes))
+
+
+class _Search:
+    """For the blocks of one level."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        measure: bool,
+        setting: Setting,
+        budget: int,
+        filter_fn: Filter | None,
+        make_optimizer: MakeOptimizer | None,
+        names: Sequence[str],
+        advance: Callable[[], None],
+    ):
+        self._forward, self._setting, self._budget, self._filter = forward, setting, budget, filter_fn
+        self._make_optimizer, self._names, self._advance = make_optimizer, names, advance
+        self._rates = rates_of(*main_device(forward.model))
+        self._peaks: dict[Way, Peak] = {}
+        self._courses: dict[Way, Course] = {}
+        self._units: list[frozenset[int]] = []
+        self._reason = ""
+        for way in WAYS if names else WAYS[:2]:
+            self._run(way)
+        self._scales, how = self._times(measure)
+        self.how = how + self._reason
+
+    def best(self) -> BudgetPlan:
+        """The fastest choice that fits, in fact and not as predicted alone; or else that of the least peak."""
+        points, exact = self._frontier(), self._seconds(KEEP)
+        found = [(each, self._seconds(way), self._alike(way)) for way, each in self._peaks.items()]
+        limit = self._budget
+        for _ in range(_TRIES):
+            fitting = [each for each in points if each[0].peak <= limit]
+            point, choice = min(fitting, key=lambda each: each[0].seconds) if fitting else points[0]
+            peak = self._peak(choice, self._setting)
+            found.append((peak, point.seconds, choice))
+            if peak.bytes <= self._budget or not fitting:
+                break
+            limit = min(limit, point.peak) - max(1, (peak.bytes - self._budget) // 2)
+        fitting = [each for each in found if each[0].bytes <= self._budget]
+        least = min(found, key=lambda each: each[0].bytes)
+        peak, seconds, choice = min(fitting, key=lambda each: each[1], default=least)
+        setting, peak = self._more_bits(choice, peak)
+        costs = [Cost(each.peak, each.seconds / exact) for each, _ in points]
+        uniform = {way: Cost(each.bytes, self._seconds(way) / exact) for way, each in self._peaks.items()}
+        return BudgetPlan(
+            self._forward,
+            self._filter,
+            choice,
+            setting,
+            self._budget,
+            peak,
+            seconds / exact,
+            self._peaks[KEEP],
+            uniform,
+            costs,
+            self.how,
+        )
+
+    def _run(self, way: Way) -> None:
+        """A step with all blocks trained so, and the rest coded or not as they are."""
+        recorder = Recorder(self._names, self._rates)
+        try:
+            peak = self._peak(self._alike(way), self._setting, recorder)
+            if way == KEEP:
+                self._units = units_of(recorder.moments)
+            self._courses[way] = course_of(recorder.moments, self._units)
+        except Exception as error:  # whatever blocks do that run once more than they were made for
+            if not way.recomputed:
+                raise
+            self._reason = f"; blocks cannot run again ({type(error).__name__}: {str(error).splitlines()[0]})"
+            return
+        self._peaks[way] = peak
+
+    def _peak(self, choice: Choice, setting: Setting, recorder: Recorder | None = None) -> Peak:
+        with preserved_structure(self._forward.model):
+            choice.convert(self._forward.model, setting, self._filter)
+            found = peak_of(self._forward, self._make_optimizer, tell=recorder)
+        self._advance()
+        return found
+
+    def _choice(self, ways: Sequence[Way], rest: bool) -> Choice:
+        return Choice(dict(zip(self._names, ways, strict=True)), rest)
+
+    def _alike(self, way: Way) -> Choice:
+        """All blocks trained so, and the rest coded if they are."""
+        return self._choice([way] * len(self._names), way.coded)
+
+    def _times(self, measure: bool) -> tuple[dict[Way, float], str]:
+        """By way, what counted seconds are to be multiplied by; and words for where that is from."""
+        counted = f"times are counted from the operators of a step, for {self._rates}"
+        if not measure:
+            return dict.fromkeys(self._courses, 1.0), counted
+        ways = [*self._courses]
+        choices = [self._alike(way) for way in ways]
+        try:
+            seconds = _measured_seconds(self._forward, choices, self._setting, self._filter, self._advance)
+        except RuntimeError as error:  # there is not enough memory, say, for which it is to be planned
+            return dict.fromkeys(self._courses, 1.0), f"{counted}, as it cannot run ({str(error).splitlines()[0]})"
+        scales = {way: each / self._courses[way].seconds for way, each in zip(ways, seconds, strict=True)}
+        return scales, "times were measured on this machine, of steps with all blocks alike; the optimizer's is not counted"
+
+    def _seconds(self, way: Way) -> float:
+        return self._courses[way].seconds * self._scales[way]
+
+    def _frontier(self) -> list[tuple[Point, Choice]]:
+        """Choices that none beats in both peak and time, the least peak first."""
+        found = []
+        for rest in (KEEP, CODE):
+            course = self._courses[rest]
+            outside = course.seconds - sum(each.seconds for each in (*course.forward, *course.backward))
+            ways = [*self._courses]
+            for point in _points(course, [self._courses[way] for way in ways], [self._scales[way] for way in ways]):
+                seconds = point.seconds + outside * self._scales[rest]
+                of_units = dict(zip(self._units, (ways[i] for i in point.ways), strict=True))
+                of_blocks = [next((way for unit, way in of_units.items() if i in unit), rest) for i in range(len(self._names))]
+                found.append((Point(point.peak, seconds, point.ways), self._choice(of_blocks, rest.coded)))
+        found.sort(key=lambda each: (each[0].peak, each[0].seconds))
+        best: list[tuple[Point, Choice]] = []
+        for each in found:
+            if not best or each[0].seconds < best[-1][0].seconds:
+                best.append(each)
+        return best
+
+    def _more_bits(self, choice: Choice, peak: Peak) -> tuple[Setting, Peak]:
+        """The most bits with which the choice fits, too: they cost no time and make gradients better."""
+        if peak.bytes > self._budget or not (choice.rest or any(way.coded for way in choice.blocks.values())):
+            return self._setting, peak
+        least = min(bits for _, bits in self._setting.by_kind)
+        for extra in range(MAX_BITS - least, 0, -1):
+            setting = self._setting.raised(extra)
+            other = self._peak(choice, setting)
+            if other.bytes <= self._budget:
+                return setting, other
+        return self._setting, peak
+
+
+def _points(rest: Course, courses: Sequence[Course], scales: Sequence[float]) -> list[Point]:
+    """The frontier of choices for the blocks.
+
+    rest     the course of a step whose rest is as it is to be
+    courses  those of steps with all blocks of one way, for each way, and what their seconds are to be multiplied by
+    """
+    before = np.cumsum([0, *(each.after - each.before for each in rest.forward)])  # what the blocks before each keep there
+    count = len(rest.forward)
+    shape = count, len(courses)
+    kept, rises, seconds = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape)
+    for i in range(count):
+        around = max(each.most for each in rest.gaps[i]) - before[i]
+        for j, course in enumerate(courses):
+            there, back = course.forward[i], course.backward[i]
+            kept[i, j] = there.after - there.before
+            ahead = rest.forward[i].before - before[i] + there.most - there.before
+            behind = rest.backward[i].before - before[i + 1] + back.most - back.before + kept[i, j]
+            rises[i, j] = max(around, ahead, behind)
+            seconds[i, j] = (there.seconds + back.seconds) * scales[j]
+    return frontier(kept, rises, seconds, rest.gaps[-1][0].most - int(before[-1]))
+
+
+def _measured_seconds(
+    forward: Forward, choices: Sequence[Choice], setting: Setting, filter_fn: Filter | None, advance: Callable[[], None]
+) -> list[float]:
+    """Of a step of the model, forward and backward, by each of these choices: the median of a few, one after the other."""
+    taken: list[list[float]] = [[] for _ in choices]
+    begin = time.perf_counter()
+    with forward.untouched():
+        for turn in range(_ROUNDS + 1):  # of which the first is not counted
+            for choice, seconds in zip(choices, taken, strict=True):
+                with preserved_structure(forward.model):
+                    choice.convert(forward.model, setting, filter_fn)
+                    seconds.append(_step_seconds(forward))
+                advance()
+            if turn and time.perf_counter() - begin > _ENOUGH_SECONDS:
+                break
+    return [statistics.median(each[1:]) for each in taken]
+
+
+def _step_seconds(forward: Forward) -> float:
+    device = main_device(forward.model)[0]
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    leaves = [each for each in (*forward.model.parameters(), *tensors_in(forward.batch)) if each.requires_grad]
+    before = [each.grad for each in leaves]
+    try:
+        wait()
+        begin = time.perf_counter()
+        roots = roots_of(forward.model, forward.batch, forward.loss_fn)
+        torch.autograd.backward(roots, [torch.ones_like(each) for each in roots])
+        wait()
+        return time.perf_counter() - begin
+    finally:
+        for each, gradient in zip(leaves, before, strict=True):
+            each.grad = gradient

@@ -1,0 +1,90 @@
+"""How the blocks of a model are trained: kept, coded, recomputed, or both; as a conversion, and as lines of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from fewbit.models.arguments import Filter
+from fewbit.models.conversion.engine import Converted, convert_modules
+from fewbit.models.conversion.setting import Setting
+
+
+class Way(NamedTuple):
+    """How a block is trained."""
+
+    coded: bool
+    recomputed: bool
+
+    def __str__(self) -> str:
+        return {(False, False): "keep", (True, False): "code", (False, True): "recompute"}.get(self, "code and recompute")
+
+
+WAYS = (KEEP, CODE, RECOMPUTE, BOTH) = Way(False, False), Way(True, False), Way(False, True), Way(True, True)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What happens to each block of a model, and to the rest of it: that is coded or kept.
+
+    blocks  dotted name -> way
+    rest    whether what lies outside of the blocks is coded
+    """
+
+    blocks: Mapping[str, Way]
+    rest: bool
+
+    def convert(self, model: nn.Module, setting: Setting, filter_fn: Filter | None) -> list[Converted]:
+        """Convert the model so."""
+        return convert_modules(model, setting, self._filter(filter_fn), recompute=self.recomputed)
+
+    @property
+    def recomputed(self) -> list[str]:
+        """Names of the blocks that are."""
+        return [name for name, way in self.blocks.items() if way.recomputed]
+
+    def _filter(self, filter_fn: Filter | None) -> Filter:
+        coded = {f"{name}.": way.coded for name, way in self.blocks.items()}
+
+        def passes(module: nn.Module, name: str) -> bool:
+            here = next((way for prefix, way in coded.items() if f"{name}.".startswith(prefix)), self.rest)
+            return here and (filter_fn is None or filter_fn(module, name))
+
+        return passes
+
+    def lines(self, bits: str) -> str:
+        """Python that converts a model so. bits: as it is written there"""
+        coded = [name for name, way in self.blocks.items() if way.coded]
+        exact = [name for name, way in self.blocks.items() if not way.coded]
+        if not coded and not self.rest and not self.recomputed:
+            return "# nothing is to be done"
+        if not coded and not self.rest:
+            shown, arguments = "", ["filter_fn=lambda module, name: False"]
+        elif not exact and self.rest:
+            shown, arguments = "", [f"bits={bits}"]
+        else:
+            few, word = (exact, "not ") if self.rest else (coded, "")
+            shown = f"{'exact' if self.rest else 'coded'} = tuple({_names(few, end='.')})\n"
+            name = "exact" if self.rest else "coded"
+            arguments = [f"bits={bits}", f'filter_fn=lambda module, name: {word}f"{{name}}.".startswith({name})']
+        if self.recomputed:
+            arguments.append(f"recompute={_names(self.recomputed)}")
+        return f"{shown}fewbit.convert(model, {', '.join(arguments)})"
+
+
+def _names(names: Sequence[str], end: str = "") -> str:
+    """Python for a list of names, numbered ones as one.
+
+    >>> _names(["h.0", "h.1", "h.2"]), _names(["h.0", "g"], end=".")
+    ('[f"h.{i}" for i in range(0, 3)]', "['h.0.', 'g.']")
+    """
+    found = [name.rpartition(".") for name in names]
+    numbers = [int(last) if last.isdigit() else -1 for _, _, last in found]
+    homes = {home for home, _, _ in found}
+    if len(names) > 2 and len(homes) == 1 and numbers == [*range(numbers[0], numbers[0] + len(numbers))] and numbers[0] >= 0:
+        home = "".join(f"{each}." for each in homes if each)
+        return f'[f"{home}{{i}}{end}" for i in range({numbers[0]}, {numbers[-1] + 1})]'
+    return repr([f"{name}{end}" for name in names])
