@@ -14,13 +14,13 @@ from fewbit import terminal
 from fewbit.constants import DEFAULT_MODEL_BITS, MAX_BITS
 from fewbit.errors import InputError
 from fewbit.models.arguments import Filter, LossFunction, check_batches, check_filter, check_model, model_loss, names_passed
-from fewbit.models.blocks import blocks
 from fewbit.models.calibration.calibrate import calibrate
 from fewbit.models.conversion.engine import conversion_of, convert_again, is_converted, revert_modules
 from fewbit.models.conversion.interception import Interception
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.gradients.fidelity import JUDGED, SAFE, Fidelity, Part, fidelity
-from fewbit.models.memory.peak import Optimizer, Peak
+from fewbit.models.memory.budget import BudgetPlan
+from fewbit.models.memory.peak import Optimizer, Peak, peak_of
 from fewbit.models.memory.plan import Plan
 from fewbit.models.memory.report import MemoryReport, memory
 from fewbit.models.preserve import structure_restored_on_error
@@ -40,7 +40,7 @@ _HELPS = 0.95  # of the error: above that, calibration is not worth its tables
 class Preparation(Report):
     """What `prepare` did. Prints as a few lines; `fidelity` has the gradients in full, `plan` the memory.
 
-    plan        of the conversion, made before it
+    plan        of the conversion, made before it; of each block, where codes alone do not fit the budget
     kept        bytes of activations that forward keeps, before and after
     peaks       of a training step before and after; None where the model does not run on fake tensors
     fidelity    of the model as it is now
@@ -50,7 +50,7 @@ class Preparation(Report):
     budget      in bytes, if one was given
     """
 
-    plan: Plan
+    plan: Plan | BudgetPlan
     kept: tuple[int, int]
     peaks: tuple[Peak, Peak] | None
     fidelity: Fidelity
@@ -77,7 +77,7 @@ class Preparation(Report):
     @property
     def next_step(self) -> str:
         """What to do now."""
-        if not self.plan.outcome.chosen:
+        if not conversion_of(self.plan.forward.model):
             return "nothing in this model pays to be coded; train it as it is"
         if self.fidelity.level == "unknown":
             return f"find out whether it is safe: {self.fidelity.verdict}"
@@ -88,8 +88,7 @@ class Preparation(Report):
             )
             return f"{where}; or give more batches, from which the noise is known better"
         if self.fits is False:
-            checkpointing = "checkpoint the blocks besides" if blocks(self.plan.forward.model) else "take a smaller batch"
-            return f"the peak is above the budget: {checkpointing}; fewbit.memory(…).largest_batch(…) says which batch fits"
+            return "the peak is above the budget: take a smaller batch; fewbit.memory(…).largest_batch(…) says which fits"
         return "train; fewbit.save(model, path) keeps this conversion beside a checkpoint"
 
     def rows(self) -> list[dict[str, Any]]:
@@ -112,8 +111,9 @@ class Preparation(Report):
     def view(self) -> RenderableType:
         """The verdict, what was done, the gradients in one line, and the next step."""
         more = f"; more bits for {plural(len(self.raised), 'module')}" if self.raised else ""
+        ways = f"; {self.plan.choice.summary}" if isinstance(self.plan, BudgetPlan) else ""
         tables = "; tables calibrated" if self.calibrated else ""
-        lines = [self.verdict, f"  {self.setting}{more}{tables}", f"  {self.fidelity.verdict}"]
+        lines = [self.verdict, f"  {self.setting}{more}{tables}{ways}", f"  {self.fidelity.verdict}"]
         if self.budget is not None:
             said = {None: "cannot be checked: there is no peak", True: "is kept", False: "is exceeded"}[self.fits]
             lines.append(f"  the budget of {bytes_label(self.budget)} {said}")
@@ -135,7 +135,8 @@ def prepare(
 ) -> Preparation:
     """Convert a model for training, in place, as far as that pays and is safe, and report.
 
-    The conversion is planned first, so that only modules that pay are coded. Then gradients from codes are compared with exact
+    The conversion is planned first, so that only modules that pay are coded; where that does not fit the budget, blocks are
+    also recomputed, as `MemoryReport.plan` finds it. Then gradients from codes are compared with exact
     ones on the batches (`fewbit.fidelity`): where a module's, or all of them, err by more than a tenth of their noise, codes
     get more bits, up to 8. Last, tables of activations are calibrated on the batches and stay if that makes the error smaller.
 
@@ -159,17 +160,14 @@ def prepare(
         revert_modules(inner)
         passes = names_passed(inner, filter_fn)
         report = memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer)
-        before, plan = _peak(report), report.plan(bits, passes)
-        plan.convert()
-        found, more = fidelity(inner, given, loss_fn, by="module"), 0
-        for _ in range(_ROUNDS):
-            extra, wanted = _missing(found.whole), {part.group: _missing(part) for part in found.parts}
-            wanted = {name: bits for name, bits in wanted.items() if bits > extra}
-            if not (extra or wanted) or not _give_bits(inner, extra, wanted):
-                break
-            more += extra
-            found = fidelity(inner, given, loss_fn, by="module")
+        before = _peak(report)
+        target = limit if before is not None else None
+        plan, found, more = _converted(report, bits, passes, target, given)
         setting = plan.setting.raised(more)
+        if target is not None and more and _peak_now(report) > target:  # which more bits take
+            revert_modules(inner)
+            plan, found, more = _converted(report, dict(setting.by_kind), passes, target, given)
+            setting = plan.setting.raised(more)
         own = [name for name, module in inner.named_modules() if _has_more_bits(module, setting)]
         found, calibrated = _calibrated(inner, given, loss_fn, found)
         other = memory(inner, given[0], loss_fn=loss_fn, optimizer=optimizer)
@@ -177,6 +175,31 @@ def prepare(
     kept = report.activation_bytes, other.activation_bytes
     peaks = None if before is None or after is None else (before, after)
     return Preparation(plan, kept, peaks, found, setting, own, calibrated, limit)
+
+
+def _converted(
+    report: MemoryReport, bits: Bits, filter_fn: Filter | None, budget: int | None, batches: list[Any]
+) -> tuple[Plan | BudgetPlan, Fidelity, int]:
+    """Plan and convert, and give more bits as long as that is not safe: the plan, the gradients then, and how many bits more
+    all codes have."""
+    model, loss_fn = report.forward.model, report.forward.loss_fn
+    plan: Plan | BudgetPlan = report.plan(bits, filter_fn)
+    if budget is not None and plan.peak.bytes > budget:
+        plan = report.plan(bits, filter_fn, budget=budget)
+    plan.convert()
+    found, more = fidelity(model, batches, loss_fn, by="module"), 0
+    for _ in range(_ROUNDS):
+        extra, wanted = _missing(found.whole), {part.group: _missing(part) for part in found.parts}
+        wanted = {name: bits for name, bits in wanted.items() if bits > extra}
+        if not (extra or wanted) or not _give_bits(model, extra, wanted):
+            break
+        more += extra
+        found = fidelity(model, batches, loss_fn, by="module")
+    return plan, found, more
+
+
+def _peak_now(report: MemoryReport) -> int:
+    return peak_of(report.forward, report.make_optimizer).bytes
 
 
 def _peak(report: MemoryReport) -> Peak | None:

@@ -73,7 +73,19 @@ def test_a_budget_that_is_too_small():
     done = fewbit.prepare(model(), batches(), loss, 1000)
     assert done.fits is False
     assert "exceeded" in str(done)
-    assert "checkpoint" in done.next_step
+    assert "smaller batch" in done.next_step
+
+
+def test_blocks_are_recomputed_where_codes_alone_do_not_fit():
+    """Recomputed blocks count in the budget, and their gradients in the verdict."""
+    found = model()
+    report = fewbit.memory(found, batches()[0], loss_fn=loss)
+    done = fewbit.prepare(found, batches(), loss, int(0.97 * report.plan().peak.bytes))
+    assert done.peaks[0].bytes == report.peak.bytes
+    assert done.fits
+    assert done.plan.choice.recomputed
+    assert done.fidelity.level == "safe"
+    assert "recompute" in str(done)
 
 
 def test_a_model_that_looks_at_numbers():

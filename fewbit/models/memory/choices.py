@@ -46,8 +46,7 @@ def frontier(kept: NDArray[np.int64], rises: NDArray[np.int64], seconds: NDArray
     >>> kept, rises, seconds = np.array([[4, 1], [4, 1]]), np.array([[4, 5], [4, 5]]), np.array([[1.0, 2], [1, 2]])
     >>> for point in frontier(kept, rises, seconds, 0):
     ...     print(point)
-    Point(peak=6, seconds=4.0, ways=(1, 1))
-    Point(peak=7, seconds=3.0, ways=(1, 0))
+    Point(peak=5, seconds=3.0, ways=(1, 0))
     Point(peak=8, seconds=2.0, ways=(0, 0))
 
     Exact as long as no more than some thousand beginnings of choices are worth following; beyond, the peak is within a part in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import nn
 from fewbit.models.arguments import Filter
 from fewbit.models.conversion.engine import Converted, convert_modules
 from fewbit.models.conversion.setting import Setting
+from fewbit.record import plural
 
 
 class Way(NamedTuple):
@@ -45,6 +47,20 @@ class Choice:
     def recomputed(self) -> list[str]:
         """Names of the blocks that are."""
         return [name for name, way in self.blocks.items() if way.recomputed]
+
+    @property
+    def summary(self) -> str:
+        """How many blocks are trained in which way.
+
+        >>> Choice({"0": CODE, "1": KEEP, "2": KEEP}, rest=True).summary
+        'of 3 blocks code 1, keep 2; code the rest'
+        """
+        counts = Counter(map(str, self.blocks.values()))
+        rest = f"{'code' if self.rest else 'keep'} the rest"
+        if not counts:
+            return rest
+        listed = ", ".join(f"{way} {number}" for way, number in counts.items())
+        return f"of {plural(len(self.blocks), 'block')} {listed}; {rest}"
 
     def _filter(self, filter_fn: Filter | None) -> Filter:
         coded = {f"{name}.": way.coded for name, way in self.blocks.items()}
