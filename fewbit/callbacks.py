@@ -1,4 +1,4 @@
-"""Callbacks of trainers: convert the model when training starts, and keep the conversion with each checkpoint.
+"""Callbacks of trainers: convert the model when training starts, tell what came of it, and save it with checkpoints.
 
 A run that is resumed from a checkpoint gets the conversion that lies in it, so that it goes on as it would have. The packages
 are not among fewbit's requirements: each is imported when its callback is made.
@@ -6,34 +6,51 @@ are not among fewbit's requirements: each is imported when its callback is made.
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fewbit.constants import DEFAULT_MODEL_BITS
 from fewbit.errors import InputError
-from fewbit.models.arguments import Filter, check_filter
+from fewbit.models.arguments import Filter, LossFunction, check_filter, loss_in
 from fewbit.models.conversion.convert import convert
-from fewbit.models.conversion.engine import is_converted
+from fewbit.models.conversion.engine import is_converted, revert_modules
 from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.conversion.stored import from_text, load, save, to_text
+from fewbit.models.gradients.fidelity import fidelity
+from fewbit.models.gradients.watch import Watch, watch
+from fewbit.models.memory.report import memory
+from fewbit.models.preserve import preserved_structure
+from fewbit.terminal import bytes_label
 
+_log = logging.getLogger("fewbit")
 FILE = "fewbit.json"  # in the folder of a checkpoint of transformers
 KEY = "fewbit"  # in a checkpoint of Lightning
 
 
-def trainer_callback(bits: Bits = DEFAULT_MODEL_BITS, filter_fn: Filter | None = None, *, coding: str | None = None) -> Any:
+def trainer_callback(
+    bits: Bits = DEFAULT_MODEL_BITS, filter_fn: Filter | None = None, *, coding: str | None = None, check: int = 0
+) -> Any:
     """A callback for `transformers.Trainer`, and for trainers made from it, such as TRL's.
 
     When training starts, the model is converted with these settings, as by `fewbit.convert`, unless it is converted already, or
     the run is resumed from a checkpoint of its folder in which a conversion lies. Each checkpoint gets its own, fewbit.json.
 
+    The logger "fewbit" and the trainer's `state.log_history` get what the model keeps of the first batch, coded and exactly,
+    and whenever the trainer logs how many layers have drifted from their tables (`fewbit.watch`).
+
+    check  number of batches, the first ones of the run, on which `fewbit.fidelity` compares gradients then. It takes exact
+           steps, which need the memory that codes save, and two gradients: for runs that would fit exactly, or a smaller batch
+
     Raises InputError without transformers, and for settings as `fewbit.convert`, here and not when training starts.
     """
     base = _package("transformers", "Trainer").TrainerCallback
-    make = _Conversion(bits, filter_fn, coding)
+    make, figures = _Conversion(bits, filter_fn, coding), _Figures(check)
 
     class FewbitCallback(base):
         """Converts the model at the start of training, and saves the conversion with each checkpoint."""
@@ -44,6 +61,19 @@ def trainer_callback(bits: Bits = DEFAULT_MODEL_BITS, filter_fn: Filter | None =
                 load(model, resumed)
             else:
                 make(model)
+            figures.begin(model)
+            figures.take_from(model)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+            if found := figures.when_ready(model, _loss_of_call):
+                state.log_history.append({**found, "step": state.global_step})
+
+        def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if found := figures.drift():
+                state.log_history.append({**found, "step": state.global_step})
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            figures.end()
 
         def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
             folder = _checkpoint(args, state)
@@ -53,16 +83,37 @@ def trainer_callback(bits: Bits = DEFAULT_MODEL_BITS, filter_fn: Filter | None =
     return FewbitCallback()
 
 
-def lightning_callback(bits: Bits = DEFAULT_MODEL_BITS, filter_fn: Filter | None = None, *, coding: str | None = None) -> Any:
-    """The same for `lightning.Trainer`, whose checkpoints hold the conversion under "fewbit"."""
+def lightning_callback(
+    bits: Bits = DEFAULT_MODEL_BITS, filter_fn: Filter | None = None, *, coding: str | None = None, check: int = 0
+) -> Any:
+    """The same for `lightning.Trainer`, whose checkpoints hold the conversion under "fewbit", and whose loggers get figures.
+
+    check  as above; then `training_step` is called for these batches without logging
+    """
     base = import_module(f"{_package('lightning', 'Trainer').__name__}.pytorch.callbacks").Callback
-    make = _Conversion(bits, filter_fn, coding)
+    make, figures = _Conversion(bits, filter_fn, coding), _Figures(check)
 
     class FewbitCallback(base):
         """Converts the module when fitting starts, and saves the conversion in each checkpoint."""
 
         def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
             make(pl_module)
+            figures.begin(pl_module)
+
+        def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+            figures.take(batch)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, *_: Any) -> None:
+            found = {**(figures.when_ready(pl_module, _loss_of_training_step) or {})}
+            if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+                found |= figures.drift()
+            for logger in trainer.loggers if found else ():
+                logger.log_metrics(
+                    {name: value for name, value in found.items() if not isinstance(value, str)}, trainer.global_step
+                )
+
+        def on_fit_end(self, trainer: Any, pl_module: nn.Module) -> None:
+            figures.end()
 
         def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
             if _is_coded(pl_module):
@@ -86,6 +137,99 @@ class _Conversion:
     def __call__(self, model: nn.Module) -> None:
         if not _is_coded(model):
             convert(model, self._bits, self._filter_fn, coding=self._coding)
+
+
+class _Figures:
+    """What the first batches of a run tell of its conversion, and whether layers drift."""
+
+    def __init__(self, check: int):
+        """check: batches to compare gradients on; none with 0"""
+        if isinstance(check, bool) or not isinstance(check, int) or check < 0 or check == 1:
+            raise InputError(f"check is a number of batches, 0 or two and more, to tell noise from error; got {check!r}")
+        self._check, self._batches, self._waiting = check, list[Any](), False
+        self._watch: Watch | None = None
+        self._hook: Any = None
+
+    def begin(self, model: nn.Module) -> None:
+        """A run starts."""
+        self.end()
+        self._batches, self._waiting = [], True
+        with suppress(InputError):  # where there is nothing to watch
+            self._watch = watch(model)
+
+    def end(self) -> None:
+        """The run has ended."""
+        for each in (self._watch, self._hook):
+            if each is not None:
+                each.remove()
+        self._watch = self._hook = None
+        self._waiting = False
+
+    def take(self, batch: Any) -> None:
+        """Keep one of the first batches."""
+        if self._waiting and len(self._batches) < max(1, self._check):
+            self._batches.append(batch)
+
+    def take_from(self, model: nn.Module) -> None:
+        """Take what the model is called with in training, as (arguments, named ones)."""
+
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if module.training and torch.is_grad_enabled():
+                self.take((args, kwargs))
+
+        self._hook = model.register_forward_pre_hook(see, with_kwargs=True)
+
+    def when_ready(self, model: nn.Module, loss_fn: LossFunction) -> dict[str, Any] | None:
+        """Once there are enough batches, what they tell; of gradients too, if that is asked for and no others train along."""
+        if not self._waiting or len(self._batches) < max(1, self._check):
+            return None
+        self._waiting, batches, self._batches = False, self._batches, []
+        if self._hook is not None:
+            self._hook.remove()
+        found = _kept(model, batches[0], loss_fn, may_run=self._check > 0)
+        if self._check and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            gradients = fidelity(model, batches, loss_fn)
+            found |= {"fewbit_gradient_error": gradients.whole.error, "fewbit_share_of_noise": gradients.whole.share}
+            found |= {"fewbit_verdict": gradients.level}
+            _log.info("%s", gradients.verdict)
+        return found
+
+    def drift(self) -> dict[str, Any]:
+        """How many layers have drifted, of those that are watched."""
+        return {} if self._watch is None else {"fewbit_drifted": sum(layer.drifted for layer in self._watch.layers)}
+
+
+def _kept(model: nn.Module, batch: Any, loss_fn: LossFunction, may_run: bool) -> dict[str, Any]:
+    """Bytes that are kept of a batch, coded and exactly, on fake tensors; or on real ones, if exact steps may run.
+
+    Nothing where the model does not run on such as it may.
+    """
+    try:
+        coded = memory(model, batch, fake=not may_run, loss_fn=loss_fn).activation_bytes
+        with preserved_structure(model):
+            revert_modules(model)
+            exact = memory(model, batch, fake=not may_run, loss_fn=loss_fn).activation_bytes
+    except Exception as error:  # whatever the model does
+        _log.info("what is kept is not known: %s: %s", type(error).__name__, error)
+        return {}
+    share = coded / exact if exact else 1.0
+    text = f"keeps {bytes_label(coded)} for backward, {share:.0%} of the {bytes_label(exact)} that exact training keeps"
+    _log.info("%s", text)
+    return {"fewbit_kept_bytes": coded, "fewbit_kept_share": share}
+
+
+def _loss_of_call(model: nn.Module, call: tuple[tuple, dict[str, Any]]) -> torch.Tensor:
+    loss = loss_in(model(*call[0], **call[1]))
+    if loss is None:
+        raise InputError("what the model returns has no `loss`, which the trainer makes itself: use fewbit.fidelity with it")
+    return loss
+
+
+def _loss_of_training_step(module: Any, batch: Any) -> Any:
+    with preserved_structure(module):
+        module.log = module.log_dict = lambda *_, **__: None
+        found = module.training_step(batch, 0)
+    return found["loss"] if isinstance(found, dict) else found
 
 
 def _is_coded(model: nn.Module) -> bool:

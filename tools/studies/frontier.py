@@ -1,9 +1,9 @@
 """Memory against time, planned and measured: `python -m tools.studies.frontier [names]`, all by default.
 
-GPT-2, and a Llama with LoRA adapters on all of its linear layers, both of `tools.studies.working_sizes`: `report.plan(4, budget)`
-for budgets between the least peak and the exact one. Each plan is converted and run: the peak is what torch's allocator takes
-beyond the model, the time the median ratio of steps paired with exact ones. "7B" plans a Llama of 7 billion parameters with
-LoRA, in bfloat16 on the meta device, 2,048 tokens, for 24 GiB; nothing of it runs.
+GPT-2, and a Llama with LoRA adapters on all of its linear layers, both of `tools.studies.working_sizes`: plans by
+`report.plan(4, budget=…)` for budgets between the least peak and the exact one. Each plan is converted and run: the peak is
+what torch's allocator takes beyond the model, the time the median ratio of steps paired with exact ones. "7B" plans a Llama of
+7 billion parameters with LoRA, in bfloat16 on the meta device, 2,048 tokens, for 24 GiB; nothing of it runs.
 """
 
 from __future__ import annotations

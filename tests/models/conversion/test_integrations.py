@@ -1,7 +1,9 @@
 """fewbit inside the libraries that people train with: what is converted or patched there trains, saves and loads."""
 
 import copy
+import csv
 import functools
+import logging
 import sys
 
 import pytest
@@ -251,6 +253,32 @@ class TestCallbackOfTrainers:
         for name, each in whole.model.state_dict().items():
             assert torch.equal(each, resumed.model.state_dict()[name])
 
+    def test_it_tells_what_came_of_it(self, tmp_path, caplog):
+        found = self.run(tmp_path, fewbit.callbacks.trainer_callback(bits=4, check=3), max_steps=5)
+        with caplog.at_level(logging.INFO, "fewbit"):
+            found.train()
+        (told,) = (each for each in found.state.log_history if "fewbit_kept_share" in each)
+        assert told["step"] == 3
+        assert 0 < told["fewbit_kept_share"] < 0.3
+        assert 0 < told["fewbit_gradient_error"] < 0.3
+        assert told["fewbit_verdict"] in ("safe", "doubtful")
+        assert "that exact training keeps" in caplog.text
+        assert not any(module._forward_pre_hooks for module in found.model.modules())
+
+    def test_to_look_changes_nothing(self, tmp_path):
+        """The run is the one of a model that was converted by hand, bit for bit."""
+        watched = self.run(tmp_path / "watched", fewbit.callbacks.trainer_callback(bits=4, check=2), max_steps=4)
+        watched.train()
+        plain = trainer(fewbit.convert(language_model(), bits=4), tmp_path / "plain", max_steps=4)
+        plain.train()
+        for name, each in plain.model.state_dict().items():
+            assert torch.equal(each, watched.model.state_dict()[name])
+
+    @pytest.mark.parametrize("check", [-1, 1, True, 2.5])
+    def test_numbers_to_check(self, check):
+        with pytest.raises(fewbit.errors.InputError, match="number of batches"):
+            fewbit.callbacks.trainer_callback(check=check)
+
     def test_a_converted_model_stays(self, tmp_path):
         model = fewbit.convert(language_model(), bits=2)
         self.run(tmp_path, fewbit.callbacks.trainer_callback(bits=8), model, max_steps=1).train()
@@ -287,6 +315,36 @@ def test_callback_of_lightning(tmp_path):
     resumed = fit(8, 3, checkpoint)
     assert {each.bits for each in resumed.modules() if isinstance(each, fewbit.Linear)} == {3}
     assert all(torch.equal(each, resumed.state_dict()[name]) for name, each in whole.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")  # advice on speed
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # lightning's own call of torch's pytree
+def test_callback_of_lightning_tells_what_came_of_it(tmp_path):
+    """Its figures go to loggers, and the looks at gradients leave the run as it is."""
+    import lightning
+    from lightning.pytorch.loggers import CSVLogger
+
+    def fit(*callbacks, convert=False):
+        torch.manual_seed(0)
+        module = lightning_module("nowhere")
+        if convert:
+            fewbit.convert(module, 4)
+        logger = CSVLogger(tmp_path / str(len(callbacks)), flush_logs_every_n_steps=1)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        run = lightning.Trainer(
+            max_epochs=3, accelerator="cpu", callbacks=[*callbacks], logger=logger, log_every_n_steps=1, **quiet
+        )
+        run.fit(module, torch.utils.data.DataLoader(examples(), batch_size=64))
+        return module, logger
+
+    watched, logger = fit(fewbit.callbacks.lightning_callback(4, check=2))
+    plain, _ = fit(convert=True)
+    assert all(torch.equal(each, watched.state_dict()[name]) for name, each in plain.state_dict().items())
+    with open(logger.experiment.metrics_file_path) as file:
+        rows = [row for row in csv.DictReader(file) if row["fewbit_kept_share"]]
+    assert len(rows) == 1
+    assert 0 < float(rows[0]["fewbit_kept_share"]) < 1
+    assert 0 < float(rows[0]["fewbit_gradient_error"]) < 1
 
 
 def lightning_module(where):
