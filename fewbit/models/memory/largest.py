@@ -1,4 +1,5 @@
-"""The largest batch whose training step fits a number of bytes, found on fake tensors: exact, coded, checkpointed, and both."""
+"""The largest batch, or the longest sequence, whose training step fits a number of bytes, found on fake tensors: exact, coded,
+checkpointed, and both."""
 
 from __future__ import annotations
 
@@ -33,9 +34,9 @@ _LARGEST = 2**20  # samples of a batch that are looked for
 
 @dataclass(frozen=True)
 class Fitting:
-    """The largest batch of one way of training.
+    """The largest batch, or longest sequence, of one way of training.
 
-    samples  in it; 0 where not even one fits
+    samples  in the batch, or in each sequence; 0 where not even one fits
     bytes    of the peak with so many, or with one
     moment   of the peak
     """
@@ -47,9 +48,14 @@ class Fitting:
 
 @dataclass(frozen=True, repr=False)
 class LargestBatch(Report):
-    """The largest batches that fit a number of bytes, by way of training. See `MemoryReport.largest_batch`."""
+    """The largest batches that fit a number of bytes, or the longest sequences, by way of training. See
+    `MemoryReport.largest_batch` and `longest_sequence`.
+
+    grows  what grows, "batch" or "sequence"
+    """
 
     model: str
+    grows: str
     budget: int
     setting: Setting
     ways: Mapping[str, Fitting]
@@ -59,31 +65,38 @@ class LargestBatch(Report):
         return [{"way": way, **asdict(found)} for way, found in self.ways.items()]
 
     def totals(self) -> dict[str, Any]:
-        return {"model": self.model, "budget": self.budget, "bits": dict(self.setting.by_kind)}
+        return {"model": self.model, "grows": self.grows, "budget": self.budget, "bits": dict(self.setting.by_kind)}
 
     def view(self) -> RenderableType:
         """A line for each way, and against exact how many times as large its batch is."""
-        view = terminal.table(("training",), ("batch", "of exact", "its peak"))
+        view = terminal.table(("training",), (self.grows, "of exact", "its peak"))
         view.add_column("when")
         exact = self.ways[EXACT].samples
         for way, found in self.ways.items():
             times = f"{found.samples / exact:.1f} ×" if exact and way != EXACT else ""
             view.add_row(way, str(found.samples or "none"), times, bytes_label(found.bytes), found.moment)
-        title = f"The largest batch of {self.model} whose training step fits {bytes_label(self.budget)}"
+        what = "largest batch" if self.grows == "batch" else "longest sequence"
+        title = f"The {what} of {self.model} whose training step fits {bytes_label(self.budget)}"
         return Group(f"{title}; coded: {self.setting}", "", view)
 
     def figure(self) -> Figure:
         from fewbit.plots.memory import plot_counts
 
-        return plot_counts({way: found.samples for way, found in self.ways.items()}, "samples in the largest batch")
+        what = "samples in the largest batch" if self.grows == "batch" else "the longest sequence"
+        return plot_counts({way: found.samples for way, found in self.ways.items()}, what)
 
 
-def largest_batch(
-    forward: Forward, make_optimizer: MakeOptimizer | None, budget: int | str, setting: Setting, filter_fn: Filter | None = None
+def largest(
+    forward: Forward,
+    make_optimizer: MakeOptimizer | None,
+    budget: int | str,
+    setting: Setting,
+    filter_fn: Filter | None = None,
+    dimension: int = 0,
 ) -> LargestBatch:
-    """See `MemoryReport.largest_batch`."""
+    """See `MemoryReport.largest_batch` for dimension 0, `longest_sequence` for 1."""
     forward.check_unchanged()
-    limit, model, size = parse_bytes(budget), forward.model, batch_size(forward.batch)
+    limit, model, size = parse_bytes(budget), forward.model, size_of(forward.batch, dimension)
     ways: dict[str, Callable[[], Any]] = {EXACT: lambda: None, CODED: lambda: convert_modules(model, setting, filter_fn)}
     if blocks(model):
         ways[CHECKPOINTED] = lambda: checkpoint_blocks(model)
@@ -95,36 +108,39 @@ def largest_batch(
             def peak(samples: int, change: Callable[[], Any] = change) -> Peak:
                 with preserved_structure(model):
                     change()
-                    found = peak_of(forward, make_optimizer, lambda batch: with_samples(batch, size, samples))
+                    found = peak_of(forward, make_optimizer, lambda batch: resized(batch, dimension, size, samples))
                 advance()
                 return found
 
             found[way] = _search(peak, limit, size)
-    return LargestBatch(type(model).__name__, limit, setting, found)
+    return LargestBatch(type(model).__name__, ("batch", "sequence")[dimension], limit, setting, found)
 
 
-def batch_size(batch: Any) -> int:
-    """How many samples a batch has: the first dimension of its largest tensor. InputError where there is none.
+def size_of(batch: Any, dimension: int) -> int:
+    """The size of this dimension of the largest tensor of a batch. InputError where there is none.
 
-    >>> batch_size({"input_ids": torch.zeros(4, 128), "position": torch.zeros(128)})
+    >>> size_of({"input_ids": torch.zeros(4, 128), "position": torch.zeros(128)}, 0)
     4
     """
-    found = [each for each in tensors_in(batch) if each.dim() and each.numel()]
+    found = [each for each in tensors_in(batch) if each.dim() > dimension and each.numel()]
     if not found:
-        raise InputError("the batch holds no tensor with a dimension and numbers in it, along which it could grow")
-    return max(found, key=lambda each: each.numel()).shape[0]
+        which = "a dimension" if dimension == 0 else "two dimensions"
+        raise InputError(f"the batch holds no tensor with {which} and numbers in it, along which it could grow")
+    return max(found, key=lambda each: each.numel()).shape[dimension]
 
 
-def with_samples(batch: Any, size: int, samples: int) -> Any:
-    """The batch, of new tensors with so many samples in the place of those that have `size` of them."""
+def resized(batch: Any, dimension: int, size: int, wanted: int) -> Any:
+    """The batch, of new tensors: those that have `size` in this dimension have `wanted` there; so have tensors of one
+    dimension, such as positions, where sequences grow."""
 
-    def resized(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() == 0 or tensor.shape[0] != size:
+    def made_anew(tensor: torch.Tensor) -> torch.Tensor:
+        grown = 0 if tensor.dim() == 1 else dimension
+        if tensor.dim() <= grown or tensor.shape[grown] != size:
             return tensor
-        other = torch.empty_like(tensor.detach()[:1].expand(samples, *tensor.shape[1:]), memory_format=torch.contiguous_format)
-        return other.requires_grad_(tensor.requires_grad)
+        shape = [wanted if i == grown else each for i, each in enumerate(tensor.shape)]
+        return tensor.detach().new_empty(shape).requires_grad_(tensor.requires_grad)
 
-    return map_tensors(resized, batch)
+    return map_tensors(made_anew, batch)
 
 
 def _search(peak: Callable[[int], Peak], limit: int, start: int) -> Fitting:

@@ -20,7 +20,7 @@ from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.grouping import cut, shortened
 from fewbit.models.memory.budget import BudgetPlan
 from fewbit.models.memory.forward import Forward
-from fewbit.models.memory.largest import LargestBatch, largest_batch
+from fewbit.models.memory.largest import LargestBatch, largest
 from fewbit.models.memory.page import page
 from fewbit.models.memory.peak import MakeOptimizer, Optimizer, Peak, optimizer_of, peak_of
 from fewbit.models.memory.plan import Plan, plan
@@ -201,7 +201,24 @@ class MemoryReport(Report):
         """
         setting = Setting.of(bits, coding)
         check_filter(filter_fn)
-        return largest_batch(self.forward, self.make_optimizer, budget, setting, filter_fn)
+        return largest(self.forward, self.make_optimizer, budget, setting, filter_fn)
+
+    def longest_sequence(
+        self,
+        budget: int | str,
+        bits: Bits = DEFAULT_MODEL_BITS,
+        filter_fn: Filter | None = None,
+        *,
+        coding: str | None = None,
+    ) -> LargestBatch:
+        """The same along the second dimension: of all tensors that have as many elements there as the largest has, and the only
+        one of those with one.
+
+        It is not seen whether the model takes sequences so long: its positions may end before, as the configuration says.
+        """
+        setting = Setting.of(bits, coding)
+        check_filter(filter_fn)
+        return largest(self.forward, self.make_optimizer, budget, setting, filter_fn, dimension=1)
 
     def to_html(self, path: str | Path | None = None, plan: Plan | None = None) -> str:
         """One self-contained page of the report, and of the plan if one is given; also written to the file, if one is named."""

@@ -8,7 +8,7 @@ from torch import nn
 import fewbit
 from fewbit.bench.models import gpt
 from fewbit.errors import InputError
-from fewbit.models.memory.largest import batch_size, with_samples
+from fewbit.models.memory.largest import resized, size_of
 from fewbit.models.memory.peak import peak_of
 from fewbit.terminal import parse_bytes
 
@@ -25,7 +25,7 @@ def test_one_more_does_not_fit(budget):
     exact = found.ways["exact"]
 
     def peak(samples):
-        return peak_of(report.forward, None, lambda batch: with_samples(batch, 8, samples)).bytes
+        return peak_of(report.forward, None, lambda batch: resized(batch, 0, 8, samples)).bytes
 
     assert exact.bytes == peak(exact.samples or 1)
     assert peak(exact.samples + 1) > budget
@@ -58,12 +58,34 @@ def test_the_table_and_what_is_exported():
 
 def test_every_tensor_of_a_batch_grows_along():
     batch = {"input_ids": torch.zeros(4, 7, dtype=torch.int64), "position": torch.arange(7), "scale": torch.tensor(1.0)}
-    assert batch_size(batch) == 4
-    shapes = {name: tuple(each.shape) for name, each in with_samples(batch, 4, 9).items()}
-    assert shapes == {"input_ids": (9, 7), "position": (7,), "scale": ()}
+
+    def shapes(dimension, size):
+        return {name: tuple(each.shape) for name, each in resized(batch, dimension, size, 9).items()}
+
+    assert [size_of(batch, dimension) for dimension in (0, 1)] == [4, 7]
+    assert shapes(0, 4) == {"input_ids": (9, 7), "position": (7,), "scale": ()}
+    assert shapes(1, 7) == {"input_ids": (4, 9), "position": (9,), "scale": ()}
     for empty in (3, torch.zeros(0, 4)):
         with pytest.raises(InputError, match="no tensor"):
-            batch_size(empty)
+            size_of(empty, 0)
+    with pytest.raises(InputError, match="two dimensions"):
+        size_of(torch.ones(3), 1)
+
+
+def test_the_longest_sequence():
+    """What attention keeps grows with the length, and its weights, written out, with the square of it."""
+    subject = gpt(2, 64, 2, 16)
+    report = fewbit.memory(subject.model, subject.batch)
+    found = report.longest_sequence("4 MiB", bits=4)
+    assert found.grows == "sequence"
+    assert "longest sequence" in str(found)
+    exact, coded = found.ways["exact"], found.ways["coded"]
+    assert 1 < exact.samples < coded.samples
+    peaks = [
+        peak_of(report.forward, None, lambda batch, length=length: resized(batch, 1, 16, length)).bytes
+        for length in (exact.samples, exact.samples + 1)
+    ]
+    assert peaks[0] == exact.bytes <= found.budget < peaks[1]
 
 
 @pytest.mark.parametrize(
