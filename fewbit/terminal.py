@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +18,8 @@ from rich.text import Text
 from fewbit.errors import InputError
 from fewbit.text import plain, shown
 
+WIDTH = 120  # columns of what is printed where there is no terminal
+_SENTENCE = 30  # columns that a table leaves to texts which may be wrapped
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(i)?B?", re.IGNORECASE)
 
 
@@ -36,6 +39,31 @@ def console(stderr: bool = False, at_least: int = 0) -> Console:
     if found.width < at_least:
         found.width = at_least
     return found
+
+
+def show(*views: RenderableType) -> None:
+    """Print each on stdout: texts as wide as the terminal, tables wider where they must be: no name or number is cut."""
+    screen = console()
+    width = screen.width if screen.is_terminal else max(screen.width, WIDTH)
+    for view in views:
+        for part in _parts(view):
+            screen.width = max(width, _least_width(part)) if isinstance(part, Table) else width
+            screen.print(part)
+
+
+def _parts(view: RenderableType) -> Iterator[RenderableType]:
+    if isinstance(view, Group):
+        for each in view.renderables:
+            yield from _parts(each)
+    else:
+        yield view
+
+
+def _least_width(table: Table) -> int:
+    """The columns that a table takes when only its longest sentences are wrapped."""
+    wide = Console(width=10_000)
+    longest = [max(cell_len(str(cell)) for cell in (each.header, *each.cells)) for each in table.columns if not each.no_wrap]
+    return wide.measure(table).maximum - sum(max(0, each - _SENTENCE) for each in longest)
 
 
 def say_written(path: Any) -> None:

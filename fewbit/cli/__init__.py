@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fewbit import interrupt
-from fewbit.cli import bench, environment, memory, pictures, tables, training
+from fewbit.cli import bench, environment, gradients, memory, pictures, tables, training
 from fewbit.constants import CHANNELS
 from fewbit.errors import ActivationError, DesignError, FewbitError
 from fewbit.text import cut, plain
@@ -31,6 +31,11 @@ app.command()(pictures.plot)
 app.command()(training.demo)
 app.command()(bench.bench)
 app.command()(memory.memory)
+app.command()(memory.plan)
+app.command()(gradients.fidelity)
+app.command()(gradients.calibrate)
+app.command()(gradients.allocate)
+app.command()(gradients.prepare)
 app.command()(environment.env)
 
 # the base of all usage errors, which typer exports under no name of its own in some versions
