@@ -19,7 +19,8 @@ from fewbit.errors import InputError
 from fewbit.text import plain, shown
 
 WIDTH = 120  # columns of what is printed where there is no terminal
-_SENTENCE = 30  # columns that a table leaves to texts which may be wrapped
+_SENTENCE = 24  # columns that a table leaves to texts which may be wrapped
+_displays: list[Progress] = []
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(i)?B?", re.IGNORECASE)
 
 
@@ -74,10 +75,8 @@ def say_written(path: Any) -> None:
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
     """Show on stderr, if that is a terminal, that something takes long, as long as this context lasts; gives what to call after
-    each step."""
-    screen = console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[steps]}"), TimeElapsedColumn()
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as shown:
+    each step. Within another such context it is one more line."""
+    with _display() as shown:
         task, done = shown.add_task(description, total=total, steps=""), 0
 
         def advance() -> None:
@@ -85,7 +84,26 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[]
             done += 1
             shown.update(task, advance=1, steps=f"{done} of {total}" if total else f"{done}")
 
-        yield advance
+        try:
+            yield advance
+        finally:
+            shown.remove_task(task)
+
+
+@contextmanager
+def _display() -> Iterator[Progress]:
+    """What is shown now, or a new one; two would write over each other."""
+    if _displays:
+        yield _displays[-1]
+        return
+    screen = console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[steps]}"), TimeElapsedColumn()
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as shown:
+        _displays.append(shown)
+        try:
+            yield shown
+        finally:
+            _displays.remove(shown)
 
 
 def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from fewbit.models.conversion.setting import Bits
     from fewbit.models.report import Report
 
-_OWN_LOSS = "the `loss` that the model returns, or where it returns none, all its outputs times fixed random numbers"
-
 
 def fidelity(
     model: Model,
@@ -83,10 +81,10 @@ def fidelity(
     from fewbit import terminal
     from fewbit.models.gradients.fidelity import fidelity as compare
 
-    setting = _convert(found, wanted)
+    setting, own = _convert(found, wanted), _OwnLoss()
     with terminal.progress("comparing gradients", len(given)) as advance, running():
-        report = compare(found, _each(given, advance), loss_fn or _loss_or_outputs(options), by=by)
-    notes = [f"{type(found).__name__}, {setting}", *options.notes(found, len(given)), f"loss: {loss or _OWN_LOSS}"]
+        report = compare(found, _each(given, advance), loss_fn or options.under_autocast(own), by=by)
+    notes = [f"{type(found).__name__}, {setting}", *options.notes(found, len(given)), f"loss: {loss or own}"]
     _show(report, notes)
     outputs.write(report, {"notes": notes})
 
@@ -129,7 +127,7 @@ def calibrate(
 
     with terminal.progress("calibrating tables", len(given)) as advance, running(), options.around():
         report = fit(found, _each(given, advance), loss_fn, wanted)
-    notes = [f"{type(found).__name__}, calibrated", *options.notes(found, len(given))]
+    notes = [f"{type(found).__name__}, calibrated", *options.notes(found, len(given)), *([f"loss: {loss}"] if loss else [])]
     _show(report, notes)
     outputs.write(report, {"notes": notes}, output=report.save)
 
@@ -174,7 +172,8 @@ def allocate(
 
     with terminal.progress("running the model", len(given)) as advance, running(), options.around():
         report = choose(found, _each(given, advance), loss_fn, budget, choices=numbers)
-    notes = [f"{type(found).__name__}, allocated", *options.notes(found, len(given)), f"loss: {loss or _OWN_LOSS}"]
+    own = "what the model returns as `loss`, or without one all its outputs times fixed random numbers"
+    notes = [f"{type(found).__name__}, allocated", *options.notes(found, len(given)), f"loss: {loss or own}"]
     _show(report, notes)
     outputs.write(report, {"notes": notes}, output=lambda path: save(found, path))
 
@@ -189,7 +188,7 @@ def prepare(
     seed: Seed = 0,
     data: Data = None,
     batch_size: BatchSize = None,
-    batches: Batches = 8,
+    batches: Annotated[int, typer.Option(min=2, help="How many to look at gradients of, or as many as --data has.")] = 8,
     loss: LossName = None,
     bits: BitsByKind = str(DEFAULT_MODEL_BITS),
     budget: Annotated[str | None, typer.Option(help="Bytes that a training step may take: '24 GiB', say.")] = None,
@@ -215,9 +214,10 @@ def prepare(
     from fewbit import prepare as convert
     from fewbit import save
 
+    own = _OwnLoss()
     with running():
-        report = convert(found, given, loss_fn or _loss_or_outputs(options), budget, bits=wanted, optimizer=optimizer)
-    notes = [f"{type(found).__name__}, prepared", *options.notes(found, len(given)), f"loss: {loss or _OWN_LOSS}"]
+        report = convert(found, given, loss_fn or options.under_autocast(own), budget, bits=wanted, optimizer=optimizer)
+    notes = [f"{type(found).__name__}, prepared", *options.notes(found, len(given)), f"loss: {loss or own}"]
     _show(report, notes)
     outputs.write(report, {"notes": notes}, output=lambda path: save(found, path))
 
@@ -250,10 +250,26 @@ def _convert(model: nn.Module, bits: Bits | None) -> str:
     return f"converted with {Setting.of(wanted)}"
 
 
-def _loss_or_outputs(options: BatchOptions) -> LossFunction:
-    from fewbit.models.arguments import surrogate_loss
+class _OwnLoss:
+    """The `loss` of what a model returns, or without one all its outputs times fixed random numbers; prints as which it was."""
 
-    return options.under_autocast(surrogate_loss)
+    def __init__(self):
+        self._is_returned = True
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        from fewbit.models.arguments import loss_in, surrogate_loss
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = model(*args, **kwargs)
+            self._is_returned = loss_in(output) is not None
+            return output
+
+        return surrogate_loss(watched, batch)  # pyright: ignore[reportArgumentType]
+
+    def __str__(self) -> str:
+        if self._is_returned:
+            return "what the model returns as `loss`"
+        return "the model returns none, so all its outputs times fixed random numbers; --loss names yours"
 
 
 def _each(batches: list[Any], advance: Callable[[], None]) -> Iterator[Any]:

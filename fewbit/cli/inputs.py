@@ -60,7 +60,7 @@ class Input:
         found = cls(text, name, shape, kind, number)
         if number is not None and not 0 < number <= found.most_values:
             raise typer.BadParameter(
-                f"--input {text}: integers are drawn from 1 up to {found.most_values} values of {dtype}, got {number}"
+                f"--input {text}: the number of values that {dtype} is drawn from is 1 to {found.most_values}, got {number}"
                 if found.most_values
                 else f"--input {text}: only integers are drawn from a number of values; leave :{number} out"
             )
@@ -146,7 +146,7 @@ def drawn(inputs: Sequence[Input], place: Place, number: int, seed: int) -> Iter
 def cut(arrays: Mapping[str, np.ndarray], place: Place, number: int, samples: int) -> Iterator[Any]:
     """So many batches of so many samples, or as many as there are."""
     for i in range(0, min(_samples(arrays) // samples, number) * samples, samples):
-        tensors = [torch.from_numpy(np.array(each[i : i + samples])) for each in arrays.values()]
+        tensors = [torch.from_numpy(np.array(each[i : i + samples], _native(each))) for each in arrays.values()]
         yield _batch([*arrays], [each.to(place.device, place.dtype if each.is_floating_point() else None) for each in tensors])
 
 
@@ -161,6 +161,11 @@ def _samples(arrays: Mapping[str, np.ndarray]) -> int:
     return min(len(each) for each in arrays.values())
 
 
+def _native(array: np.ndarray) -> np.dtype:
+    """The dtype in the byte order of this machine, the only one that torch has."""
+    return array.dtype.newbyteorder("=")
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays by name of a file that numpy.savez wrote, or the one, without a name, of one that numpy.save wrote."""
     try:
@@ -170,10 +175,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         arrays = {"": found} if isinstance(found, np.ndarray) else dict(found)
         if not arrays:
             raise ValueError("there are no arrays in it")
-        for name, each in arrays.items():
-            torch.from_numpy(np.empty(0, each.dtype))  # which raises for what torch has no dtype for
-            if not each.ndim or len(each) != _samples(arrays):
-                raise ValueError(f"the first dimension is the samples, as many in all arrays; {name or 'it'} has {each.shape}")
+        for each in arrays.values():
+            torch.from_numpy(np.empty(0, _native(each)))  # which raises for what torch has no dtype for
+        if len({each.shape[:1] or None for each in arrays.values()} | {None}) != 2:
+            shapes = ", ".join(f"{name} {each.shape}".strip() for name, each in arrays.items())
+            raise ValueError(f"the first dimension is the samples, as many in all arrays; got {shapes}")
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise typer.BadParameter(
             f"--data takes a file of numbers, .npy for one input or .npz with an array for each: {path}: {error}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,9 +25,6 @@ from fewbit.cli.models import (
 )
 from fewbit.cli.outputs import Csv, Html, Json, Outputs, Plot
 from fewbit.constants import DEFAULT_MODEL_BITS
-
-if TYPE_CHECKING:
-    from fewbit.models.memory.report import MemoryReport
 
 
 def memory(
@@ -62,17 +59,18 @@ def memory(
     wanted = None if bits is None else parsed_bits(bits)
     check_step(optimizer, budget)
     from fewbit import terminal
+    from fewbit.models.memory.report import memory as measure
 
-    results: dict[str, Any] = {}
-    with options.autocast():
-        report = _measured(options, optimizer)
-        with running():
-            results["peak"] = _peak_of(report)
-            if wanted is not None:
-                plan = results["plan"] = report.plan(wanted)
-                results["peak_after"] = _peak_of(plan)
-            if budget is not None:
-                results["largest_batch"] = report.largest_batch(budget, DEFAULT_MODEL_BITS if wanted is None else wanted)
+    found = options.make()
+    batch = options.batch(found)
+    with options.autocast(), running():
+        report = measure(found, batch, fake=fake, optimizer=optimizer)
+        results = {"peak": _peak_of(report)}
+        if wanted is not None:
+            results["plan"] = report.plan(wanted)
+            results["peak_after"] = _peak_of(results["plan"])
+        if budget is not None:
+            results["largest_batch"] = report.largest_batch(budget, DEFAULT_MODEL_BITS if wanted is None else wanted)
     terminal.show(report.view(), "")
     for name, each in results.items():
         after = "after plan.convert(), " * (name == "peak_after")
@@ -106,25 +104,17 @@ def plan(
     wanted = parsed_bits(bits)
     check_step(optimizer)
     from fewbit import terminal
-
-    with options.autocast():
-        report = _measured(options, optimizer)
-        with running():
-            found = report.plan(wanted)
-            peaks = {"peak": _peak_of(report), "peak_after": _peak_of(found)}
-    terminal.show(found.view(), "", f"exact, {peaks['peak']}", "", f"after plan.convert(), {peaks['peak_after']}")
-    figures = {name: each.to_dict() for name, each in peaks.items() if not isinstance(each, str)}
-    outputs.write(found, figures, page=lambda path: report.to_html(path, found))
-
-
-def _measured(options: ModelOptions, optimizer: str | None) -> MemoryReport:
-    """The report of the model on one batch."""
     from fewbit.models.memory.report import memory as measure
 
-    model = options.make()
-    batch = options.batch(model)
-    with running():
-        return measure(model, batch, fake=options.fake, optimizer=optimizer)
+    found = options.make()
+    batch = options.batch(found)
+    with options.autocast(), running():
+        report = measure(found, batch, fake=fake, optimizer=optimizer)
+        planned = report.plan(wanted)
+        peaks = {"peak": _peak_of(report), "peak_after": _peak_of(planned)}
+    terminal.show(planned.view(), "", f"exact, {peaks['peak']}", "", f"after plan.convert(), {peaks['peak_after']}")
+    figures = {name: each.to_dict() for name, each in peaks.items() if not isinstance(each, str)}
+    outputs.write(planned, figures, page=lambda path: report.to_html(path, planned))
 
 
 def _peak_of(report: Any) -> Any:

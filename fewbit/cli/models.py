@@ -65,7 +65,7 @@ BitsIfAny = Annotated[
 OptimizerName = Annotated[str | None, typer.Option("--optimizer", help="Of the step whose peak is shown: adamw, say.")]
 Gradient = Annotated[bool, typer.Option("--gradient", help="Inputs of floating point need a gradient.")]
 Fake = Annotated[bool, typer.Option("--fake", help="On fake tensors, for models too large for this machine.")]
-Batches = Annotated[int, typer.Option("--batches", min=1, help="How many to run on.")]
+Batches = Annotated[int, typer.Option("--batches", min=1, help="How many to run on, or as many as --data has.")]
 Data = Annotated[
     Path | None,
     file_option(
@@ -111,8 +111,9 @@ class ModelOptions:
             raise typer.BadParameter("--fake tensors are those of the CPU; leave --device out")
         if needs_inputs and not self.inputs:
             raise typer.BadParameter("--input is missing: the shape of an input, as in --input 8,3,224,224; once for each")
-        with told_as_usage():
-            _ = self.place, self.parsed
+        with told_as_usage("--device"):
+            _ = self.place
+        _ = self.parsed
 
     @cached_property
     def place(self) -> Place:
@@ -253,10 +254,11 @@ class BatchOptions:
 
     def notes(self, model: nn.Module, used: int) -> list[str]:
         """What a report has to say of the inputs that it is from."""
+        batches = "1 batch" if used == 1 else f"{used} batches"
         if self.data is not None:
-            return [f"{used} batches of {self.samples or SAMPLES} samples from {self.data}"]
+            return [f"{batches} of {self.samples or SAMPLES} samples from {self.data}"]
         zeros = [each.name or str(i) for i, each in enumerate(self.model.inputs_of(model)) if each.is_zeros]
-        notes = [f"{used} batches of random inputs, seed {self.model.seed}: this is of the model as it stands, on such inputs"]
+        notes = [f"{batches} of random inputs, seed {self.model.seed}: this is of the model as it stands, on such inputs"]
         if zeros:
             notes.append(f"all zeros: input {', '.join(zeros)}; give the number of values, as in 8,128:int64:1000")
         return notes
@@ -286,12 +288,12 @@ def running() -> Iterator[None]:
 
 
 @contextmanager
-def told_as_usage() -> Iterator[None]:
-    """A value that the library refuses is wrong usage here, where it comes from the command line."""
+def told_as_usage(option: str) -> Iterator[None]:
+    """A value that the library refuses is wrong usage here, where it is that of an option."""
     try:
         yield
     except InputError as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def check_step(optimizer: str | None, budget: str | None = None) -> None:
@@ -299,10 +301,10 @@ def check_step(optimizer: str | None, budget: str | None = None) -> None:
     from fewbit.models.memory.peak import optimizer_of
     from fewbit.terminal import parse_bytes
 
-    with told_as_usage():
+    with told_as_usage("--optimizer"):
         optimizer_of(optimizer)
-        if budget is not None:
-            parse_bytes(budget)
+    with told_as_usage("--budget"):
+        _ = None if budget is None else parse_bytes(budget)
 
 
 def parsed_bits(text: str) -> Bits:

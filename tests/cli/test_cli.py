@@ -382,8 +382,8 @@ def test_a_model_of_a_configuration(capsys, tmp_path, monkeypatch):
     [
         (["hf:none.json", "--input", "2"], 1, "No such file"),
         (["./none.py:make", "--input", "2"], 1, "No such file"),
-        (["some_models:make", "--input", "2,8", "--optimizer", "adamm"], 1, "adamw"),
-        (["some_models:make", "--input", "2,8", "--budget", "much"], 1, "24 GiB"),
+        (["some_models:make", "--input", "2,8", "--optimizer", "adamm"], 2, "adamw"),
+        (["some_models:make", "--input", "2,8", "--budget", "much"], 2, "24 GiB"),
         (["some_models:make", "--input", "x=2,8", "--input", "2"], 2, "either all inputs have names"),
         (["some_models:make", "--input", "x=2,8", "--input", "x=2"], 2, "either all inputs have names"),
         (["some_models", "--input", "2"], 2, "given as package.module:factory"),
