@@ -87,7 +87,8 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[]
         try:
             yield advance
         finally:
-            shown.remove_task(task)
+            if len(shown.tasks) > 1:  # the last one is there until all of it goes
+                shown.remove_task(task)
 
 
 @contextmanager
