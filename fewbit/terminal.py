@@ -62,7 +62,7 @@ def _parts(view: RenderableType) -> Iterator[RenderableType]:
 
 def _least_width(table: Table) -> int:
     """The columns that a table takes when only its longest sentences are wrapped."""
-    wide = Console(width=10_000)
+    wide = _Console(width=10_000)
     longest = [max(cell_len(str(cell)) for cell in (each.header, *each.cells)) for each in table.columns if not each.no_wrap]
     return wide.measure(table).maximum - sum(max(0, each - _SENTENCE) for each in longest)
 
@@ -77,7 +77,7 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[]
     """Show on stderr, if that is a terminal, that something takes long, as long as this context lasts; gives what to call after
     each step. Within another such context it is one more line."""
     with _display() as shown:
-        task, done = shown.add_task(description, total=total, steps=""), 0
+        task, done = shown.add_task(plain(description), total=total, steps=""), 0
 
         def advance() -> None:
             nonlocal done
@@ -98,7 +98,12 @@ def _display() -> Iterator[Progress]:
         yield _displays[-1]
         return
     screen = console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[steps]}"), TimeElapsedColumn()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.fields[steps]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as shown:
         _displays.append(shown)
         try:

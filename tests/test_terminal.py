@@ -7,6 +7,9 @@ from rich.console import Console, Group
 
 from fewbit import terminal
 
+HOSTILE = "\x1b[2J\x9b31m\u202e[bold]x[/bold][/y]:warning:"
+HARMLESS = "\\x1b[2J\\x9b31m\\u202e[bold]x[/bold][/y]:warning:"
+
 
 def shown(monkeypatch, is_terminal):
     """What a progress of two steps writes."""
@@ -39,6 +42,14 @@ def test_within_another_it_is_one_more_line(monkeypatch):
     assert not terminal._displays
 
 
+def test_no_name_commands_the_terminal_where_it_is_shown_what_takes_long(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr(terminal, "console", lambda stderr: screen)
+    with terminal.progress(HOSTILE):
+        pass
+    assert HARMLESS in screen.file.getvalue()
+
+
 @pytest.mark.parametrize("columns", [40, 60, 200])
 def test_views_are_as_wide_as_the_terminal_and_tables_are_not_cut(monkeypatch, columns):
     screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=columns)
@@ -60,10 +71,6 @@ def test_where_there_is_no_terminal_lines_have_120_columns(monkeypatch):
     monkeypatch.setattr(terminal, "console", lambda: screen)
     terminal.show("word " * 100)
     assert 110 < max(map(len, screen.file.getvalue().splitlines())) <= 120
-
-
-HOSTILE = "\x1b[2J\x9b31m\u202e[bold]x[/bold][/y]:warning:"
-HARMLESS = "\\x1b[2J\\x9b31m\\u202e[bold]x[/bold][/y]:warning:"
 
 
 def views():

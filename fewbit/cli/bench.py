@@ -35,7 +35,9 @@ def bench(
     size: Annotated[list[str] | None, typer.Option(help="May be repeated; 2^10, 2^16 and 2^22 elements if left out.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of gpt, llama or conv; 4, 4 and 2 if left out.")] = None,
     device: Annotated[list[str] | None, typer.Option(help="May be repeated; cpu if left out.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU; torch's own number if left out.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads on the CPU; torch's own number if left out.")
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Rounds, in each of which every run is timed once; 30, of a model 10 if left out.")
     ] = None,

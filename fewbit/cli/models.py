@@ -143,7 +143,7 @@ class ModelOptions:
             torch.manual_seed(self.seed)
             found = named(self.name) if path is None else partial(_configured, path, self.class_name, self.fake)
             if not isinstance(found, nn.Module):
-                torch.manual_seed(self.seed)  # again: the import may have drawn some, or may have been made before
+                torch.manual_seed(self.seed)  # again: what an import draws, it draws once in a process
                 found = found()
         if not isinstance(found, nn.Module):
             raise InputError(f"{self.name} made a {type(found).__name__}, not a torch.nn.Module")

@@ -26,8 +26,25 @@ def no_window(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["--help"], ["list", "table", "tables", "plot", "demo", "bench", "memory"]),
+        (
+            ["--help"],
+            [
+                "list",
+                "table",
+                "tables",
+                "plot",
+                "demo",
+                "bench",
+                "memory",
+                "plan",
+                "fidelity",
+                "calibrate",
+                "allocate",
+                "prepare",
+            ],
+        ),
         (["plot", "-h"], ["--gallery"]),
+        (["fidelity", "-h"], ["--data", "--autocast", "Inputs are random, unless --data gives real ones"]),
         (["bench", "-h"], ["--parts", "--compile", "--json"]),
         (["--version"], [f"fewbit {fewbit.__version__}"]),
         (["list"], ["gelu_tanh", "min_val=-1, max_val=1", "0.0641", "exact"]),
@@ -175,7 +192,9 @@ def test_a_function_of_ones_own(capsys, tmp_path, monkeypatch):
 
 def test_build_and_check(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "SHIPPED", {"relu": activations.get("relu")})
-    assert run(capsys, "tables", "build", "--output", tmp_path)[0] == 0
+    status, out, err = run(capsys, "tables", "build", "--output", tmp_path)
+    assert (status, err) == (0, "")
+    assert "written; changed: relu" in out
     assert (tmp_path / "relu.json").read_text() == (store.tables_directory() / "relu.json").read_text()
     status, out, _ = run(capsys, "tables", "build", "--check", "--output", tmp_path)
     assert status == 0
