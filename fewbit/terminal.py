@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -53,9 +54,14 @@ def show(*views: RenderableType) -> None:
 
 
 def _parts(view: RenderableType) -> Iterator[RenderableType]:
+    """What a view consists of, line by line: where a line is indented, so is what is wrapped of it."""
     if isinstance(view, Group):
         for each in view.renderables:
             yield from _parts(each)
+    elif isinstance(view, str):
+        for line in view.split("\n"):
+            indent = len(line) - len(line.lstrip(" "))
+            yield Padding(line[indent:], (0, 0, 0, indent), expand=False) if indent else line
     else:
         yield view
 

@@ -66,6 +66,14 @@ def test_views_are_as_wide_as_the_terminal_and_tables_are_not_cut(monkeypatch, c
     assert "…" not in screen.file.getvalue()
 
 
+def test_what_is_wrapped_is_indented_as_its_line_is(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=20)
+    monkeypatch.setattr(terminal, "console", lambda: screen)
+    terminal.show(Group("peak: 3 MiB\n  1 MiB of inputs, 2 MiB kept\n\nnext: train"))
+    lines = ["peak: 3 MiB", "  1 MiB of inputs, 2", "  MiB kept", "", "next: train"]
+    assert [line.rstrip() for line in screen.file.getvalue().splitlines()] == lines
+
+
 def test_where_there_is_no_terminal_lines_have_120_columns(monkeypatch):
     screen = Console(file=io.StringIO(), width=80)
     monkeypatch.setattr(terminal, "console", lambda: screen)

@@ -71,8 +71,10 @@ def fidelity(
     """Say whether training from codes is safe: the gradient from codes beside the exact one, and beside the noise of SGD.
 
     Inputs are random, unless --data gives real ones, and the model has the weights that its factory gives it. So the verdict is
-    of the model as it stands, on such inputs: near the start of training, say, gradients are larger than later. Without --loss,
-    the loss is what the model returns as `loss`, or, where there is none, all outputs times fixed random numbers.
+    of the model as it stands, on such inputs: on real ones, or after some training, it may be another.
+
+    Without --loss, the loss is what the model returns as `loss`, or, where there is none, all outputs times fixed random
+    numbers.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
     options, outputs = BatchOptions(chosen, batches, data, batch_size, loss), Outputs(json_path, csv_path, plot_path)
@@ -156,8 +158,10 @@ def allocate(
     """Choose the bits of each layer, so that the error of the gradient is least within a budget.
 
     The model is converted with every kind, unless it is converted already. It takes a forward and a backward pass for each
-    layer, and for each activation the design of a table for each number of bits. Without --loss, the loss is what the model
-    returns as `loss`, or, where there is none, all outputs times fixed random numbers.
+    layer, and for each activation the design of a table for each number of bits.
+
+    Without --loss, the loss is what the model returns as `loss`, or, where there is none, all outputs times fixed random
+    numbers.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
     options, outputs = (
@@ -167,8 +171,9 @@ def allocate(
     numbers = _numbers(choices)
     _check_budget(budget)
     found, given, loss_fn = _start(options, outputs)
-    from fewbit import save, terminal
+    from fewbit import terminal
     from fewbit.models.calibration.allocate import allocate as choose
+    from fewbit.models.conversion.stored import save
 
     with terminal.progress("running the model", len(given)) as advance, running(), options.around():
         report = choose(found, _each(given, advance), loss_fn, budget, choices=numbers)
@@ -211,8 +216,8 @@ def prepare(
     wanted = parsed_bits(bits)
     check_step(optimizer, budget)
     found, given, loss_fn = _start(options, outputs)
-    from fewbit import prepare as convert
-    from fewbit import save
+    from fewbit.models.conversion.stored import save
+    from fewbit.models.prepare import prepare as convert
 
     own = _OwnLoss()
     with running():

@@ -52,7 +52,7 @@ AutocastDtype = Annotated[
     choice_option("--autocast", known=("bfloat16", "float16"), help="Run the model under torch.autocast with this dtype."),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, …", metavar="cpu|cuda")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of random weights and inputs.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of random weights and inputs.")]
 _BITS = "4, for every kind, or by kind, activation=3,linear=4"
 BitsByKind = Annotated[str, typer.Option("--bits", help=f"{_BITS}.")]
 BitsIfAny = Annotated[
