@@ -77,7 +77,8 @@ def fidelity(
     numbers.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
-    options, outputs = BatchOptions(chosen, batches, data, batch_size, loss), Outputs(json_path, csv_path, plot_path)
+    options = BatchOptions(chosen, batches, data, batch_size, loss)
+    outputs = Outputs(json_path, csv_path, plot_path)
     wanted = None if bits is None else parsed_bits(bits)
     found, given, loss_fn = _start(options, outputs)
     from fewbit import terminal
@@ -118,10 +119,8 @@ def calibrate(
     of derivatives are for the squared gradient at each pre-activation.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
-    options, outputs = (
-        BatchOptions(chosen, batches, data, batch_size, loss),
-        Outputs(json_path, csv_path, plot_path, output=output),
-    )
+    options = BatchOptions(chosen, batches, data, batch_size, loss)
+    outputs = Outputs(json_path, csv_path, plot_path, output=output)
     wanted = None if bits is None else parsed_bits(bits)
     found, given, loss_fn = _start(options, outputs)
     from fewbit import terminal
@@ -164,12 +163,12 @@ def allocate(
     numbers.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
-    options, outputs = (
-        BatchOptions(chosen, batches, data, batch_size, loss),
-        Outputs(json_path, csv_path, plot_path, output=output),
-    )
+    options = BatchOptions(chosen, batches, data, batch_size, loss)
+    outputs = Outputs(json_path, csv_path, plot_path, output=output)
+    from fewbit.models.calibration.allocate import parse_budget
+
     numbers = _numbers(choices)
-    _check_budget(budget)
+    parse_budget(budget)
     found, given, loss_fn = _start(options, outputs)
     from fewbit import terminal
     from fewbit.models.calibration.allocate import allocate as choose
@@ -209,10 +208,8 @@ def prepare(
     numbers.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
-    options, outputs = (
-        BatchOptions(chosen, batches, data, batch_size, loss),
-        Outputs(json_path, csv_path, plot_path, output=output),
-    )
+    options = BatchOptions(chosen, batches, data, batch_size, loss)
+    outputs = Outputs(json_path, csv_path, plot_path, output=output)
     wanted = parsed_bits(bits)
     check_step(optimizer, budget)
     found, given, loss_fn = _start(options, outputs)
@@ -290,12 +287,6 @@ def _numbers(choices: str) -> list[int]:
         return [check_bits(int(each), DesignError) for each in choices.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"--choices takes numbers of bits, 1 to 8, such as 2,3,4; got {choices!r}") from error
-
-
-def _check_budget(budget: str) -> None:
-    from fewbit.models.calibration.allocate import parse_budget
-
-    parse_budget(budget)
 
 
 def _show(report: Report, notes: list[str]) -> None:
