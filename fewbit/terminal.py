@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +19,9 @@ from rich.text import Text
 from fewbit.errors import InputError
 from fewbit.text import plain, shown
 
+WIDTH = 120  # columns of what is printed where there is no terminal
+_SENTENCE = 24  # columns that a table leaves to texts which may be wrapped
+_displays: list[Progress] = []
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(i)?B?", re.IGNORECASE)
 
 
@@ -38,6 +43,36 @@ def console(stderr: bool = False, at_least: int = 0) -> Console:
     return found
 
 
+def show(*views: RenderableType) -> None:
+    """Print each on stdout: texts as wide as the terminal, tables wider where they must be: no name or number is cut."""
+    screen = console()
+    width = screen.width if screen.is_terminal else max(screen.width, WIDTH)
+    for view in views:
+        for part in _parts(view):
+            screen.width = max(width, _least_width(part)) if isinstance(part, Table) else width
+            screen.print(part)
+
+
+def _parts(view: RenderableType) -> Iterator[RenderableType]:
+    """What a view consists of, line by line: where a line is indented, so is what is wrapped of it."""
+    if isinstance(view, Group):
+        for each in view.renderables:
+            yield from _parts(each)
+    elif isinstance(view, str):
+        for line in view.split("\n"):
+            indent = len(line) - len(line.lstrip(" "))
+            yield Padding(line[indent:], (0, 0, 0, indent), expand=False) if indent else line
+    else:
+        yield view
+
+
+def _least_width(table: Table) -> int:
+    """The columns that a table takes when only its longest sentences are wrapped."""
+    wide = _Console(width=10_000)
+    longest = [max(cell_len(str(cell)) for cell in (each.header, *each.cells)) for each in table.columns if not each.no_wrap]
+    return wide.measure(table).maximum - sum(max(0, each - _SENTENCE) for each in longest)
+
+
 def say_written(path: Any) -> None:
     """Say that this file was written."""
     console().print(f"wrote {path}", soft_wrap=True)
@@ -46,18 +81,41 @@ def say_written(path: Any) -> None:
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
     """Show on stderr, if that is a terminal, that something takes long, as long as this context lasts; gives what to call after
-    each step."""
-    screen = console(stderr=True)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[steps]}"), TimeElapsedColumn()
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as shown:
-        task, done = shown.add_task(description, total=total, steps=""), 0
+    each step. Within another such context it is one more line."""
+    with _display() as shown:
+        task, done = shown.add_task(plain(description), total=total, steps=""), 0
 
         def advance() -> None:
             nonlocal done
             done += 1
             shown.update(task, advance=1, steps=f"{done} of {total}" if total else f"{done}")
 
-        yield advance
+        try:
+            yield advance
+        finally:
+            if len(shown.tasks) > 1:  # the last one is there until all of it goes
+                shown.remove_task(task)
+
+
+@contextmanager
+def _display() -> Iterator[Progress]:
+    """What is shown now, or a new one; two would write over each other."""
+    if _displays:
+        yield _displays[-1]
+        return
+    screen = console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        TextColumn("{task.fields[steps]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as shown:
+        _displays.append(shown)
+        try:
+            yield shown
+        finally:
+            _displays.remove(shown)
 
 
 def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:

@@ -65,6 +65,6 @@ def test_blocks_run_in_order(names, tmp_path, monkeypatch, capsys):
 
 def test_commands_are_there():
     named = set(re.findall(r"^    fewbit (\w+)", README, re.MULTILINE))
-    assert named >= {"memory", "bench", "list", "table", "plot"}
+    assert named >= {"memory", "plan", "fidelity", "calibrate", "allocate", "prepare", "bench", "list", "table", "plot"}
     shown = subprocess.run([sys.executable, "-m", "fewbit", "--help"], capture_output=True, text=True).stdout
     assert all(re.search(rf"\b{name}\b", shown) for name in named)

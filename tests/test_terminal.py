@@ -7,6 +7,9 @@ from rich.console import Console, Group
 
 from fewbit import terminal
 
+HOSTILE = "\x1b[2J\x9b31m\u202e[bold]x[/bold][/y]:warning:"
+HARMLESS = "\\x1b[2J\\x9b31m\\u202e[bold]x[/bold][/y]:warning:"
+
 
 def shown(monkeypatch, is_terminal):
     """What a progress of two steps writes."""
@@ -28,8 +31,54 @@ def test_nowhere_else(monkeypatch):
     assert not shown(monkeypatch, False).strip()
 
 
-HOSTILE = "\x1b[2J\x9b31m\u202e[bold]x[/bold][/y]:warning:"
-HARMLESS = "\\x1b[2J\\x9b31m\\u202e[bold]x[/bold][/y]:warning:"
+def test_within_another_it_is_one_more_line(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(terminal, "console", lambda stderr: screen)
+    with terminal.progress("outer"):
+        with terminal.progress("inner") as advance:
+            advance()
+            assert [task.description for task in terminal._displays[-1].tasks] == ["outer", "inner"]
+        assert [task.description for task in terminal._displays[-1].tasks] == ["outer"]
+    assert not terminal._displays
+
+
+def test_no_name_commands_the_terminal_where_it_is_shown_what_takes_long(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr(terminal, "console", lambda stderr: screen)
+    with terminal.progress(HOSTILE):
+        pass
+    assert HARMLESS in screen.file.getvalue()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 200])
+def test_views_are_as_wide_as_the_terminal_and_tables_are_not_cut(monkeypatch, columns):
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=columns)
+    monkeypatch.setattr(terminal, "console", lambda: screen)
+    table = terminal.table(("module",), ("bytes",))
+    table.add_column("because")
+    table.add_row("encoder.layers.0-11.feed_forward", "1.50 MiB", "it keeps what nothing else needs, and more than that " * 2)
+    terminal.show(Group("a sentence of several words " * 9, Group("", table)))
+    shown = [line.rstrip() for line in screen.file.getvalue().splitlines()]
+    table_begins = next(i for i, line in enumerate(shown) if line.startswith("module"))
+    assert max(map(len, shown[:table_begins])) <= columns
+    assert max(map(len, shown)) <= max(columns, 68)  # the columns that need 44, and 24 for the sentence
+    assert "encoder.layers.0-11.feed_forward  1.50 MiB" in "\n".join(shown)
+    assert "…" not in screen.file.getvalue()
+
+
+def test_what_is_wrapped_is_indented_as_its_line_is(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=20)
+    monkeypatch.setattr(terminal, "console", lambda: screen)
+    terminal.show(Group("peak: 3 MiB\n  1 MiB of inputs, 2 MiB kept\n\nnext: train"))
+    lines = ["peak: 3 MiB", "  1 MiB of inputs, 2", "  MiB kept", "", "next: train"]
+    assert [line.rstrip() for line in screen.file.getvalue().splitlines()] == lines
+
+
+def test_where_there_is_no_terminal_lines_have_120_columns(monkeypatch):
+    screen = Console(file=io.StringIO(), width=80)
+    monkeypatch.setattr(terminal, "console", lambda: screen)
+    terminal.show("word " * 100)
+    assert 110 < max(map(len, screen.file.getvalue().splitlines())) <= 120
 
 
 def views():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from fewbit import interrupt
-from fewbit.cli import bench, environment, memory, pictures, tables, training
+from fewbit.cli import bench, environment, gradients, memory, pictures, tables, training
 from fewbit.constants import CHANNELS
 from fewbit.errors import ActivationError, DesignError, FewbitError
 from fewbit.text import cut, plain
@@ -24,14 +27,21 @@ app = typer.Typer(
 )
 tables_app = typer.Typer(help="The shipped tables.", no_args_is_help=True)
 app.add_typer(tables_app, name="tables")
+
+
+def _help(command: Callable[..., Any]) -> str:
+    """Its docstring with each paragraph in one line, which the terminal breaks where it ends."""
+    return "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(command) or "").split("\n\n"))
+
+
 app.command("list")(tables.list_activations)
-app.command()(tables.table)
+for _command in (
+    *(tables.table, pictures.plot, training.demo, bench.bench),
+    *(memory.memory, memory.plan, gradients.fidelity, gradients.calibrate, gradients.allocate, gradients.prepare),
+    environment.env,
+):
+    app.command(help=_help(_command))(_command)
 tables_app.command("build")(tables.build)
-app.command()(pictures.plot)
-app.command()(training.demo)
-app.command()(bench.bench)
-app.command()(memory.memory)
-app.command()(environment.env)
 
 # the base of all usage errors, which typer exports under no name of its own in some versions
 _CommandError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -49,6 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped
             stream.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         status = app(args=arguments or ["--help"], prog_name="fewbit", standalone_mode=False) or 0
         if sys.stdout is not None:
@@ -71,6 +87,11 @@ def main(argv: list[str] | None = None) -> int:
         return _complain("there is not enough memory", 1)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted", interrupt.STATUS)
+
+
+def _show_warning(message: Any, *_: Any) -> None:
+    """In one line, without the place in the code that it is from."""
+    print("fewbit: warning: " + plain(cut(" ".join(str(message).split()), 2000)), file=sys.stderr)
 
 
 def _drop_output() -> None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewbit.cli.models import making
 from fewbit.cli.options import (
     check_folder,
     check_picture,
     file_option,
     find_activation,
     named,
-    working_folder_on_path,
 )
 from fewbit.constants import DEFAULT_BITS, DEFAULT_LAYER_BITS
 from fewbit.errors import InputError
@@ -35,7 +35,9 @@ def bench(
     size: Annotated[list[str] | None, typer.Option(help="May be repeated; 2^10, 2^16 and 2^22 elements if left out.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of gpt, llama or conv; 4, 4 and 2 if left out.")] = None,
     device: Annotated[list[str] | None, typer.Option(help="May be repeated; cpu if left out.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU; torch's own number if left out.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads on the CPU; torch's own number if left out.")
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Rounds, in each of which every run is timed once; 30, of a model 10 if left out.")
     ] = None,
@@ -124,17 +126,12 @@ def _factory(name: str, blocks: int | None) -> Callable[[], Subject]:
         raise typer.BadParameter(f"--model {name} is none of {', '.join(BUILT_IN)}; others are given as package.module:factory")
     if blocks is not None:
         raise typer.BadParameter(f"--blocks is for {', '.join(BUILT_IN)}; {name} makes as many as it makes")
-    try:
+    with making(name):
         found = named(name)
-    except (Exception, SystemExit) as error:  # whatever the module does on import
-        raise InputError(f"cannot import {name}: {type(error).__name__}: {error}") from error
 
     def make() -> Subject:
-        try:
-            with working_folder_on_path():  # from which a factory may import, too
-                made = found()
-        except (Exception, SystemExit) as error:  # whatever the factory does
-            raise InputError(f"cannot make a model of {name}: {type(error).__name__}: {error}") from error
+        with making(name):
+            made = found()
         return Subject.of(made)
 
     return make

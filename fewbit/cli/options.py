@@ -51,6 +51,17 @@ def folder_option(*names: str, **settings: Any) -> Any:
     return typer.Option(*names, callback=_folder, **settings)
 
 
+def choice_option(*names: str, known: Sequence[str], **settings: Any) -> Any:
+    """An option that takes one of the known words."""
+
+    def check(given: str | None) -> str | None:
+        if given is not None and given not in known:
+            raise typer.BadParameter(f"it is one of {', '.join(known)}; got {shown(given)}")
+        return given
+
+    return typer.Option(*names, callback=check, metavar="|".join(known), **settings)
+
+
 Bits = Annotated[int, typer.Option(help="Bits of one code, 1 to 8.")]
 Weight = Annotated[
     str | None,
@@ -172,11 +183,13 @@ def check_picture(path: Path, option: str = "--output") -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise before any work is done if `path` has no folder to be written in, or is one."""
+    """Raise before any work is done if `path` has no folder to be written in, is one, or may not be written."""
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def _read_samples(path: Path) -> np.ndarray:

@@ -83,16 +83,16 @@ def build(
     output: Annotated[Path | None, folder_option("--output", "-o", help="Folder; the shipped tables' own if left out.")] = None,
 ) -> None:
     """Design all shipped tables anew."""
-    from rich.progress import track
-
     from fewbit import activations, terminal
     from fewbit.errors import TableError
     from fewbit.store import build_tables, tables_directory
 
     directory = output or tables_directory()
-    steps = build_tables(directory, check=check)
-    progress = track(steps, "designing", total=len(activations.SHIPPED), console=terminal.console(stderr=True))
-    changed = [name for name, differs in progress if differs]
+    changed = []
+    with terminal.progress("designing", len(activations.SHIPPED)) as advance:
+        for name, differs in build_tables(directory, check=check):
+            changed += [name] * differs
+            advance()
     if check and changed:
         raise TableError(
             f"{len(changed)} files in {directory} differ from a new design: {', '.join(changed)}; run `fewbit tables build`"

@@ -230,8 +230,8 @@ def test_defaults(monkeypatch, capsys):
     ("argv", "status", "message"),
     [
         ("--model gptt", 2, "--model gptt is none of gpt, llama, conv; others are given as package.module:factory"),
-        ("--model no_such_module:factory", 1, "cannot import no_such_module:factory: ModuleNotFoundError"),
-        ("--model some_factories:nothing", 1, "cannot import some_factories:nothing: AttributeError"),
+        ("--model no_such_module:factory", 1, "cannot make a model of no_such_module:factory: ModuleNotFoundError"),
+        ("--model some_factories:nothing", 1, "cannot make a model of some_factories:nothing: AttributeError"),
         ("--model some_factories:failing", 1, "cannot make a model of some_factories:failing: OSError: no weights here"),
         ("--model some_factories:torch", 1, "cannot make a model of some_factories:torch: TypeError"),
         ("--model some_factories:model_alone", 1, "a factory returns (model, batch) or (model, batch, loss_fn), got (Linear)"),

@@ -17,6 +17,11 @@ MODELS = """
 import sys, torch
 from torch import nn
 def make(): return nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8))
+class recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(8, 8)
+    def forward(self, x): return self.layer(x)[0]
 def leaves(): sys.exit(3)
 def scripted(): return torch.jit.script(nn.Linear(8, 8))
 """
@@ -51,6 +56,10 @@ def mode_of(path):
         (["memory", "some_models:make", "--input", "2,8", "--csv"], "a.csv"),
         (["memory", "some_models:make", "--input", "2,8", "--html"], "a.html"),
         (["memory", "some_models:make", "--input", "2,8", "--plot"], "a.png"),
+        (["plan", "some_models:make", "--input", "2,8", "--html"], "a.html"),
+        (["fidelity", "some_models:make", "--input", "2,8", "--csv"], "a.csv"),
+        (["calibrate", "some_models:make", "--input", "2,8", "--output"], "a.json"),
+        (["prepare", "some_models:make", "--input", "64,8", "--output"], "a.json"),
         (["bench", "gelu", "--size", "16", "--dtype", "float32", "--repeats", "1", "--json"], "a.json"),
         (["bench", "gelu", "--size", "16", "--dtype", "float32", "--repeats", "1", "--plot"], "a.png"),
     ],
@@ -132,6 +141,15 @@ def test_a_terminal_that_lacks_characters():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     found = subprocess.run([sys.executable, "-m", "fewbit", "list"], env=environment, capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_a_warning_takes_one_line(capsys, models):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, out, err = run(capsys, "memory", "some_models:recurrent", "--input", "4,2,8", "--fake")
+    assert (status, out.count("workspaces of")) == (0, 1)
+    assert err.startswith("fewbit: warning: More is kept: fake tensors tell no size of the workspaces of")
+    assert err.count("\n") == 1
 
 
 # a module of which an import takes long, and which says when it began

@@ -73,6 +73,7 @@ def leaves():
 def loops():
     return loops()
 
+def loss(model, batch): return model(*batch).square().mean()
 square = lambda x: x * x
 def odd_name(x): return torch.tanh(x)
 odd_name.__name__ = "../../outside\\x1b[2J$a$"
@@ -91,7 +92,8 @@ PARTS = ["mlp", "odd", "scripted", "traced", "tuples", "nothing", "stops", "rais
     "leaves", "loops", "number", "square", "", "nn", "torch.nn.GELU", "Named", "mlp.x"]
 INPUTS = ["4,8", "2,8", "2,3,8", "8", "0,8", "", "2,3,8", "4,8:float64", "4,8:bfloat16", "4,8:int64", "4:int64",
     "4,8:bool", "4,8:complex64", "99999,99999,8", "99999999999999999999", "-1,8", "4,8:qint8", "4,8:float8_e4m3fn",
-    "4,8:nn", "x", "1e3,8", "4,,8", " 4, 8 ", "4,8:", ":int64", "4,8:\x1b", "9" * 5000, "4,8:uint8", "4,8:float16"]
+    "4,8:nn", "x", "1e3,8", "4,,8", " 4, 8 ", "4,8:", ":int64", "4,8:\x1b", "9" * 5000, "4,8:uint8", "4,8:float16",
+    "4,8:int64:10", "4:int64:10", "4:int64:0", "4:uint8:999", "4,8:float32:2", "4:int64:" + "9" * 50, "4:bool:2", "x=4,8"]
 FILES = ["a.png", "b.svg", "c.json.pdf", "d.png", "", ".", "..", "/", "a.json", "a.png", "a.svg", "a.pdf", "a.eps",
     "a.pgf", "a.xyz", "a", "no/such/a.png", "no/such/a.json", "/dev/null", "~/a.json", "~/a.png", "~nobody/a.png",
     "folder", "a.json/b.png", "\x1b.png", "[/x].json", "x" * 300 + ".png", "-", "a.tif", "a.webp", "a.svgz", "a.raw",
@@ -105,6 +107,9 @@ PARAMETERS = ["alpha=0.5", "alpha=2", "alpha=1", "alpha=1.5", "alpha=1e300", "al
     "alpha=nan", "min_val=-2", "threshold=0.1", "\x1b=1", "bits=2"]
 SAMPLES = ["samples.npy", "samples.npy", "samples.npy", "strings.npy", "empty.npy", "a.json", "none.npy", "folder",
     "/dev/null", "", "objects.npy", "huge.npy"]
+LOSSES = ["odd_models:loss", "odd_models:loss", "odd_models:square", "odd_models:leaves", "odd_models:no", "loss", "",
+    "odd_models:number", "odd_models:raises"]
+BUDGETS = ["30%", "50%", "1 MiB", "0.5", "", "much", "-1", "0", "1e9", "9" * 400, "1 YiB"]
 BITS = ["4", "norm=3", "linear=8", "activation=3,linear=4", "linaer=4", "0", "9", "", "norm=", "=", "4,4",
     "activation=3,activation=4", "x=\x1b"]
 # fmt: on
@@ -131,18 +136,41 @@ def random_call(draw):
             given += ["--domain", "-3", pick(NUMBERS)]
         return given
 
-    command = draw.choice(["table"] * 4 + ["plot"] * 3 + ["memory"] * 5 + ["tables", "bench", "demo", "list", "no-such", ""])
+    def on_device():
+        given = option("--dtype", ["float32", "bfloat16", "float64", "float16", "int8", ""], 0.2) + option(
+            "--seed", NUMBERS, 0.1
+        )
+        return (
+            given
+            + option("--autocast", ["bfloat16", "float16", "x"], 0.2)
+            + option("--device", ["cpu", "abacus", "cuda:99"], 0.1)
+        )
+
+    running = ["fidelity", "calibrate", "allocate", "prepare"]
+    command = draw.choice(
+        ["table"] * 4 + ["plot"] * 3 + ["memory"] * 4 + ["plan", *running, "tables", "bench", "demo", "list", "no-such", ""]
+    )
     given = [command]
     if command == "table":
         given += [pick(NAMES), *option("--bits", NUMBERS, 0.6), *table(), *option("--output", FILES)]
         given += ["--json"] * (draw.random() < 0.2)
     elif command == "plot":
         given += [pick(NAMES), "--bits", pick(NUMBERS), *table(), *option("--output", FILES, 0.8)]
-    elif command == "memory":
+    elif command in running:
+        given += [f"odd_models:{pick(PARTS)}", *option("--batches", ["2", "1", "3", "0", "x", ""], 0.8), *on_device()]
+        given += option("--data", SAMPLES, 0.9) if draw.random() < 0.3 else option("--input", INPUTS, 0.95)
+        given += option("--loss", LOSSES) + option("--batch-size", NUMBERS, 0.2) + option("--json", FILES, 0.2)
+        if command == "allocate":
+            given += [*option("--budget", BUDGETS, 0.6), *option("--choices", ["2", "2,4", "1,2,3", "x", "", "9"], 0.9)]
+        elif command == "prepare":
+            given += option("--budget", BUDGETS, 0.5) + option("--optimizer", ["adamw", "sgd", "lbfgs", "", "x"], 0.3)
+        given += option("--output", FILES, 0.2) if command != "fidelity" else option("--by", ["module", "x", ""], 0.3)
+        given += option("--bits", BITS, 0.4) if command != "allocate" else []
+    elif command in ("memory", "plan"):
         given += [f"odd_models:{pick(PARTS)}", *option("--input", INPUTS, 0.95), *option("--bits", BITS, 0.5)]
         for name in ("--json", "--csv", "--plot", "--html"):
             given += option(name, FILES, 0.2)
-        given += ["--fake"] * (draw.random() < 0.3) + ["--gradient"] * (draw.random() < 0.2)
+        given += on_device() + ["--fake"] * (draw.random() < 0.3) + ["--gradient"] * (draw.random() < 0.2)
     elif command == "tables":
         given += [draw.choice(["build", "", "no-such"]), "--check", *option("--output", ["no/such", "folder", "a.json"], 1.0)]
         given = [*given, "--unknown"] if given[1] == "build" else given  # designing all of them takes its time

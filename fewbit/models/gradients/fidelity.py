@@ -277,8 +277,8 @@ class Fidelity(Report):
             )
         lines.append(
             f"{_batches(self._used())}. error, noise: over the gradient's norm. systematic: "
-            "the part of the error that\ndoes not average out over batches, over the mean gradient's norm. "
-            f"Safe: error / noise up to {100 * SAFE:g} %; a small GPT\nwith 4, 7 and 14 % ended training 0.2, 0.3 and 0.9 % "
+            "the part of the error that does not average out over batches, over the mean gradient's norm. "
+            f"Safe: error / noise up to {100 * SAFE:g} %; a small GPT with 4, 7 and 14 % ended training 0.2, 0.3 and 0.9 % "
             "above the exact loss."
         )
         return Group(self.verdict, "", table, "", *lines)

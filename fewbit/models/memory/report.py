@@ -246,7 +246,9 @@ def _table(storages: Iterable[Storage], most: int) -> RenderableType:
     groups = repeated(storages)
     everything = sum(each.bytes for each in groups)
     view = terminal.table(("module", "operation", "tensor"), ("times", "bytes", "share"))
-    view.add_column("shared with", no_wrap=True)
+    some_are_shared = any(each.shared for each in groups[:most])
+    if some_are_shared:
+        view.add_column("shared with", no_wrap=True)
     for each in groups[:most]:
         view.add_row(
             shortened(each.module, _MODULE_WIDTH),
@@ -255,10 +257,10 @@ def _table(storages: Iterable[Storage], most: int) -> RenderableType:
             str(each.count),
             bytes_label(each.bytes),
             f"{each.bytes / everything:.1%}",
-            cut(each.shared, _SHARED_WIDTH),
+            *([cut(each.shared, _SHARED_WIDTH)] if some_are_shared else []),
         )
     rest = groups[most:]
     if rest:
         left = sum(each.bytes for each in rest)
-        view.add_row(f"{len(rest)} others", "", "", "", bytes_label(left), f"{left / everything:.1%}", "")
+        view.add_row(f"{len(rest)} others", "", "", "", bytes_label(left), f"{left / everything:.1%}")
     return view

@@ -1,0 +1,193 @@
+"""The batches that commands run a model on: of random numbers, or of a user's own file. Imported late: it loads torch."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+from torch import nn
+
+from fewbit.files import is_special
+from fewbit.text import shown
+
+Tensor = torch.Tensor
+_IDS = ("input_ids", "decoder_input_ids", "labels")  # of transformers: tokens, if of two dimensions
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input as `--input` describes it.
+
+    text    as it was given
+    name    the argument of the model's forward; "" for one by position
+    dtype   None where none was given
+    values  integers are drawn from 0 up to this; None where none was given: they are zeros
+    """
+
+    text: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    values: int | None
+
+    @classmethod
+    def of(cls, text: str) -> Input:
+        """From [NAME=]SHAPE[:DTYPE[:VALUES]].
+
+        >>> found = Input.of("labels=8,128:int64:1000")
+        >>> found.name, found.shape, found.dtype, found.values
+        ('labels', (8, 128), torch.int64, 1000)
+        """
+        name, _, rest = text.rpartition("=")
+        sizes, dtype, values = (*rest.split(":", 2), "", "")[:3]
+        kind = getattr(torch, dtype, None) if dtype else None
+        try:
+            shape = tuple(int(size) for size in sizes.split(",")) if sizes else ()
+            number = int(values) if values else None
+        except ValueError:
+            shape, number = (-1,), None
+        if (dtype and not isinstance(kind, torch.dtype)) or any(size < 0 for size in shape):
+            raise typer.BadParameter(
+                f"--input takes a shape such as 8,3,224,224, with a dtype 8,128:int64, and for random integers below 1000 "
+                f"8,128:int64:1000; got {shown(text)}"
+            )
+        found = cls(text, name, shape, kind, number)
+        if number is not None and not 0 < number <= found.most_values:
+            raise typer.BadParameter(
+                f"--input {text}: the number of values that {dtype} is drawn from is 1 to {found.most_values}, got {number}"
+                if found.most_values
+                else f"--input {text}: only integers are drawn from a number of values; leave :{number} out"
+            )
+        return found
+
+    @property
+    def most_values(self) -> int:
+        """How many integers from 0 on the dtype has; 0 for one of floating point."""
+        if self.dtype is None or self.dtype.is_floating_point or self.dtype.is_complex:
+            return 0
+        try:
+            return 2 if self.dtype == torch.bool else min(torch.iinfo(self.dtype).max + 1, 2**62)
+        except TypeError:  # quantized numbers
+            return 0
+
+    @property
+    def is_zeros(self) -> bool:
+        """Whether there is nothing random in it."""
+        return self.values is None and self.dtype is not None and not self.dtype.is_floating_point
+
+    def tensor(self, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+        """Random numbers of the generator, or zeros; nothing at all, on the meta device, without one.
+
+        dtype  where none was given
+        """
+        kind = self.dtype or dtype
+        try:
+            if generator is None:
+                return torch.empty(self.shape, dtype=kind, device="meta")
+            if self.values is not None:
+                return torch.randint(self.values, self.shape, generator=generator).to(kind)
+            if kind.is_floating_point:
+                return torch.randn(self.shape, generator=generator).to(kind)
+            return torch.zeros(self.shape, dtype=kind)
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # too large, or no dtype for such numbers
+            raise typer.BadParameter(
+                f"--input {self.text}: there is no such tensor here ({error}); `fewbit memory --fake` needs no memory"
+            ) from error
+
+
+def parse_inputs(texts: Sequence[str]) -> list[Input]:
+    """The inputs that `--input` describes, each by its text."""
+    found = [Input.of(text) for text in texts]
+    names = [each.name for each in found if each.name]
+    if names and len({*names}) != len(found):
+        raise typer.BadParameter("--input: either all inputs have names, each its own, or none has")
+    return found
+
+
+def with_vocabulary(inputs: Sequence[Input], model: nn.Module) -> list[Input]:
+    """The same, with tokens of a model of transformers drawn from its vocabulary where nothing else is said."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    size = getattr(config, "vocab_size", None)
+    if not isinstance(size, int) or size < 1:
+        return list(inputs)
+    return [
+        replace(each, values=size) if each.name in _IDS and each.is_zeros and len(each.shape) == 2 else each for each in inputs
+    ]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model and its inputs lie, and the dtype of floating point of those that have none of their own.
+
+    fake  on the meta device: they have sizes and no numbers
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    fake: bool = False
+
+
+def drawn(inputs: Sequence[Input], place: Place, number: int, seed: int) -> Iterator[Any]:
+    """So many batches of random numbers."""
+    generator = None if place.fake else torch.Generator().manual_seed(seed)
+    for _ in range(number):
+        tensors = [each.tensor(place.dtype, generator) for each in inputs]
+        yield _batch([each.name for each in inputs], tensors if place.fake else [each.to(place.device) for each in tensors])
+
+
+def cut(arrays: Mapping[str, np.ndarray], place: Place, number: int, samples: int) -> Iterator[Any]:
+    """So many batches of so many samples, or as many as there are."""
+    for i in range(0, min(_samples(arrays) // samples, number) * samples, samples):
+        tensors = [torch.from_numpy(np.array(each[i : i + samples], _native(each))) for each in arrays.values()]
+        yield _batch([*arrays], [each.to(place.device, place.dtype if each.is_floating_point() else None) for each in tensors])
+
+
+def _batch(names: Sequence[str], tensors: Sequence[Tensor]) -> Any:
+    """By name, or by position without names, or with those that numpy.savez gives to arrays without names."""
+    if all(not name or name == f"arr_{i}" for i, name in enumerate(names)):
+        return tuple(tensors)
+    return dict(zip(names, tensors, strict=True))
+
+
+def _samples(arrays: Mapping[str, np.ndarray]) -> int:
+    return min(len(each) for each in arrays.values())
+
+
+def _native(array: np.ndarray) -> np.dtype:
+    """The dtype in the byte order of this machine, the only one that torch has."""
+    return array.dtype.newbyteorder("=")
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays by name of a file that numpy.savez wrote, or the one, without a name, of one that numpy.save wrote."""
+    try:
+        if is_special(path):
+            raise ValueError("it is no regular file")
+        found = np.load(path, mmap_mode="r")  # of a single array no more is read than is used
+        arrays = {"": found} if isinstance(found, np.ndarray) else dict(found)
+        if not arrays:
+            raise ValueError("there are no arrays in it")
+        for each in arrays.values():
+            torch.from_numpy(np.empty(0, _native(each)))  # which raises for what torch has no dtype for
+        if len({each.shape[:1] or None for each in arrays.values()} | {None}) != 2:
+            shapes = ", ".join(f"{name} {each.shape}".strip() for name, each in arrays.items())
+            raise ValueError(f"the first dimension is the samples, as many in all arrays; got {shapes}")
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise typer.BadParameter(
+            f"--data takes a file of numbers, .npy for one input or .npz with an array for each: {path}: {error}"
+        ) from error
+    return arrays
+
+
+def check_samples(arrays: Mapping[str, np.ndarray], samples: int) -> None:
+    """Raise if there is no batch of so many."""
+    if (there := _samples(arrays)) < samples:
+        raise typer.BadParameter(f"--data has {there} samples, too few for a batch of {samples}; give a smaller --batch-size")

@@ -1,0 +1,341 @@
+"""What the commands on whole models share: the options by which they name a model and its inputs, and what finds both."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewbit.cli.options import choice_option, file_option, named, working_folder_on_path
+from fewbit.constants import DEFAULT_MODEL_BITS, DTYPES
+from fewbit.errors import FewbitError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from fewbit.cli.inputs import Input, Place
+    from fewbit.models.conversion.setting import Bits
+
+HUGGING_FACE = "hf:"
+SAMPLES = 8  # in a batch of a file, unless another number is given
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="package.module:factory or ./file.py:factory, called without arguments, or a module itself; or "
+        "hf:path/to/config.json, of Hugging Face."
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="Shape of an input, 8,3,224,224, or with its name and dtype, mask=8,128:bool; once for each. Floating point is "
+        "random. Integers are zeros, or random below 1000 with 8,128:int64:1000; tokens of hf: are of its vocabulary.",
+    ),
+]
+ClassName = Annotated[str | None, typer.Option("--class", help="Of transformers, for hf:; the first in the file if left out.")]
+Dtype = Annotated[
+    str | None,
+    choice_option("--dtype", known=DTYPES, help="Of the model's floating point, and of inputs that name no dtype."),
+]
+AutocastDtype = Annotated[
+    str | None,
+    choice_option("--autocast", known=("bfloat16", "float16"), help="Run the model under torch.autocast with this dtype."),
+]
+DeviceName = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, …", metavar="cpu|cuda")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of random weights and inputs.")]
+_BITS = "4, for every kind, or by kind, activation=3,linear=4"
+BitsByKind = Annotated[str, typer.Option("--bits", help=f"{_BITS}.")]
+BitsIfAny = Annotated[
+    str | None,
+    typer.Option(
+        "--bits",
+        help=f"{_BITS}; {DEFAULT_MODEL_BITS} for every kind if left out, and no others for a model that is converted already.",
+    ),
+]
+OptimizerName = Annotated[str | None, typer.Option("--optimizer", help="Of the step whose peak is shown: adamw, say.")]
+Gradient = Annotated[bool, typer.Option("--gradient", help="Inputs of floating point need a gradient.")]
+Fake = Annotated[bool, typer.Option("--fake", help="On fake tensors, for models too large for this machine.")]
+Batches = Annotated[int, typer.Option("--batches", min=1, help="How many to run on, or as many as --data has.")]
+Data = Annotated[
+    Path | None,
+    file_option(
+        "--data",
+        help="Your own inputs instead of random ones: a .npz file with an array for each input by its name, or .npy for a "
+        "single one. The first dimension is the samples.",
+    ),
+]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", min=1, help=f"Samples of a batch that is cut from --data; {SAMPLES} if left out.")
+]
+LossName = Annotated[
+    str | None, typer.Option("--loss", help="package.module:function of the model and a batch, which gives the loss.")
+]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options by which a command names a model and its inputs, as they were given. What is wrong with them raises when
+    `check` is called, before the model is made."""
+
+    name: str
+    inputs: Sequence[str] | None = None
+    class_name: str | None = None
+    dtype: str | None = None
+    autocast_dtype: str | None = None
+    device: str = "cpu"
+    seed: int = 0
+    fake: bool = False
+    gradient: bool = False
+
+    def check(self, needs_inputs: bool = True) -> None:
+        """Raise for what cannot be, as far as that is known without the model."""
+        if ":" not in self.name:
+            raise typer.BadParameter(
+                f"the model is given as package.module:factory, ./file.py:factory or hf:config.json, got {self.name!r}"
+            )
+        if self._configuration is None and self.class_name is not None:
+            raise typer.BadParameter(f"--class is for hf:config.json; {self.name} makes a model of the class that it makes")
+        if self._configuration is not None and not self._configuration.is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._configuration))
+        if self.fake and self.device != "cpu":
+            raise typer.BadParameter("--fake tensors are those of the CPU; leave --device out")
+        if needs_inputs and not self.inputs:
+            raise typer.BadParameter("--input is missing: the shape of an input, as in --input 8,3,224,224; once for each")
+        with told_as_usage("--device"):
+            _ = self.place
+        _ = self.parsed
+
+    @cached_property
+    def place(self) -> Place:
+        """Where the model and its inputs shall lie. InputError where there is no such device."""
+        import torch
+
+        from fewbit.cli.inputs import Place
+        from fewbit.measuring import find_device
+
+        return Place(find_device(self.device), getattr(torch, self.dtype or "float32"), self.fake)
+
+    @cached_property
+    def parsed(self) -> list[Input]:
+        from fewbit.cli.inputs import parse_inputs
+
+        return parse_inputs(self.inputs or ())
+
+    def make(self) -> nn.Module:
+        """The model. InputError for whatever fails, and for what is no model."""
+        import torch
+        from torch import nn
+
+        from fewbit import terminal
+
+        path = self._configuration
+        with terminal.progress(f"making {self.name}"), making(self.name):
+            torch.manual_seed(self.seed)
+            found = named(self.name) if path is None else partial(_configured, path, self.class_name, self.fake)
+            if not isinstance(found, nn.Module):
+                torch.manual_seed(self.seed)  # again: what an import draws, it draws once in a process
+                found = found()
+        if not isinstance(found, nn.Module):
+            raise InputError(f"{self.name} made a {type(found).__name__}, not a torch.nn.Module")
+        if isinstance(found, torch.jit.ScriptModule):
+            raise InputError(
+                f"{self.name} made a scripted module, whose parts run out of sight; give the module that it was made of"
+            )
+        with making(self.name):
+            found = found if self.fake else found.to(self.place.device)
+            return found if self.dtype is None else found.to(self.place.dtype)
+
+    def inputs_of(self, model: nn.Module) -> list[Input]:
+        """The inputs; tokens of a model of Hugging Face are of its vocabulary."""
+        from fewbit.cli.inputs import with_vocabulary
+
+        return self.parsed if self._configuration is None else with_vocabulary(self.parsed, model)
+
+    def batch(self, model: nn.Module) -> Any:
+        """One batch of random inputs, which need a gradient if that was asked for."""
+        from fewbit.cli.inputs import drawn
+        from fewbit.models.memory.saved import tensors_in
+
+        (batch,) = drawn(self.inputs_of(model), self.place, 1, self.seed)
+        for each in tensors_in(batch):
+            each.requires_grad_(self.gradient and each.is_floating_point())
+        return batch
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that the model is to run in."""
+        import torch
+
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.place.device.type, getattr(torch, self.autocast_dtype))
+
+    @property
+    def _configuration(self) -> Path | None:
+        """The file that describes a model of Hugging Face, if the model is one; in a folder, the one of the usual name."""
+        if not self.name.startswith(HUGGING_FACE):
+            return None
+        path = Path(os.path.expanduser(self.name.removeprefix(HUGGING_FACE)))
+        return path / "config.json" if path.is_dir() else path
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """The options by which a command names the batches that it runs a model on, and the loss."""
+
+    model: ModelOptions
+    number: int
+    data: Path | None = None
+    samples: int | None = None
+    loss: str | None = None
+
+    def check(self) -> None:
+        """Raise for what cannot be, as far as that is known without the model."""
+        if self.data is not None and self.model.inputs:
+            raise typer.BadParameter("--data and --input exclude each other: the file has the inputs")
+        if self.data is None and self.samples is not None:
+            raise typer.BadParameter("--batch-size is for --data; the first size of an --input is that of its batch")
+        self.model.check(needs_inputs=self.data is None)
+        if self.data is not None:
+            from fewbit.cli.inputs import check_samples
+
+            check_samples(self.arrays, self.samples or SAMPLES)
+        if self.loss is not None and ":" not in self.loss:
+            raise typer.BadParameter(f"--loss is given as package.module:function, got {self.loss!r}")
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Of the file."""
+        from fewbit.cli.inputs import read_arrays
+
+        assert self.data is not None, "asked for where there is a file"
+        return read_arrays(self.data)
+
+    def batches(self, model: nn.Module) -> list[Any]:
+        """What the model runs on."""
+        from fewbit.cli.inputs import cut, drawn
+
+        if self.data is not None:
+            return list(cut(self.arrays, self.model.place, self.number, self.samples or SAMPLES))
+        return list(drawn(self.model.inputs_of(model), self.model.place, self.number, self.model.seed))
+
+    def loss_function(self) -> Callable[[Any, Any], Any] | None:
+        """Of the model and a batch, under autocast; None where none is named. InputError for what is no function."""
+        if self.loss is None:
+            return None
+        try:
+            found = named(self.loss)
+        except (Exception, SystemExit) as error:  # whatever the module does on import
+            raise InputError(f"cannot import {self.loss}: {type(error).__name__}: {error}") from error
+        if not callable(found):
+            raise InputError(f"{self.loss} is no function of the model and a batch, but a {type(found).__name__}")
+        return self.under_autocast(found)
+
+    def around(self) -> AbstractContextManager[Any]:
+        """The context for what has no loss function that sees to autocast."""
+        return self.model.autocast() if self.loss is None else nullcontext()
+
+    def under_autocast(self, loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """The loss as it is in training: forward alone runs under autocast."""
+
+        def cast(model: Any, batch: Any) -> Any:
+            with self.model.autocast():
+                return loss(model, batch)
+
+        return loss if self.model.autocast_dtype is None else cast
+
+    def notes(self, model: nn.Module, used: int) -> list[str]:
+        """What a report has to say of the inputs that it is from."""
+        batches = "1 batch" if used == 1 else f"{used} batches"
+        if self.data is not None:
+            return [f"{batches} of {self.samples or SAMPLES} samples from {self.data}"]
+        zeros = [each.name or str(i) for i, each in enumerate(self.model.inputs_of(model)) if each.is_zeros]
+        notes = [f"{batches} of random inputs, seed {self.model.seed}: this is of the model as it stands, on such inputs"]
+        if zeros:
+            notes.append(f"all zeros: input {', '.join(zeros)}; give the number of values, as in 8,128:int64:1000")
+        return notes
+
+
+@contextmanager
+def making(name: str) -> Iterator[None]:
+    """Import from the working folder, too; whatever fails is an InputError that names the model."""
+    try:
+        with working_folder_on_path():  # from which a factory may import, too
+            yield
+    except FewbitError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the module does on import, and the factory on a call
+        raise InputError(f"cannot make a model of {name}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Whatever the model raises is an InputError."""
+    try:
+        yield
+    except FewbitError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the model does with such inputs
+        raise InputError(f"the model raised {type(error).__name__} for these inputs: {error}") from error
+
+
+@contextmanager
+def told_as_usage(option: str) -> Iterator[None]:
+    """A value that the library refuses is wrong usage here, where it is that of an option."""
+    try:
+        yield
+    except InputError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def check_step(optimizer: str | None, budget: str | None = None) -> None:
+    """Raise for an optimizer that torch does not have, and for what is no number of bytes."""
+    from fewbit.models.memory.peak import optimizer_of
+    from fewbit.terminal import parse_bytes
+
+    with told_as_usage("--optimizer"):
+        optimizer_of(optimizer)
+    with told_as_usage("--budget"):
+        _ = None if budget is None else parse_bytes(budget)
+
+
+def parsed_bits(text: str) -> Bits:
+    """What `--bits` means. DesignError for what no conversion can have."""
+    from fewbit.models.conversion.setting import Setting, parse_bits
+
+    found = parse_bits(text)
+    Setting.of(found)
+    return found
+
+
+def _configured(path: Path, class_name: str | None, fake: bool) -> nn.Module:
+    """The model of transformers that a config.json describes, with random weights."""
+    import json
+    from importlib import import_module
+
+    import torch
+
+    try:
+        transformers = import_module("transformers")  # not among fewbit's requirements
+    except ImportError as error:
+        raise InputError(f"hf: needs the package transformers ({error}); pip install transformers") from error
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is no configuration of Hugging Face, which is a JSON object; got {type(settings).__name__}")
+    wanted = class_name or next(iter(settings.get("architectures") or ()), None)
+    if wanted is None:
+        raise InputError(f"{path} names no architectures; give one of transformers by --class")
+    kind = getattr(transformers, str(wanted), None)
+    if kind is None or not hasattr(kind, "config_class"):
+        raise InputError(f"transformers has no model {wanted!r}; give one of its classes by --class, GPT2LMHeadModel, say")
+    with torch.device("meta" if fake else "cpu"):
+        return kind(kind.config_class.from_dict(settings)).train()
