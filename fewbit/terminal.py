@@ -118,12 +118,15 @@ def _display() -> Iterator[Progress]:
             _displays.remove(shown)
 
 
-def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    """An empty table with columns aligned left, then columns aligned right."""
+def table(left: tuple[str, ...], right: tuple[str, ...], wrapped: tuple[str, ...] = ()) -> Table:
+    """An empty table with columns aligned left, then columns aligned right.
+
+    wrapped  those that are broken where the terminal is narrow, at any character; the others take what they need
+    """
     view = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     for names, side in ((left, "left"), (right, "right")):
         for name in names:
-            view.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+            view.add_column(name, justify=side, no_wrap=name not in wrapped, overflow="fold")  # type: ignore[arg-type]
     return view
 
 

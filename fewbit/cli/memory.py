@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -25,6 +25,9 @@ from fewbit.cli.models import (
 )
 from fewbit.cli.outputs import Csv, Html, Json, Outputs, Plot
 from fewbit.constants import DEFAULT_MODEL_BITS
+
+if TYPE_CHECKING:
+    from fewbit.models.memory.plan import Plan
 
 
 def memory(
@@ -88,6 +91,7 @@ def plan(
     device: DeviceName = "cpu",
     seed: Seed = 0,
     bits: BitsByKind = str(DEFAULT_MODEL_BITS),
+    budget: Annotated[str | None, typer.Option(help="Bytes that a step may take at its peak: '8 GiB', say.")] = None,
     optimizer: OptimizerName = None,
     gradient: Gradient = False,
     fake: Fake = False,
@@ -96,13 +100,19 @@ def plan(
     plot_path: Plot = None,
     html_path: Html = None,
 ) -> None:
-    """Plan a conversion: what each module would keep, what is worth coding, and the peak of a training step then."""
+    """Plan a conversion: what each module would keep, what is worth coding, and the peak of a training step then.
+
+    With --budget: which blocks of the model to keep, to code, to recompute in backward, or both, so that a step fits and is
+    fast, and the lines of Python that do it.
+    """
     options = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed, fake, gradient)
     outputs = Outputs(json_path, csv_path, plot_path, html_path)
     outputs.check()
     options.check()
     wanted = parsed_bits(bits)
-    check_step(optimizer)
+    check_step(optimizer, budget)
+    if budget is not None and html_path is not None:
+        raise typer.BadParameter("--html has no page for a --budget; --json, --csv and --plot have all of it")
     from fewbit import terminal
     from fewbit.models.memory.report import memory as measure
 
@@ -110,11 +120,16 @@ def plan(
     batch = options.batch(found)
     with options.autocast(), running():
         report = measure(found, batch, fake=fake, optimizer=optimizer)
-        planned = report.plan(wanted)
-        peaks = {"peak": _peak_of(report), "peak_after": _peak_of(planned)}
-    terminal.show(planned.view(), "", f"exact, {peaks['peak']}", "", f"after plan.convert(), {peaks['peak_after']}")
+        if budget is not None:
+            planned, peaks = report.plan(wanted, budget=budget), {}
+        else:
+            planned = report.plan(wanted)
+            peaks = {"peak": _peak_of(report), "peak_after": _peak_of(planned)}
+    terminal.show(planned.view())
+    for name, each in peaks.items():
+        terminal.show("", f"{'exact' if name == 'peak' else 'after plan.convert()'}, {each}")
     figures = {name: each.to_dict() for name, each in peaks.items() if not isinstance(each, str)}
-    outputs.write(planned, figures, page=lambda path: report.to_html(path, planned))
+    outputs.write(planned, figures, page=lambda path: report.to_html(path, cast("Plan", planned)))
 
 
 def _peak_of(report: Any) -> Any:

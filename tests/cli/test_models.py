@@ -103,8 +103,8 @@ def test_memory_shows_and_writes_all_of_it(capsys, models, fake):
     status, out, err = run(capsys, "memory", "some_models:make", *given)
     assert (status, err) == (0, "")
     for part in (
-        "Kept for backward by Odd in training mode",
-        ": 8.00 KiB of activations",
+        "Odd keeps ",
+        "Odd keeps 8.00 KiB for backward",
         "converted with bits={'activation': 3, 'linear': 4}",
         "wrote a.html",
     ):
@@ -131,7 +131,7 @@ def test_memory_shows_and_writes_all_of_it(capsys, models, fake):
 def test_bits_of_a_plan(capsys, models, bits, shown, plan):
     status, out, err = run(capsys, "memory", "some_models:make", "--input", "16,8", "--bits", bits, "--json", "a.json")
     assert (status, err) == (0, "")
-    assert f"converted with {shown}: " in out
+    assert f"converted with {shown}, the " in out
     assert json.loads((models / "a.json").read_text())["plan"]["bits"] == plan
 
 
@@ -170,11 +170,11 @@ def test_a_model_of_a_configuration(capsys, configuration):
     inputs = ["--input", "input_ids=2,8:int64", "--input", "labels=2,8:int64"]
     status, out, _ = run(capsys, "memory", "hf:config.json", *inputs, "--fake")
     assert status == 0
-    assert "Kept for backward by GPT2LMHeadModel" in out
+    assert "GPT2LMHeadModel keeps " in out
     assert "peak of a training step: " in out
     status, out, _ = run(capsys, "memory", "hf:config.json", "--class", "GPT2Model", "--input", "input_ids=2,8:int64")
     assert status == 0
-    assert "Kept for backward by GPT2Model" in out
+    assert "GPT2Model keeps " in out
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,8 @@ def test_plan(capsys, models):
     ]
     status, out, err = run(capsys, "plan", "some_models:make", "--input", "64,8", "--bits", 4, "--optimizer", "adamw", *files)
     assert (status, err) == (0, "")
-    assert out.startswith("kept exactly: 32.0 KiB of activations\nconverted with bits=4: ")
+    assert out.startswith("converted with bits=4, the ")
+    assert "of the 32.0 KiB of exact" in out
     assert out.count("peak of a training step: ") == 2
     assert "optimizer" in out
     figures = json.loads((models / "a.json").read_text())
@@ -237,6 +238,21 @@ def test_plan(capsys, models):
     assert figures["peak_after"]["bytes"] < figures["peak"]["bytes"]
     assert (models / "a.csv").read_text().startswith("module,")
     assert "What to do" in (models / "a.html").read_text()
+
+
+def test_plan_within_a_budget(capsys, models):
+    given = ["plan", "some_models:make", "--input", "64,8", "--bits", 4, "--budget", "50 KiB", "--fake"]
+    status, out, err = run(capsys, *given, "--json", "a.json", "--plot", "a.png")
+    assert (status, err) == (0, "")
+    assert "the peak is " in out
+    assert "plan.convert() does it" in out
+    assert json.loads((models / "a.json").read_text())["budget"] == 50 * 1024
+    status, _, err = run(capsys, *given, "--html", "a.html")
+    assert status == 2
+    assert "--html has no page" in err
+    status, _, err = run(capsys, *given[:-2], "much")
+    assert status == 2
+    assert "24 GiB" in err
 
 
 @pytest.mark.parametrize("command", ["fidelity", "calibrate", "allocate", "prepare"])

@@ -13,11 +13,12 @@ from torch.nn.parameter import is_lazy
 from fewbit import resolve
 from fewbit.errors import InputError
 from fewbit.models.arguments import LossFunction, arguments_of, run
-from fewbit.models.memory.saved import Storage, record, storages_of, tensors_in
+from fewbit.models.memory.saved import Storage, record, shape_label, storages_of, tensors_in
 from fewbit.models.preserve import Autocast, preserved_state, preserved_structure
 from fewbit.torch_internals import fake_mode, map_tensors, silent_fakes, storage_key
 
 Tensor = torch.Tensor
+_MOST_INPUTS = 4  # of a batch, in words
 
 
 class Forward(NamedTuple):
@@ -37,6 +38,18 @@ class Forward(NamedTuple):
     def call(self, batch: Any) -> Any:
         """What the model, or the loss, makes of a batch. InputError for one that the model does not take."""
         return run(self.model, batch) if self.loss_fn is None else self.loss_fn(self.model, batch)
+
+    @property
+    def words(self) -> str:
+        """Of what batch, dtype and device it is: "a batch of x float32 8×3×224×224; parameters float32 on cpu"."""
+        named = self.batch if isinstance(self.batch, Mapping) else {"": self.batch}
+        found = [(name, each) for name, value in named.items() for each in tensors_in(value)]
+        shapes = [f"{name} {shape_label(each)}".strip() for name, each in found[:_MOST_INPUTS]]
+        shapes += ["…"] * (len(found) > _MOST_INPUTS)
+        kinds = dict.fromkeys(str(each.dtype).removeprefix("torch.") for each in self.model.parameters())
+        devices = dict.fromkeys(str(each.device) for each in self.model.parameters())
+        parameters = f"; parameters {', '.join(kinds)} on {', '.join(devices)}" if kinds else ""
+        return f"a batch of {', '.join(shapes) or 'no tensors'}{parameters}"
 
     def check_unchanged(self) -> None:
         """Raise InputError if modules of the model have changed their class since."""

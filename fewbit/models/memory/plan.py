@@ -16,12 +16,12 @@ from fewbit.models.arguments import Filter
 from fewbit.models.conversion.convert import log_conversion
 from fewbit.models.conversion.engine import convert_modules, is_converted
 from fewbit.models.conversion.setting import Setting
-from fewbit.models.grouping import label, shortened
+from fewbit.models.grouping import label
 from fewbit.models.memory import advice, trials
 from fewbit.models.memory.forward import Forward
 from fewbit.models.memory.peak import MakeOptimizer, Peak, peak_of
 from fewbit.models.memory.saved import Storage
-from fewbit.models.memory.storages import bars_of, kept_by, note_on_workspaces, total
+from fewbit.models.memory.storages import bars_of, kept_by, most_kept, note_on_workspaces, total
 from fewbit.models.preserve import preserved_structure
 from fewbit.models.report import Report
 from fewbit.terminal import bytes_label
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _log = logging.getLogger("fewbit")
-_LEGEND = "saves: what the conversion saves beside the others that pay; modules that let go of a tensor together each count it."
 _AGREEMENT = 0.01  # of fake tensors with what was measured, beside what is reported; or else the model itself runs
 
 
@@ -128,26 +127,35 @@ class Plan(Report):
 
     def view(self, most: int = 30) -> RenderableType:
         """Advice for the `most` modules that keep or save most, repeated layers as one, and the totals."""
-        lines = [
-            f"kept exactly: {bytes_label(self.before_bytes)} of activations",
-            f"converted with {self.setting}: {_part(self.after_bytes, self.before_bytes)}",
-        ]
+        lines = [self.verdict, f"  {self.forward.words}"]
         if self.best_bytes != self.after_bytes:
-            lines.append(f"only what pays, by plan.convert(): {_part(self.best_bytes, self.before_bytes)}")
-        return Group(*lines, "", self._table(most), "", _LEGEND, self.how)
+            best = _part(self.best_bytes, self.before_bytes)
+            lines.append(f"  plan.convert() leaves out what does not pay, and keeps {best}")
+        return Group(*lines, "", self._table(most), "", self.how)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what is kept then, of what, and what keeps most of it."""
+        name, kept = type(self.forward.model).__name__, _part(self.after_bytes, self.before_bytes)
+        most_of_it = most_kept(self.after)
+        rest = f"; most of it for {most_of_it}" if most_of_it else ""
+        return f"converted with {self.setting}, the {name} keeps {kept} of the {bytes_label(self.before_bytes)} of exact{rest}"
 
     def _table(self, most: int) -> RenderableType:
-        view = terminal.table(("module",), ("before", "after", "saves"))
+        view = terminal.table(("module",), ("before", "after"), wrapped=("module",))
         view.add_column("advice", no_wrap=True)
         view.add_column("because")
-        groups = advice.grouped(self.advice)
+        groups = [group for group in advice.grouped(self.advice) if any(each.before or each.after for each in group)]
         for group in groups[:most]:
             first, count = group[0], len(group)
-            name = shortened(label(each.module for each in group)) + (f" ({count})" if count > 1 else "")
+            name = label(each.module for each in group) + (f" ({count})" if count > 1 else "")
             sums = [sum(each.before for each in group), sum(each.after for each in group)]
-            view.add_row(name, *map(bytes_label, sums), advice.saves_label(group), first.advice, first.reason)
-        if groups[most:]:
-            view.add_row(f"{len(groups) - most} others")
+            reason = f"each {first.reason}" if count > 1 and first.reason.startswith("keeps ") else first.reason
+            view.add_row(name, *map(bytes_label, sums), first.advice, reason)
+        rest = [each for group in groups[most:] for each in group]
+        if rest:
+            sums = [sum(each.before for each in rest), sum(each.after for each in rest)]
+            view.add_row(f"{len(groups) - most} others", *map(bytes_label, sums))
         return view
 
     def figure(self) -> Figure:
@@ -243,4 +251,4 @@ def _by_running(reason: str) -> str:
 
 
 def _part(part: int, whole: int) -> str:
-    return bytes_label(part) + (f" ({part / whole:.1%})" if whole else "")
+    return (f"{part / whole:.1%}, " if whole else "") + bytes_label(part)

@@ -17,24 +17,31 @@ from fewbit import files, terminal
 from fewbit.constants import DEFAULT_MODEL_BITS
 from fewbit.models.arguments import Filter, LossFunction, check_filter, check_model
 from fewbit.models.conversion.setting import Bits, Setting
-from fewbit.models.grouping import cut, shortened
 from fewbit.models.memory.budget import BudgetPlan
 from fewbit.models.memory.forward import Forward
 from fewbit.models.memory.largest import LargestBatch, largest
 from fewbit.models.memory.page import page
 from fewbit.models.memory.peak import MakeOptimizer, Optimizer, Peak, optimizer_of, peak_of
 from fewbit.models.memory.plan import Plan, plan
-from fewbit.models.memory.saved import ACTIVATIONS, Storage
+from fewbit.models.memory.saved import ACTIVATIONS, Storage, plain_operation
 from fewbit.models.memory.search import plan_budget
-from fewbit.models.memory.storages import NOTE, ROLES, bars_of, kept_by, note_on_workspaces, repeated, saver_label, total
+from fewbit.models.memory.storages import (
+    NOTE,
+    ROLES,
+    bars_of,
+    kept_by,
+    most_kept,
+    note_on_workspaces,
+    repeated,
+    saver_label,
+    total,
+)
 from fewbit.models.report import Report
 from fewbit.terminal import bytes_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
-
-_MODULE_WIDTH, _OPERATION_WIDTH, _TENSOR_WIDTH, _SHARED_WIDTH = 28, 22, 22, 20  # 119 columns with the others
 
 
 def memory(
@@ -130,12 +137,14 @@ class MemoryReport(Report):
     def view(self, most: int = 20) -> RenderableType:
         """The `most` largest rows, repeated layers as one, and the totals."""
         found = self.totals()
-        how = f"{found['model']} in {found['mode']} mode" + (", on fake tensors" if self.fake else "")
-        title = f"Kept for backward by {how}: {bytes_label(self.activation_bytes)} of activations"
+        how = f"{found['mode']} mode" + (", on fake tensors" if self.fake else "")
+        most_of_it = most_kept(self.storages)
+        title = f"{found['model']} keeps {bytes_label(self.activation_bytes)} for backward, in {how}"
+        title += f"; most of it for {most_of_it}" if most_of_it else ""
         others = ", ".join(f"{bytes_label(found[role])} of {role}" for role in ROLES[1:] if found[role])
-        parts = [title, "", _table(self.storages, most)]
         notes = [f"besides: {others}"] if others else []
-        return Group(*parts, "", *notes, NOTE, *([self.note] if self.note else []))
+        parts = [title, f"  {self.forward.words}", "", _table(self.storages, most), "", *notes, NOTE]
+        return Group(*parts, *([self.note] if self.note else []))
 
     def figure(self) -> Figure:
         from fewbit.plots.memory import plot_memory
@@ -245,19 +254,19 @@ def _row(storage: Storage, activations: int) -> dict[str, Any]:
 def _table(storages: Iterable[Storage], most: int) -> RenderableType:
     groups = repeated(storages)
     everything = sum(each.bytes for each in groups)
-    view = terminal.table(("module", "operation", "tensor"), ("times", "bytes", "share"))
+    view = terminal.table(("module", "operation", "tensor"), ("times", "bytes", "share"), wrapped=("module",))
     some_are_shared = any(each.shared for each in groups[:most])
     if some_are_shared:
-        view.add_column("shared with", no_wrap=True)
+        view.add_column("shared with")
     for each in groups[:most]:
         view.add_row(
-            shortened(each.module, _MODULE_WIDTH),
-            cut(each.operation, _OPERATION_WIDTH),
-            cut(each.tensor, _TENSOR_WIDTH),
+            each.module,
+            plain_operation(each.operation),
+            each.tensor,
             str(each.count),
             bytes_label(each.bytes),
             f"{each.bytes / everything:.1%}",
-            *([cut(each.shared, _SHARED_WIDTH)] if some_are_shared else []),
+            *([each.shared] if some_are_shared else []),
         )
     rest = groups[most:]
     if rest:

@@ -20,6 +20,7 @@ from fewbit.torch_internals import dynamo_is_loaded, parts_of, raw_saved, storag
 Tensor = torch.Tensor
 ACTIVATIONS = "activations"
 UNKNOWN = "unknown"
+_PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Addmv", "Mv", "Dot", "Linear")
 Slot = tuple[str, int]
 
 
@@ -166,6 +167,30 @@ def _frames() -> Iterator[FrameType]:
 
 def _module_of(frame: FrameType, names: Mapping[int, str]) -> str | None:
     return names.get(id(frame.f_locals.get("self"))) if "self" in frame.f_code.co_varnames[:1] else None
+
+
+def shape_label(tensor: Tensor) -> str:
+    """dtype and shape, such as "float32 4×16"."""
+    return dtype_and_shape(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def dtype_and_shape(dtype: str, shape: tuple[int, ...]) -> str:
+    """The same of both."""
+    return f"{dtype} {'×'.join(map(str, shape)) or 'scalar'}"
+
+
+def plain_operation(name: str) -> str:
+    """Plain words for the operation of an autograd node.
+
+    >>> [plain_operation(each) for each in ("Addmm", "ScaledDotProductFlashAttentionForCpu", "NativeLayerNorm", "LogSoftmax")]
+    ['matrix product', 'attention', 'layer norm', 'log softmax']
+    """
+    if re.search("(?i)attention", name):
+        return "attention"
+    if name in _PRODUCTS:
+        return "matrix product"
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", re.sub(r"^(Native|Cudnn|Mkldnn)|^_|0$", "", name))
+    return " ".join(each if each.isupper() and len(each) > 1 else each.lower() for each in words) or name
 
 
 def operation_name(node: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fewbit.models.grouping import label, pattern, shortened, some
-from fewbit.models.memory.saved import ACTIVATIONS, Saver, Storage
+from fewbit.models.memory.saved import ACTIVATIONS, Saver, Storage, dtype_and_shape, plain_operation
 
 ROLES = (ACTIVATIONS, "parameters", "buffers", "inputs", "tables")
 NOTE = (
@@ -19,6 +19,16 @@ NOTE = (
 def total(storages: Iterable[Storage], role: str = ACTIVATIONS) -> int:
     """Bytes of one role."""
     return sum(storage.bytes for storage in storages if storage.role == role)
+
+
+def most_kept(storages: Iterable[Storage]) -> str:
+    """The operations that keep most, in words: "attention (41 %), gelu (30 %)"; nothing where nothing is kept."""
+    found: Counter[str] = Counter()
+    for each in storages:
+        if each.role == ACTIVATIONS:
+            found[plain_operation(each.savers[0].operation)] += each.bytes
+    whole = found.total()
+    return ", ".join(f"{name} ({100 * size / whole:.0f} %)" for name, size in found.most_common(3)) if whole else ""
 
 
 def note_on_workspaces(storages: Iterable[Storage]) -> str:
@@ -78,7 +88,7 @@ def repeated(storages: Iterable[Storage]) -> list[Repeated]:
 def _repeated(group: Sequence[Storage]) -> Repeated:
     first = group[0]
     partners = [
-        shortened(label(dict.fromkeys(storage.savers[i].module for storage in group)), 14) + f" {saver.operation}"
+        f"{label(dict.fromkeys(storage.savers[i].module for storage in group))} {plain_operation(saver.operation)}"
         for i, saver in enumerate(first.savers)
         if i
     ]
@@ -94,7 +104,7 @@ def _repeated(group: Sequence[Storage]) -> Repeated:
 
 def tensor_label(storage: Storage) -> str:
     """dtype and shape, such as "float32 4×16"."""
-    return f"{storage.dtype} {'×'.join(map(str, storage.shape)) or 'scalar'}"
+    return dtype_and_shape(storage.dtype, storage.shape)
 
 
 def saver_label(saver: Saver) -> str:
