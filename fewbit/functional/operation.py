@@ -163,12 +163,17 @@ def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Cal
         if isinstance(each, Tensor):
             needed = needed or each.requires_grad
             codable = codable and takes_part(each)
-    needed = needed or (operation.masks and sharing.is_made(x))
+    needed = needed or _wants_mask(operation, x)
     if not needed or (not operation.transforms and codable and x.numel() == 0):  # statistics of nothing would divide by zero
         return operation.exact
     if not codable:
         return _exact_or_refused(operation, operands, by_name)
     return operation.coded
+
+
+def _wants_mask(operation: Operation, x: Tensor) -> bool:
+    """Whether readers of the result may want its mask, though x needs no gradient."""
+    return operation.masks and not x.requires_grad and sharing.is_made(x)
 
 
 def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
@@ -179,7 +184,8 @@ def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool
     elif in_forward_mode() or (is_transformed() and not operation.transforms):
         return operation.exact
     # exported programs hold torch's operation, since an exported graph keeps no autograd Function
-    if torch.compiler.is_exporting() or not any(level.requires_grad for each in given for level in levels(each)):
+    needed = any(level.requires_grad for each in given for level in levels(each)) or _wants_mask(operation, given[0])
+    if torch.compiler.is_exporting() or not needed:
         return operation.exact
     codable = is_codable(given[0]) and all(map(takes_part, given))
     if codable and not operation.transforms and is_empty(given[0]):
