@@ -19,10 +19,10 @@ import torch
 
 from fewbit import constants
 from fewbit.autograd import sharing
+from fewbit.autograd.parameters import cast_of_parameter, made_of_frozen
 from fewbit.autograd.products import LEAST, note_product, shape_of
 from fewbit.autograd.quantize import Quantizer, coded_by_shape, recipe_of
 from fewbit.autograd.sharing import Recipe, as_it_is
-from fewbit.autograd.weights import cast_of_parameter, made_of_frozen
 from fewbit.kernels import DeviceTable
 from fewbit.torch_internals import (
     base_of,

@@ -6,7 +6,7 @@ from support import bytes_kept
 from torch import nn
 
 import fewbit
-from fewbit.autograd.weights import PRODUCTS, made_of_frozen
+from fewbit.autograd.parameters import PRODUCTS, made_of_frozen
 
 IN, OUT, ROWS = 48, 64, 32
 
