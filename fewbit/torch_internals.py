@@ -385,6 +385,11 @@ def native_functions() -> Any:
     return torch._C._nn  # type: ignore[attr-defined]
 
 
+def is_distributed() -> bool:
+    """Whether this is one of several processes that train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_torchs_own(kind: type[Tensor]) -> bool:
     """Whether operations on tensors of this class are torch's own: on plain tensors, parameters, and those with which torch
     itself looks on (fake and functional ones). Another class that sees operations, as DTensor, has a mind of its own."""

@@ -1,12 +1,13 @@
 """Dropout that keeps one bit an element, from which backward gets what torch's own mask says: an exact code.
 
-Layers that read the output keep the code of the input, if it has one, and the same bits.
+Layers that read the output keep a code of the input and the bits. They share that code with all that read the input, behind a
+dropout or not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ def coded_dropout(x: Tensor, table: DeviceTable, *, p: float, inplace: bool, exa
     y = _CodedDropout.apply(x, (y,), packed, (table, layout), overwrites)
     if recipe is not None:
         sharing.attach(y, _masked(recipe, packed, table, layout))  # type: ignore[arg-type]
+    elif not inplace:
+        sharing.note_source(y, x, partial(_masked, packed=packed, table=table, layout=layout))  # type: ignore[arg-type]
+    sharing.note_made(y, (x,))
     return overwritten(x, y) if inplace and not overwrites else y  # type: ignore[arg-type, return-value]
 
 

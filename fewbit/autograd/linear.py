@@ -16,10 +16,10 @@ import torch
 from fewbit.autograd import watched
 from fewbit.autograd.double_backward import differentiable_once
 from fewbit.autograd.quantize import Quantizer, nan_if_not_finite, recipe_of, scaled
-from fewbit.autograd.sharing import Recipe
+from fewbit.autograd.sharing import Recipe, attach
 from fewbit.errors import InputError
 from fewbit.kernels import DeviceTable
-from fewbit.torch_internals import EagerFunction, not_a_view
+from fewbit.torch_internals import EagerFunction, is_distributed, not_a_view
 
 Tensor = torch.Tensor
 
@@ -130,6 +130,9 @@ def coded_linear(
     table       of a standard normal number, for codes of its own
     product     the operation
     stochastic  as in `fewbit.autograd.quantize.Quantizer`; for codes of its own
+
+    Readers of what a linear layer makes of a much narrower x, as the second half of a low-rank pair does, keep the codes of x
+    and the weight, which are there anyway, and multiply again.
     """
     recipe, lost = None, None
     if weight.requires_grad:
@@ -139,7 +142,32 @@ def coded_linear(
         lost = nan_if_not_finite(x.detach(), product.channel) if recipe.hides else None
     dtype = watched.autocast_dtype(x, weight, bias)
     y, _ = _CodedProduct.apply(x, weight, bias, product, recipe, lost, dtype)  # type: ignore[misc]
+    if recipe is not None and x.requires_grad and isinstance(product, Linear) and _is_wide(weight):
+        attach(y, _widened(recipe, weight, bias))
     return y
+
+
+# How much narrower: to multiply again takes as many operations a number as x is wide. The factor is a heuristic. At 8 that is a
+# small part of the other products that a layer of that width takes part in, and the codes of x are at most an eighth.
+_NARROW = 8
+
+
+def _is_wide(weight: Tensor) -> bool:
+    """Whether a linear layer gives many more numbers than it takes. Not among several processes, which may give a sharded
+    weight's memory back before backward."""
+    return _NARROW * weight.shape[1] <= weight.shape[0] and not is_distributed()
+
+
+def _widened(recipe: Recipe, weight: Tensor, bias: Tensor | None) -> Recipe:
+    """The recipe of a linear layer's output, from that of its input. The layer itself keeps weight and codes for backward."""
+    rebuild_x, count = recipe.rebuild, len(recipe.kept)
+    parameters = [each.detach() for each in (weight, bias) if each is not None]
+
+    def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        weight, *bias = (each.to(dtype) for each in kept[count:])
+        return torch.nn.functional.linear(rebuild_x(kept[:count], dtype), weight, *bias)
+
+    return Recipe((*recipe.kept, *parameters), rebuild, bits=recipe.bits, hides=recipe.hides)
 
 
 class _CodedProduct(EagerFunction):

@@ -106,12 +106,19 @@ def recipe_of(
         recipe = None  # codes that another reader made, of less than is asked for here
     if recipe is not None:
         return recipe if recipe.with_zeros is None else recipe.with_zeros(x.detach())
-    if not is_own and (
-        not x.requires_grad or sharing.is_kept_exactly(x)
-    ):  # what needs no gradient is a batch, which the caller holds anyway
-        return as_it_is(x)
+    source = None if is_own else sharing.source_of(x)
+    if source is not None:
+        of_source = recipe_of(source.tensor, quantizer, make)
+        recipe = of_source and source.of_recipe(of_source)
+        if recipe is not None and not stochastic:
+            sharing.attach(x, recipe._replace(bits=table.bits))
+        return recipe
+    is_made = not x.requires_grad and sharing.is_made(x)
+    if not is_own and (not (x.requires_grad or is_made) or sharing.is_kept_exactly(x)):
+        return as_it_is(x)  # what needs no gradient, and was not made here, is a batch, which the caller holds anyway
     recipe = make(x.detach(), quantizer)
-    if recipe is not None and x.grad_fn is not None and not stochastic:  # a leaf may outlive this pass, and its codes with it
+    if recipe is not None and (x.grad_fn is not None or is_made) and not stochastic:
+        # a leaf may outlive this pass, and its codes with it
         sharing.attach(x, recipe._replace(bits=table.bits))
     return recipe
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from fewbit import constants
 from fewbit.autograd import sharing
+from fewbit.autograd.parameters import cast_of_parameter, made_of_frozen
 from fewbit.autograd.products import LEAST, note_product, shape_of
 from fewbit.autograd.quantize import Quantizer, coded_by_shape, recipe_of
 from fewbit.autograd.sharing import Recipe, as_it_is
@@ -25,6 +27,7 @@ from fewbit.kernels import DeviceTable
 from fewbit.torch_internals import (
     base_of,
     hooks_on_saved,
+    is_distributed,
     is_fake,
     is_torchs_own,
     leaves,
@@ -38,6 +41,7 @@ from fewbit.torch_internals import (
 Tensor = torch.Tensor
 # of a kind, for a dtype on a device; None where that kind stays exact
 Tables = Callable[[str, torch.dtype, torch.device], DeviceTable | None]
+OfTensor = Callable[[Tensor], Recipe | None]
 
 # nodes of products element by element, powers among them
 _PRODUCTS = ("MulBackward0", "DivBackward0", "AddcmulBackward0", "LerpBackward1", "PowBackward0")
@@ -162,12 +166,14 @@ class Saving:
                 result = function(*args, **kwargs)
         finally:
             if waiting:
-                self._decide(waiting, result, first, outer)
+                saved = [held.tensor for held in waiting if held.tensor is not None]
+                of_frozen = partial(made_of_frozen, saved=saved, function=function, operands=leaves((args, kwargs)))
+                self._decide(waiting, result, first, outer, of_frozen)
         if isinstance(result, Tensor) and result.grad_fn is not None and args and result is not args[0]:
             _note(result, args, kwargs)
-        return result
+        return sharing.note_made(result, (*args, *kwargs.values()))
 
-    def _decide(self, waiting: list[Held], result: Any, first: int, outer: tuple[Any, Any] | None) -> None:
+    def _decide(self, waiting: list[Held], result: Any, first: int, outer: tuple[Any, Any] | None, of_frozen: OfTensor) -> None:
         roles = {id(held): (node, name) for node in _nodes(result, first) for name, held in raw_saved_by_name(node)}
         by_node: dict[int, dict[str, Tensor]] = {}
         for held in waiting:
@@ -176,7 +182,7 @@ class Saving:
             by_node.setdefault(id(node), {})[name] = held.tensor
         for held in waiting:
             node, name = roles.get(id(held), (None, ""))
-            held.keep(self._recipe(node, name, held.tensor, by_node[id(node)]), outer)
+            held.keep(self._recipe(node, name, held.tensor, by_node[id(node)], of_frozen), outer)
 
     def _difference(self, tensor: Tensor, target: Tensor) -> Recipe | None:
         """What to keep of a tensor of which backward takes the difference from a target, which is kept."""
@@ -199,16 +205,22 @@ class Saving:
             sharing.attach(tensor, recipe)
         return recipe
 
-    def _recipe(self, node: Any, name: str, tensor: Any, saved: dict[str, Tensor]) -> Recipe | None:
-        """What to keep of a tensor that the node saved under that name, beside others; None for the tensor as it is."""
+    def _recipe(self, node: Any, name: str, tensor: Any, saved: dict[str, Tensor], of_frozen: OfTensor) -> Recipe | None:
+        """What to keep of a tensor that the node saved under that name, beside others; None for the tensor as it is.
+
+        of_frozen  of a tensor without a graph: its recipe, if it was made of a frozen weight
+        """
         if tensor.layout != torch.strided or tensor.nbytes < LEAST or storage_key(tensor.untyped_storage()) in self._given:
             return None
         if not tensor.is_floating_point():
             return narrowed_integers(tensor, _range(node, name, saved))
         if node is None or tensor.dtype not in _DTYPES or not is_torchs_own(type(tensor)):
             return None
-        if tensor.grad_fn is None or _is_of_leaf(tensor):
-            return None
+        if not sharing.is_made(tensor) and (tensor.grad_fn is None or _is_of_leaf(tensor)):
+            return of_frozen(tensor)
+        cast = cast_of_parameter(tensor)
+        if cast is not None:
+            return cast
         label = type(node).__name__
         if label == "MseLossBackward0" and name == "self" and "target" in saved:
             return self._difference(tensor, saved["target"])
@@ -298,8 +310,7 @@ def _note_embedding(result: Tensor, indices: Tensor, weight: Tensor) -> None:
     Not among several processes, which may give a sharded weight's memory back in between. Not with a max_norm either, by which
     the next call changes the weight.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed or not isinstance(weight, torch.nn.Parameter):
+    if is_distributed() or not isinstance(weight, torch.nn.Parameter):
         return
     known = sharing.find(indices) or as_it_is(indices)  # as the embedding itself keeps them
     of_indices = known.rebuild

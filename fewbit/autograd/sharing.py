@@ -11,7 +11,7 @@ codes of its own. Only a view of all of a tensor, in another shape or with its d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import ref
@@ -19,7 +19,18 @@ from weakref import ref
 import torch
 
 from fewbit.autograd.layout import Layout
-from fewbit.torch_internals import base_of, hook_on_saved, keeps_its_output, state_of, storage_key
+from fewbit.torch_internals import (
+    base_of,
+    hook_on_saved,
+    in_forward_mode,
+    is_legacy_batch,
+    is_torchs_own,
+    is_transformed,
+    keeps_its_output,
+    leaves,
+    state_of,
+    storage_key,
+)
 
 Tensor = torch.Tensor
 Value = TypeVar("Value")
@@ -80,6 +91,13 @@ class Recipe(NamedTuple):
         return viewed
 
 
+class Source(NamedTuple):
+    """A tensor of which another was made, and what makes the recipe of the other from that of the tensor."""
+
+    tensor: Tensor
+    of_recipe: Callable[[Recipe], Recipe]
+
+
 class ByTensor(Generic[Value]):
     """What is known of tensors, as they were when it was noted. It does not keep them alive, and dies with them.
 
@@ -122,6 +140,8 @@ def region() -> Any:
 
 _recipes: ByTensor[Recipe] = ByTensor()
 _casts: ByTensor[tuple[ref[Tensor], tuple]] = ByTensor()  # what was cast, and its state then
+_made: ByTensor[bool] = ByTensor()
+_sources: ByTensor[tuple[ref[Tensor], tuple, Callable[[Recipe], Recipe]]] = ByTensor()
 
 
 def attach(tensor: Tensor, recipe: Recipe) -> Tensor:
@@ -140,6 +160,52 @@ def note_cast(tensor: Tensor, source: Tensor) -> None:
         _casts.note(tensor, (ref(source), state_of(source)))
     else:
         _recipes.note(tensor, recipe)
+
+
+def note_source(tensor: Tensor, source: Tensor, of_recipe: Callable[[Recipe], Recipe]) -> None:
+    """Let readers of a tensor make codes of its source in its place, as long as that is there and unchanged.
+
+    of_recipe  of a recipe of the source: one of the tensor
+    """
+    _sources.note(tensor, (ref(source), state_of(source), of_recipe))
+
+
+def source_of(tensor: Tensor) -> Source | None:
+    """What `note_source` told, if neither has changed since."""
+    found = _sources.find(tensor) if tensor in _sources else None
+    source = found and found[0]()
+    if found is None or source is None or found[1] != state_of(source):
+        return None
+    return Source(source, found[2])
+
+
+def note_made(result: Any, operands: Iterable[Any]) -> Any:
+    """Tell of what an operation of a converted model gives without a graph, as where the first layers are frozen, that it was
+    made of these operands: nobody holds it anyway, as the caller holds a batch. Returns the result.
+
+    What lies in the memory of an operand is not made.
+    """
+    if not isinstance(result, Tensor) or result.requires_grad or not result.is_floating_point() or not torch.is_grad_enabled():
+        return result
+    if is_transformed() or in_forward_mode() or is_legacy_batch(result):
+        return result
+    given = [each for each in leaves(operands) if isinstance(each, Tensor)]
+    if given and all(map(_has_memory, (result, *given))):
+        place = storage_key(result.untyped_storage())
+        if all(storage_key(each.untyped_storage()) != place for each in given):
+            _made.note(result, True)
+    return result
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the tensor is one piece of memory, as far as can be asked."""
+    return is_torchs_own(type(tensor)) and tensor.layout == torch.strided and not tensor.is_nested
+
+
+def is_made(tensor: Tensor) -> bool:
+    """Whether the model made the tensor, which needs no gradient, or what it is a view of."""
+    base = tensor if tensor in _made else base_of(tensor)
+    return base is not None and not base.requires_grad and base in _made and bool(_made.find(base))
 
 
 def _source_of(tensor: Tensor) -> Tensor | None:

@@ -77,7 +77,7 @@ def dropout(by_name: bool, input: Tensor, p: float = 0.5, training: bool = True,
 def _dropout(p: float, inplace: bool) -> Operation:
     exact = partial(functional.dropout, p=p, training=True, inplace=inplace)
     coded = partial(coded_dropout, p=p, inplace=inplace, exact=exact)
-    return Operation("dropout", exact, coded, coded, tables=partial(_mask_tables, p))
+    return Operation("dropout", exact, coded, coded, masks=True, tables=partial(_mask_tables, p))
 
 
 def _mask_tables(p: float, dtype: torch.dtype, device: torch.device) -> tuple[DeviceTable]:

@@ -16,7 +16,7 @@ import torch
 
 from fewbit import activations, constants, resolve
 from fewbit.autograd import exact as exact_mode
-from fewbit.autograd import watched
+from fewbit.autograd import sharing, watched
 from fewbit.constants import DEFAULT_LAYER_BITS, MAX_BITS
 from fewbit.design.table import CodeTable
 from fewbit.errors import ActivationError, InputError
@@ -55,6 +55,8 @@ class Operation:
     table     the default table, used before `bits`; without one the ladder of an activation is, and the table of values
     values    whether the device table of a standard normal number is passed behind those of `channels`
     finer     of how many bits more there is a device table before those of `channels`, if that is not 0
+    masks     whether the result is the input but for a mask. Where the model made an input that needs no gradient, it is coded
+              nevertheless, for readers that want the mask beside a code of the input
     transforms  whether codes are kept under torch.func; if not, the operation is torch's own there
     tables    of a dtype and a device: the device tables of an exact code, which there are no bits and tables to choose for
     """
@@ -69,6 +71,7 @@ class Operation:
     table: CodeTable | None = None
     values: bool = False
     finer: int = 0
+    masks: bool = False
     transforms: bool = False
     tables: Callable[[torch.dtype, torch.device], tuple[DeviceTable, ...]] | None = None
 
@@ -97,13 +100,15 @@ def run(
     if torch.compiler.is_compiling():
         return _run_in_graph(make, options, operands, bits, table, by_name)
     if is_intercepted():  # each look at a tensor would go through Python
+        if not by_name and any(isinstance(each, Tensor) and not is_torchs_own(type(each)) for each in operands):
+            return _operation(make, *options).exact(*operands)  # what intercepts looks after what torch keeps then
         with unintercepted():
             return run(make, options, operands, bits, table, by_name)
     operation, x = _operation(make, *options), operands[0]
     _check(operation, x, bits, table, by_name)
     chosen = _decide(operation, operands, by_name)
     if chosen is operation.exact:
-        return chosen(*operands)
+        return sharing.note_made(chosen(*operands), operands) if not exact_mode.is_active() else chosen(*operands)
     return chosen(*operands, *_tables(operation, bits, table, x.dtype, x.device))
 
 
@@ -158,11 +163,17 @@ def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Cal
         if isinstance(each, Tensor):
             needed = needed or each.requires_grad
             codable = codable and takes_part(each)
+    needed = needed or _wants_mask(operation, x)
     if not needed or (not operation.transforms and codable and x.numel() == 0):  # statistics of nothing would divide by zero
         return operation.exact
     if not codable:
         return _exact_or_refused(operation, operands, by_name)
     return operation.coded
+
+
+def _wants_mask(operation: Operation, x: Tensor) -> bool:
+    """Whether readers of the result may want its mask, though x needs no gradient."""
+    return operation.masks and not x.requires_grad and sharing.is_made(x)
 
 
 def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
@@ -173,7 +184,8 @@ def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool
     elif in_forward_mode() or (is_transformed() and not operation.transforms):
         return operation.exact
     # exported programs hold torch's operation, since an exported graph keeps no autograd Function
-    if torch.compiler.is_exporting() or not any(level.requires_grad for each in given for level in levels(each)):
+    needed = any(level.requires_grad for each in given for level in levels(each)) or _wants_mask(operation, given[0])
+    if torch.compiler.is_exporting() or not needed:
         return operation.exact
     codable = is_codable(given[0]) and all(map(takes_part, given))
     if codable and not operation.transforms and is_empty(given[0]):

@@ -224,3 +224,105 @@ def test_a_view_whose_data_was_replaced_is_another_tensor():
     assert sharing.find(view) is not None
     view.data = torch.randn(2, 2, N)
     assert sharing.find(view) is None
+
+
+class TestLowRank:
+    """y = (x A^T) B^T, of few numbers in the middle: a reader of y keeps these."""
+
+    A, B = 8, 128
+
+    def weights(self):
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(shape, generator=generator, requires_grad=True) for shape in ((self.A, N), (self.B, self.A))]
+
+    def scaled(self, x, weights, scale, bits=4):
+        middle = CODED.linear(x, weights[0], bits=bits)
+        return CODED.linear(CODED.linear(middle, weights[1], bits=bits), scale, bits=bits)
+
+    def test_bytes(self):
+        x, weights = torch.randn(128, N), self.weights()
+        scale = torch.randn(16, self.B, requires_grad=True)
+        middle = 128 * self.A // 2 + 4 * (128 + 2 * self.A)
+        assert bytes_kept(lambda: self.scaled(x, weights, scale), leave_out=(x, *weights, scale)) == middle
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradients(self, dtype):
+        x, weights, scale = torch.randn(128, N), self.weights(), torch.randn(16, self.B, requires_grad=True)
+
+        def gradients(function):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = function()
+            return torch.autograd.grad(y.float().square().sum(), (*weights, scale))
+
+        exact = gradients(lambda: functional.linear(functional.linear(functional.linear(x, weights[0]), weights[1]), scale))
+        coded = gradients(lambda: self.scaled(x, weights, scale, bits=8))
+        for found, expected in zip(coded, exact, strict=True):
+            assert relative(found, expected) < 0.02
+
+    def test_a_weight_that_changes_before_backward_is_an_error(self):
+        x, weights, scale = torch.randn(128, N), self.weights(), torch.randn(16, self.B, requires_grad=True)
+        y = self.scaled(x, weights, scale)
+        with torch.no_grad():
+            weights[1].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+class Frozen(torch.nn.Module):
+    """Three trained layers, each behind a dropout, of what frozen ones make of a batch."""
+
+    def __init__(self, p):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before = torch.nn.Sequential(torch.nn.Linear(N, N), torch.nn.LayerNorm(N)).requires_grad_(False)
+        self.dropouts = torch.nn.ModuleList(torch.nn.Dropout(p) for _ in range(3))
+        self.readers = torch.nn.ModuleList(torch.nn.Linear(N, N) for _ in range(3))
+
+    def forward(self, x):
+        x = torch.sin(self.before(x))
+        return sum(reader(dropout(x)) for dropout, reader in zip(self.dropouts, self.readers, strict=True))
+
+
+class TestFrozenBefore:
+    CODES = 128 * N // 2
+
+    @pytest.mark.parametrize(("p", "masks"), [(0.0, 0), (0.3, 3 * 128 * N // 8)])
+    def test_bytes(self, p, masks):
+        x, model = torch.randn(128, N), Frozen(p)
+        assert bytes_kept(model, x) == (3 if p else 1) * 128 * N * 4
+        assert bytes_kept(fewbit.convert(model, bits=4), x) == self.CODES + 4 * (128 + 2 * N) + masks
+
+    @pytest.mark.parametrize("p", [0.0, 0.3])
+    def test_gradients(self, p):
+        x, exact, model = torch.randn(128, N), Frozen(p), fewbit.convert(Frozen(p), bits=8)
+        found = []
+        for each in (exact, model):
+            torch.manual_seed(1)
+            y = each(x)
+            found.append((y, *torch.autograd.grad(y.square().sum(), [*each.readers.parameters()])))
+        assert torch.equal(found[0][0], found[1][0])
+        for one, other in zip(*found, strict=True):
+            assert relative(other, one) < 0.02
+
+    def test_a_batch_is_kept_as_it_is(self):
+        class Plain(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.reader = torch.nn.Linear(N, N)
+
+            def forward(self, x):
+                return self.reader(x.view(-1, N)[:128].detach())
+
+        x = torch.randn(2, 64, N)
+        assert bytes_kept(fewbit.convert(Plain(), bits=4), x) == 0
+
+
+def test_dropouts_of_a_tensor_that_no_coded_layer_made_share_a_code():
+    x, weights = torch.randn(128, N, requires_grad=True), [torch.randn(N, N, requires_grad=True) for _ in range(3)]
+
+    def heads():
+        y = x + 1
+        return [CODED.linear(CODED.dropout(y, 0.3), weight, bits=4) for weight in weights]
+
+    own = 128 * N // 2 + 4 * (128 + 2 * N)
+    assert bytes_kept(heads, leave_out=(x, *weights)) == own + 3 * 128 * N // 8

@@ -118,6 +118,15 @@ def of_level(level):
     return lambda results: len(cases(results)), lambda results: sum(each.is_noise for each in cases(results))
 
 
+def of_lora(count):
+    """What `count` makes of the figures of all models, bases, adapters and times when these are attached."""
+
+    def found(results):
+        return count([each for bases in results.values() for ways in bases.values() for each in ways.values()])
+
+    return found
+
+
 JOINT = gains("GELU and linear", ["calibrated"], "1234")
 ALONE = gains("GELU", ["calibrated", "by gradient"], "234")
 
@@ -154,6 +163,29 @@ QUOTED = [
         "huggingface",
         behind("coded"),
         behind("calibrated"),
+    ),
+    *(
+        (
+            f"{model} {adapter} {{:.2f}} {{:.2f}} {{:.2f}} {{:.3f}} {{:.3f}}",
+            "lora",
+            *(f"{model}/{adapter}/after/kept/{precision}" for precision in ("float32", "bfloat16", "autocast")),
+            *(f"{model}/{adapter}/after/fidelity/{bits}/error" for bits in (4, 5)),
+        )
+        for model, adapter in (
+            ("Llama", "LoRA"),
+            *(
+                (model, "LoRA, dropout")
+                for model in ("Llama", "GPT-2", "BERT", "Llama, bitsandbytes nf4", "Llama, torchao int8")
+            ),
+            ("Llama", "DoRA, dropout"),
+        )
+    ),
+    ("In all {} cases, attached before or after `convert`", "lora", of_lora(len)),
+    ("4 bits keep at most {:.2f} of exact", "lora", of_lora(lambda cases: max(max(each["kept"].values()) for each in cases))),
+    (
+        "calls all of them safe, at 4 bits {}.",
+        "lora",
+        of_lora(lambda cases: sum(each["fidelity"]["4"]["verdict"] == "safe" for each in cases)),
     ),
     (
         "errs by {:.3f}, {:.1f} % of the SGD noise {:.2f}: safe, but look at blocks.*.up ({:.1f} % of its noise)",
@@ -312,6 +344,10 @@ def test_results_hold_what_readme_says_in_words():
     assert all(each["predicted"] == each["coded"] for each in kept)
     accuracies = {label: fmean(each["accuracy_percent"]) for label, each in read("resnet")["results"].items()}
     assert accuracies["joint codes, 4 bits"] >= accuracies["exact"]  # "at the same accuracy"
+    adapted = of_lora(list)(read("lora")["results"])
+    assert all(each["outputs equal"] and each["codes"] == 1 for each in adapted)
+    assert all(each["fidelity"]["5"]["verdict"] == "safe" for each in adapted)
+    assert all(ways["before"] == ways["after"] for bases in read("lora")["results"].values() for ways in bases.values())
     for units in (each["units"] for by_name in read("planner")["results"].values() for each in by_name.values()):
         assert units["predicted"] == pytest.approx(units["measured"], rel=0.01)
         assert units["pays, predicted"] == pytest.approx(units["pays, measured"], rel=0.01)

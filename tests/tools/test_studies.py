@@ -22,6 +22,7 @@ from tools.studies import (
     final_loss,
     gpt,
     huggingface,
+    lora,
     pictures,
     planner,
     recurrent,
@@ -316,3 +317,16 @@ class TestRecurrent:
         found = recurrent.times(screen, [(4, 2, 8)], rounds=2)
         assert set(found) == set(recurrent.KINDS)
         assert all(each["least"] <= each["ratio"] <= each["most"] for by_size in found.values() for each in by_size.values())
+
+
+@pytest.mark.slow
+# PEFT asks models of transformers 5 by the name that those before it know alone
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
+def test_lora(screen, monkeypatch):
+    monkeypatch.setattr(lora, "ADAPTERS", {"LoRA, dropout": lora.ADAPTERS["LoRA, dropout"]})
+    monkeypatch.setattr(lora, "BATCHES", 2)
+    found = lora.compare_all(screen, ["Llama"], [])["Llama"]["LoRA, dropout"]
+    assert found["before"] == found["after"]
+    assert found["after"]["codes"] == 1
+    assert found["after"]["fidelity"][lora.MORE]["error"] < found["after"]["fidelity"][lora.BITS]["error"]
+    assert "both" in printed(screen)
