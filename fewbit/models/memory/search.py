@@ -90,7 +90,7 @@ class _Search:
                 break
             limit = min(limit, point.peak) - max(1, (peak.bytes - self._budget) // 2)
         fitting = [each for each in found if each[0].bytes <= self._budget]
-        least = min(found, key=lambda each: each[0].bytes)
+        least = min(found, key=lambda each: (each[0].bytes, each[1]))
         peak, seconds, choice = min(fitting, key=lambda each: each[1], default=least)
         setting, peak = self._more_bits(choice, peak)
         costs = [Cost(each.peak, each.seconds / exact) for each, _ in points]
