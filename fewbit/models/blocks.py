@@ -15,6 +15,13 @@ def checkpoint_blocks(model: nn.Module, level: int = 0) -> nn.Module:
     return model
 
 
+def names_of_blocks(model: nn.Module, level: int = 0) -> list[str]:
+    """The dotted names of the blocks of that level, empty where there are none; see `blocks`."""
+    found = blocks(model)[level : level + 1]
+    names = {module: name for name, module in model.named_modules()}
+    return [names[block] for block in found[0]] if found else []
+
+
 def blocks(model: nn.Module) -> list[list[nn.Module]]:
     """The modules that a model repeats, the outermost first, as stages, their blocks, and what those repeat in turn.
 

@@ -72,7 +72,8 @@ class Preparation(Report):
         if self.peaks is None:
             return text
         peaks = [bytes_label(each.bytes) for each in self.peaks]
-        return f"{text}; the peak of a training step goes from {peaks[0]} to {peaks[1]}"
+        alone = "" if self.peaks[0].parts["optimizer"] else ", without an optimizer's state,"
+        return f"{text}; the peak of a training step{alone} goes from {peaks[0]} to {peaks[1]}"
 
     @property
     def next_step(self) -> str:

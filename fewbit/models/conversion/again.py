@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fewbit.torch_internals import leaves
+from fewbit.torch_internals import buffers_of, is_fake
 
+Tensor = torch.Tensor
 ATTRIBUTE = "runs_again"
-WRAPPED, ITSELF, INSIDE = (
-    True,
-    "itself",
-    "inside",
-)  # its values: by what is here, or as transformers has it: the layer, or around
-VALUES = (WRAPPED, ITSELF, INSIDE)
+# its values: by what is here; a layer of transformers by itself; a module around such layers
+VALUES = (WRAPPED, ITSELF, INSIDE) = True, "itself", "inside"
 _checkpoint = partial(checkpoint, use_reentrant=False)
 # what transformers sets of a layer, and of all around it that has these attributes, which then leave out their cache
 _OF_TRANSFORMERS = {"gradient_checkpointing": True, "_gradient_checkpointing_func": _checkpoint}
+_CONSTANT = (Tensor, nn.Module, type, FunctionType, BuiltinFunctionType, ModuleType)
+_PLAIN = (Tensor, bool, int, float, str, type(None))
+# of a module in some mode: the places of the buffers that its forward changes
+_changing: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], list[int]]] = WeakKeyDictionary()
 
 
 def way_of(module: nn.Module) -> bool | str:
@@ -47,36 +51,89 @@ def attributes_meant(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_again_in_backward(function: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """function(module, *args, **kwargs), now and again in backward, each time on arguments as they are given now.
+    """function(module, *args, **kwargs), now and again in backward, each time on arguments and buffers as they are now.
 
-    What the function changes in them, as in a cache that it fills, happens once.
+    What the function changes in them, as in a cache that it fills or in running statistics, it changes once. Compiled code runs
+    as torch's checkpoint has it.
     """
-    given = _kept(args, kwargs)
-    if given is None:
+    if torch.compiler.is_compiling():
         return _checkpoint(partial(function, module), *args, **kwargs)
-    runs = 0
+    given, before, runs = _copied(args, kwargs), _Buffers(module), 0
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal runs
         runs += 1
-        again = given() if runs > 1 else (args, kwargs)
-        return function(module, *again[0], **again[1])
+        if runs == 1:
+            try:
+                return function(module, *args, **kwargs)
+            finally:
+                before.keep_those_that_changed()
+        args, kwargs = (args, kwargs) if given is None else given()
+        with before.there_again():
+            return function(module, *args, **kwargs)
 
     return _checkpoint(run, *args, **kwargs)
 
 
-def _kept(args: tuple, kwargs: dict[str, Any]) -> Callable[[], tuple[tuple, dict[str, Any]]] | None:
+class _Buffers:
+    """The buffers of a module as they are before it runs."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._mode = tuple(each.training for each in module.modules())
+        places = [(buffers_of(each), name) for each in module.modules() for name in buffers_of(each)]
+        self._known = _changing.setdefault(module, {}).get(self._mode)
+        chosen = range(len(places)) if self._known is None else self._known
+        self._kept = {i: _Kept(*places[i]) for i in chosen if places[i][0][places[i][1]] is not None}
+
+    def keep_those_that_changed(self) -> None:
+        """Forget the others. Which these are is looked at in the first run of a mode: a device is waited for then.
+
+        Of fake tensors, which have no numbers, none is taken for changed.
+        """
+        if any(is_fake(each.content) for each in self._kept.values()):
+            self._kept = {}
+        elif self._known is None:
+            self._kept = {i: each for i, each in self._kept.items() if each.has_changed()}
+            _changing[self._module][self._mode] = [*self._kept]
+
+    @contextmanager
+    def there_again(self) -> Iterator[None]:
+        """Within this context they are there again, in the place of those of now."""
+        now = [(each, each.buffers[each.name]) for each in self._kept.values()]
+        try:
+            for each, _ in now:
+                each.buffers[each.name] = each.content.clone()
+            yield
+        finally:
+            for each, buffer in now:
+                each.buffers[each.name] = buffer
+
+
+class _Kept:
+    """A buffer, by the dictionary that holds it and its name there, and what it holds now."""
+
+    def __init__(self, buffers: Any, name: str):
+        self.buffers, self.name = buffers, name
+        self.content: Tensor = buffers[name].detach().clone()
+
+    def has_changed(self) -> bool:
+        now = self.buffers[self.name]
+        return now is None or now.shape != self.content.shape or not torch.equal(now, self.content)
+
+
+def _copied(args: tuple, kwargs: dict[str, Any]) -> Callable[[], tuple[tuple, dict[str, Any]]] | None:
     """What gives the arguments as they are now: containers and objects in them are made anew, tensors and modules are the same.
 
     None where there is nothing that could change, or where an object cannot be copied.
     """
-    if all(each is None or isinstance(each, (torch.Tensor, bool, int, float, str)) for each in leaves((args, kwargs))):
+    if all(isinstance(each, _PLAIN) for each in (*args, *kwargs.values())):
         return None
     constant: list[Any] = []
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> int | None:
-            if not isinstance(obj, (torch.Tensor, nn.Module)):
+            if not isinstance(obj, _CONSTANT):
                 return None
             constant.append(obj)
             return len(constant) - 1

@@ -52,7 +52,9 @@ def convert(
     filter_fn  of a module and its dotted name: whether to convert it; what is left out stays exact within others, too
     coding     of the tables, as in `fewbit.design`; None for the optimal one
     recompute  dotted names of modules that keep their inputs alone and run their forward again in backward, coded or not, as
-               `torch.utils.checkpoint` does: the blocks of a model, say
+               `torch.utils.checkpoint` does: the blocks of a model, say. What they change in their arguments and buffers, such
+               as the running statistics of a batch norm, they change once, but for compiled code. Layers of transformers do it
+               by their own way, in training. Codes are not shared across the edges of such a module.
     Returns    the model
 
     A model that was converted before has this setting alone afterwards; what was built of fewbit's modules stays. The logger
@@ -75,8 +77,8 @@ def convert(
     check_model("convert", model)
     check_filter(filter_fn)
     setting = Setting.of(bits, coding)
-    converted = convert_modules(model, setting, filter_fn, recompute=check_names("recompute", recompute))
-    log_conversion(model, setting, converted, recompute)
+    names = check_names("recompute", recompute)
+    log_conversion(model, setting, convert_modules(model, setting, filter_fn, recompute=names), names)
     return model
 
 

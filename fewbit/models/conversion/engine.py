@@ -25,6 +25,7 @@ from fewbit.record import Activation
 from fewbit.torch_internals import registered
 
 _BEFORE = "_before_fewbit"  # the attribute of a converted module that holds what `revert` needs
+_NO_FORWARD = nn.Module.forward  # that of a ModuleList
 CALLS = "calls"  # in the place of a kind: of modules whose calls of torch's functions are intercepted
 
 
@@ -193,23 +194,29 @@ def _let_run_again(model: nn.Module, names: Collection[str], intercepted: dict[s
     InputError for names that the model lacks, and for modules whose forward is not their class's.
     """
     modules, nothing = dict(model.named_modules()), Interception(None)
+    own_names = {module: name for name, module in modules.items()}
+    all_names = {name: own_names[module] for name, module in model.named_modules(remove_duplicate=False)}
 
     def let(name: str, way: bool | str) -> None:
         if name not in intercepted:
             module, own = modules[name], classes.own_class(modules[name])
             around = next((intercepted[each] for each in reversed(_around(name)) if each in intercepted), None)
             attributes = {"interception": nothing if around is None else around.attributes["interception"]}
-            found = classes.intercepted_class(own) if classes.runs_its_forward(module, own) and name not in coded else None
+            may = name not in coded and classes.runs_its_forward(module, own) and own.forward is not _NO_FORWARD
+            found = classes.intercepted_class(own) if may else None
             if found is None or is_converted(module) or _names_in_use(module, own, found, attributes):
-                raise InputError(f"{name!r}, a {own.__name__}, cannot run again in backward; name a module around it")
+                raise InputError(
+                    f"{name!r}, a {own.__name__}, cannot run again in backward; name a module around it, or those in it"
+                )
             intercepted[name] = _Change(name, module, "", own, found, attributes)
         attributes = intercepted[name].attributes
         intercepted[name].attributes = {**attributes, again.ATTRIBUTE: attributes.get(again.ATTRIBUTE, way)}
 
     for name in names:
-        if name not in modules:
-            near = "".join(f"; did you mean {each!r}?" for each in difflib.get_close_matches(name, modules, n=1))
+        if name not in all_names:
+            near = "".join(f"; did you mean {each!r}?" for each in difflib.get_close_matches(name, all_names, n=1))
             raise InputError(f"recompute names a module {name!r}, which the model does not have{near}")
+        name = all_names[name]  # where a module has several
         let(name, way := again.way_of(modules[name]))
         for each in _around(name) if way == again.ITSELF else ():
             if again.follows(modules[each]):

@@ -142,11 +142,10 @@ def forward_of(own: type[torch.nn.Module]) -> Callable[..., Any]:
     @wraps(own.forward)  # whose signature others read
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.runs_again is WRAPPED and torch.is_grad_enabled():
-            return run_again_in_backward(run_intercepted, self, args, kwargs)
-        return run_intercepted(self, *args, **kwargs)
+            return run_again_in_backward(partial(run_intercepted, self.interception), self, args, kwargs)
+        return run_intercepted(self.interception, self, *args, **kwargs)
 
-    def run_intercepted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = self.interception
+    def run_intercepted(settings: Interception, self: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_in_force(settings) or not _needs_gradients(self, args, kwargs):
             return own.forward(self, *args, **kwargs)
         mode = enter(settings, (args, kwargs))

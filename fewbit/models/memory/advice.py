@@ -113,7 +113,7 @@ def _of_candidate(name: str, saves: int | None, chosen: bool, seen: _Sight) -> t
     if reads_input and not now:
         return LEAVE, "reads the model's input, which is there anyway" + adds
     if not now:
-        return LEAVE, "keeps nothing that coding could shrink (a frozen weight, or no gradient)" + adds
+        return LEAVE, "keeps nothing itself that coding could shrink" + adds
     if partners := _partners(name, now, seen.classes):
         return LEAVE, f"{partners} keeps that tensor anyway" + (adds or ": to code it changes nothing")
     if saves == 0:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.console import Group
+from rich.text import Text
 from torch import nn
 
 from fewbit import terminal
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("fewbit")
 _SHOWN = 12  # points of the frontier in a table
+_TIGHT = 0.97  # of a budget
 OUTSIDE = "outside of blocks"
 
 
@@ -90,7 +92,8 @@ class BudgetPlan(Report):
         """What to paste into a program in the place of `convert()`: Python."""
         least, by_kind = self._least, dict(self.setting.by_kind)
         bits = str(least if Setting.of(least).by_kind == self.setting.by_kind else by_kind)
-        return self.choice.lines(bits if self.setting.coding is None else f"{bits}, coding={self.setting.coding!r}")
+        bits += "" if self.setting.coding is None else f", coding={self.setting.coding!r}"
+        return self.choice.lines(bits, self.filter_fn is not None)
 
     @property
     def verdict(self) -> str:
@@ -98,11 +101,11 @@ class BudgetPlan(Report):
         peaks = f"{bytes_label(self.peak.bytes)}, where exact training takes {bytes_label(self.exact.bytes)}"
         time = f"forward and backward take {self.time:.2f} of the exact time"
         if self.fits:
-            return f"fits {bytes_label(self.budget)}: the peak is {peaks}; {time}"
-        return (
-            f"nothing fits {bytes_label(self.budget)}: the least peak that was found is {peaks}; {time}. Take a smaller batch, "
-            "or fewer bits"
-        )
+            tight = "; leave a few percent for what a process holds besides" if self.peak.bytes > _TIGHT * self.budget else ""
+            return f"fits {bytes_label(self.budget)}: the peak is {peaks}; {time}{tight}"
+        fewer = ", or fewer bits" if self.choice.codes else ""
+        least = f"nothing fits {bytes_label(self.budget)}: the least peak that was found is {peaks}; {time}"
+        return f"{least}. Take a smaller batch{fewer}"
 
     def rows(self) -> list[dict[str, Any]]:
         """A block each, and the rest."""
@@ -132,13 +135,20 @@ class BudgetPlan(Report):
         for names, way in self._runs():
             label = names[0] if len(names) == 1 else f"{names[0]} to {names[-1].rpartition('.')[2]}"
             chosen.add_row(label, str(len(names)) if names[0] != OUTSIDE else "", self._label(way))
-        others = terminal.table(("all blocks alike, or a mixture",), ("peak", "time of exact"))
-        for way, cost in self.uniform.items():
-            others.add_row(f"all: {way}", bytes_label(cost.peak), f"{cost.time:.2f}")
-        for cost in thinned(self.frontier, _SHOWN):
-            others.add_row("a mixture, about", bytes_label(cost.peak), f"{cost.time:.2f}")
-        lines = "plan.convert() does it, and so do these lines:", "", self.lines
-        return Group(self.verdict, "", chosen, "", others, "", self.how, "", *lines)
+        others = terminal.table(("way",), ("peak", "time of exact"))
+        for what, cost in self._costs():
+            others.add_row(what, bytes_label(cost.peak), f"{cost.time:.2f}")
+        lines = Text(self.lines, no_wrap=True, overflow="ignore")  # which are pasted
+        head = "plan.convert() does it, and so do these lines" + (", with your filter_fn:" if self.filter_fn else ":")
+        return Group(self.verdict, f"  {self.forward.words}", "", chosen, "", others, "", self.how, "", head, "", lines)
+
+    def _costs(self) -> list[tuple[str, Cost]]:
+        """What is shown beside each other: this plan, all blocks alike with the rest coded where they are, and mixtures."""
+        found = [("this plan", Cost(self.peak.bytes, self.time))]
+        found += [(f"all blocks: {way}", cost) for way, cost in self.uniform.items()]
+        known = {_shown(cost) for _, cost in found}
+        mixtures = [each for each in thinned(self.frontier, _SHOWN) if _shown(each) not in known]
+        return found + [("a mixture, about", each) for each in mixtures]
 
     def _label(self, way: Way) -> str:
         return str(way).replace("code", f"code at {plural(self._least, 'bit')}")
@@ -163,6 +173,10 @@ class BudgetPlan(Report):
         return plot_frontier(
             [*self.frontier], uniform, (self.peak.bytes, self.time), self.budget, f"{name}: memory against time"
         )
+
+
+def _shown(cost: Cost) -> tuple[str, str]:
+    return bytes_label(cost.peak), f"{cost.time:.2f}"
 
 
 def thinned(costs: Sequence[Cost], most: int) -> list[Cost]:

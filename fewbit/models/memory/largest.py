@@ -13,7 +13,7 @@ from rich.console import Group
 from fewbit import terminal
 from fewbit.errors import InputError
 from fewbit.models.arguments import Filter
-from fewbit.models.blocks import blocks, checkpoint_blocks
+from fewbit.models.blocks import names_of_blocks
 from fewbit.models.conversion.engine import convert_modules
 from fewbit.models.conversion.setting import Setting
 from fewbit.models.memory.forward import Forward
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 EXACT, CODED, CHECKPOINTED, BOTH = "exact", "coded", "checkpointed", "coded and checkpointed"
+_UNSEEN = "Whether the model takes sequences so long is not seen: its positions may end before."
 _LARGEST = 2**20  # samples of a batch that are looked for
 
 
@@ -76,8 +77,9 @@ class LargestBatch(Report):
             times = f"{found.samples / exact:.1f} ×" if exact and way != EXACT else ""
             view.add_row(way, str(found.samples or "none"), times, bytes_label(found.bytes), found.moment)
         what = "largest batch" if self.grows == "batch" else "longest sequence"
+        unseen = ["", _UNSEEN] if self.grows == "sequence" else []
         title = f"The {what} of {self.model} whose training step fits {bytes_label(self.budget)}"
-        return Group(f"{title}; coded: {self.setting}", "", view)
+        return Group(f"{title}; coded: {self.setting}", "", view, *unseen)
 
     def figure(self) -> Figure:
         from fewbit.plots.memory import plot_counts
@@ -98,9 +100,9 @@ def largest(
     forward.check_unchanged()
     limit, model, size = parse_bytes(budget), forward.model, size_of(forward.batch, dimension)
     ways: dict[str, Callable[[], Any]] = {EXACT: lambda: None, CODED: lambda: convert_modules(model, setting, filter_fn)}
-    if blocks(model):
-        ways[CHECKPOINTED] = lambda: checkpoint_blocks(model)
-        ways[BOTH] = lambda: (convert_modules(model, setting, filter_fn), checkpoint_blocks(model))
+    if names := names_of_blocks(model):
+        ways[CHECKPOINTED] = lambda: convert_modules(model, setting, lambda module, name: False, recompute=names)
+        ways[BOTH] = lambda: convert_modules(model, setting, filter_fn, recompute=names)
     found: dict[str, Fitting] = {}
     with terminal.progress("trying batches") as advance:
         for way, change in ways.items():

@@ -24,7 +24,7 @@ from fewbit.models.memory.page import page
 from fewbit.models.memory.peak import MakeOptimizer, Optimizer, Peak, optimizer_of, peak_of
 from fewbit.models.memory.plan import Plan, plan
 from fewbit.models.memory.saved import ACTIVATIONS, Storage, plain_operation
-from fewbit.models.memory.search import plan_budget
+from fewbit.models.memory.search import Searches
 from fewbit.models.memory.storages import (
     NOTE,
     ROLES,
@@ -55,7 +55,8 @@ def memory(
     """What one forward pass of a model keeps for backward: every saved tensor, by the module and operation that saved it.
 
     model    runs once as it is, in training or evaluation mode, with gradients enabled; its buffers, gradients and attributes
-             and torch's random numbers are afterwards as before. A compiled model is one module to this.
+             and torch's random numbers are afterwards as before, but what lists and other objects in attributes hold is not
+             looked at. A compiled model is one module to this.
     batch    what to call it with: a tensor, a tuple (or list) of arguments, or a mapping of named ones; with a loss_fn whatever
              that takes
     fake     run on fake tensors, which take neither memory nor time: for models too large for this machine. Tensors of the meta
@@ -105,6 +106,10 @@ class MemoryReport(Report):
         self.forward.check_unchanged()
         return peak_of(self.forward, self.make_optimizer)
 
+    @cached_property
+    def _searches(self) -> Searches:
+        return Searches(self.forward, not self.fake, self.make_optimizer)
+
     @property
     def activation_bytes(self) -> int:
         """Bytes of all that is neither parameter, buffer, input nor table."""
@@ -142,7 +147,7 @@ class MemoryReport(Report):
         title = f"{found['model']} keeps {bytes_label(self.activation_bytes)} for backward, in {how}"
         title += f"; most of it for {most_of_it}" if most_of_it else ""
         others = ", ".join(f"{bytes_label(found[role])} of {role}" for role in ROLES[1:] if found[role])
-        notes = [f"besides: {others}"] if others else []
+        notes = [f"saved besides: {others}"] if others else []
         parts = [title, f"  {self.forward.words}", "", _table(self.storages, most), "", *notes, NOTE]
         return Group(*parts, *([self.note] if self.note else []))
 
@@ -179,7 +184,7 @@ class MemoryReport(Report):
         budget  bytes that a training step may take at its peak, or a text such as "8 GiB". Then each block that the model
                 repeats is kept, coded, recomputed (its input is kept exactly), or coded and recomputed, so that the step fits
                 and takes the least time. A step of each way runs on fake tensors, and a few on real ones, to be timed; if this
-                report was made with fake=True, operators are counted instead. Codes have `bits`, or more where there is room.
+                report was made with fake=True, operators are counted instead. Another budget needs no more such steps.
 
         Raises as `fewbit.convert`, before anything is changed, and InputError if the model was converted since; with a budget
         also for one that is none, and as `peak`.
@@ -187,7 +192,7 @@ class MemoryReport(Report):
         setting = Setting.of(bits, coding)
         check_filter(filter_fn)
         if budget is not None:
-            return plan_budget(self.forward, not self.fake, setting, budget, filter_fn, self.make_optimizer)
+            return self._searches.plan(budget, setting, filter_fn)
         return plan(self.forward, None if self.fake else self.storages, setting, filter_fn, self.make_optimizer)
 
     def largest_batch(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from fewbit import terminal
-from fewbit.constants import MAX_BITS
 from fewbit.models.arguments import Filter, roots_of
 from fewbit.models.blocks import blocks
 from fewbit.models.conversion.setting import Setting
@@ -29,25 +29,32 @@ _TRIES = 8  # of choices, until one fits when it runs
 _MOST_BLOCKS = 200
 
 
-def plan_budget(
-    forward: Forward,
-    measure: bool,
-    setting: Setting,
-    budget: int | str,
-    filter_fn: Filter | None = None,
-    make_optimizer: MakeOptimizer | None = None,
-) -> BudgetPlan:
-    """See `MemoryReport.plan`. measure: whether the model may run, to be timed"""
-    forward.check_unchanged()
-    limit = terminal.parse_bytes(budget)
-    names = {module: name for name, module in forward.model.named_modules()}
-    levels = [[names[module] for module in level] for level in blocks(forward.model)] or [[]]
-    levels = levels[:1] + [level for level in levels[1:2] if len(levels[0]) < len(level) <= _MOST_BLOCKS]
-    with terminal.progress("weighing what to keep, code and recompute") as advance:
-        found = [
-            _Search(forward, measure, setting, limit, filter_fn, make_optimizer, level, advance).best() for level in levels
-        ]
-    return min(found, key=lambda plan: (not plan.fits, plan.time if plan.fits else plan.peak.bytes))
+class Searches:
+    """What steps of each way tell of a model, to plan for any budget: they run once for a setting and a filter."""
+
+    def __init__(self, forward: Forward, measure: bool, make_optimizer: MakeOptimizer | None):
+        """measure: whether the model may run, to be timed"""
+        self._forward, self._measure, self._make_optimizer = forward, measure, make_optimizer
+        self._known: dict[Any, list[_Search]] = {}
+
+    def plan(self, budget: int | str, setting: Setting, filter_fn: Filter | None) -> BudgetPlan:
+        """See `MemoryReport.plan`."""
+        self._forward.check_unchanged()
+        limit, key = terminal.parse_bytes(budget), (setting, id(filter_fn))
+        with terminal.progress("weighing what to keep, code and recompute") as advance:
+            if key not in self._known:
+                self._known[key] = [self._search(level, setting, filter_fn, advance) for level in self._levels()]
+            found = [search.best(limit, advance) for search in self._known[key]]
+        return min(found, key=lambda plan: (not plan.fits, plan.time if plan.fits else plan.peak.bytes))
+
+    def _levels(self) -> list[list[str]]:
+        """Names of the blocks to choose for: those outside, and those inside of these if they are more."""
+        names = {module: name for name, module in self._forward.model.named_modules()}
+        outer, *inner = [[names[module] for module in level] for level in blocks(self._forward.model)] or [[]]
+        return [outer, *(level for level in inner[:1] if len(outer) < len(level) <= _MOST_BLOCKS)]
+
+    def _search(self, names: Sequence[str], setting: Setting, filter_fn: Filter | None, advance: Callable[[], None]) -> _Search:
+        return _Search(self._forward, self._measure, setting, filter_fn, self._make_optimizer, names, advance)
 
 
 class _Search:
@@ -58,13 +65,12 @@ class _Search:
         forward: Forward,
         measure: bool,
         setting: Setting,
-        budget: int,
         filter_fn: Filter | None,
         make_optimizer: MakeOptimizer | None,
         names: Sequence[str],
         advance: Callable[[], None],
     ):
-        self._forward, self._setting, self._budget, self._filter = forward, setting, budget, filter_fn
+        self._forward, self._setting, self._filter = forward, setting, filter_fn
         self._make_optimizer, self._names, self._advance = make_optimizer, names, advance
         self._rates = rates_of(*main_device(forward.model))
         self._peaks: dict[Way, Peak] = {}
@@ -76,31 +82,31 @@ class _Search:
         self._scales, how = self._times(measure)
         self.how = how + self._reason
 
-    def best(self) -> BudgetPlan:
+    def best(self, budget: int, advance: Callable[[], None]) -> BudgetPlan:
         """The fastest choice that fits, in fact and not as predicted alone; or else that of the least peak."""
+        self._advance = advance
         points, exact = self._frontier(), self._seconds(KEEP)
         found = [(each, self._seconds(way), self._alike(way)) for way, each in self._peaks.items()]
-        limit = self._budget
+        limit = budget
         for _ in range(_TRIES):
             fitting = [each for each in points if each[0].peak <= limit]
             point, choice = min(fitting, key=lambda each: each[0].seconds) if fitting else points[0]
-            peak = self._peak(choice, self._setting)
+            peak = self._peak(choice)
             found.append((peak, point.seconds, choice))
-            if peak.bytes <= self._budget or not fitting:
+            if peak.bytes <= budget or not fitting:
                 break
-            limit = min(limit, point.peak) - max(1, (peak.bytes - self._budget) // 2)
-        fitting = [each for each in found if each[0].bytes <= self._budget]
+            limit = min(limit, point.peak) - max(1, (peak.bytes - budget) // 2)
+        fitting = [each for each in found if each[0].bytes <= budget]
         least = min(found, key=lambda each: (each[0].bytes, each[1]))
         peak, seconds, choice = min(fitting, key=lambda each: each[1], default=least)
-        setting, peak = self._more_bits(choice, peak)
         costs = [Cost(each.peak, each.seconds / exact) for each, _ in points]
         uniform = {way: Cost(each.bytes, self._seconds(way) / exact) for way, each in self._peaks.items()}
         return BudgetPlan(
             self._forward,
             self._filter,
             choice,
-            setting,
-            self._budget,
+            self._setting,
+            budget,
             peak,
             seconds / exact,
             self._peaks[KEEP],
@@ -113,7 +119,7 @@ class _Search:
         """A step with all blocks trained so, and the rest coded or not as they are."""
         recorder = Recorder(self._names, self._rates)
         try:
-            peak = self._peak(self._alike(way), self._setting, recorder)
+            peak = self._peak(self._alike(way), recorder)
             if way == KEEP:
                 self._units = units_of(recorder.moments)
             self._courses[way] = course_of(recorder.moments, self._units)
@@ -124,9 +130,9 @@ class _Search:
             return
         self._peaks[way] = peak
 
-    def _peak(self, choice: Choice, setting: Setting, recorder: Recorder | None = None) -> Peak:
+    def _peak(self, choice: Choice, recorder: Recorder | None = None) -> Peak:
         with preserved_structure(self._forward.model):
-            choice.convert(self._forward.model, setting, self._filter)
+            choice.convert(self._forward.model, self._setting, self._filter)
             found = peak_of(self._forward, self._make_optimizer, tell=recorder)
         self._advance()
         return found
@@ -174,18 +180,6 @@ class _Search:
                 best.append(each)
         return best
 
-    def _more_bits(self, choice: Choice, peak: Peak) -> tuple[Setting, Peak]:
-        """The most bits with which the choice fits, too: they cost no time and make gradients better."""
-        if peak.bytes > self._budget or not (choice.rest or any(way.coded for way in choice.blocks.values())):
-            return self._setting, peak
-        least = min(bits for _, bits in self._setting.by_kind)
-        for extra in range(MAX_BITS - least, 0, -1):
-            setting = self._setting.raised(extra)
-            other = self._peak(choice, setting)
-            if other.bytes <= self._budget:
-                return setting, other
-        return self._setting, peak
-
 
 def _points(rest: Course, courses: Sequence[Course], scales: Sequence[float]) -> list[Point]:
     """The frontier of choices for the blocks.
@@ -232,6 +226,8 @@ def _step_seconds(forward: Forward) -> float:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     leaves = [each for each in (*forward.model.parameters(), *tensors_in(forward.batch)) if each.requires_grad]
     before = [each.grad for each in leaves]
+    for each in leaves:
+        each.grad = None
     try:
         wait()
         begin = time.perf_counter()

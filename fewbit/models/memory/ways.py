@@ -44,6 +44,11 @@ class Choice:
         return convert_modules(model, setting, self._filter(filter_fn), recompute=self.recomputed)
 
     @property
+    def codes(self) -> bool:
+        """Whether anything is coded."""
+        return self.rest or any(way.coded for way in self.blocks.values())
+
+    @property
     def recomputed(self) -> list[str]:
         """Names of the blocks that are."""
         return [name for name, way in self.blocks.items() if way.recomputed]
@@ -71,21 +76,26 @@ class Choice:
 
         return passes
 
-    def lines(self, bits: str) -> str:
-        """Python that converts a model so. bits: as it is written there"""
+    def lines(self, bits: str, is_filtered: bool) -> str:
+        """Python that converts a model so.
+
+        bits         as they are written there
+        is_filtered  whether a filter of the user's chooses modules besides; it is called filter_fn there
+        """
         coded = [name for name, way in self.blocks.items() if way.coded]
         exact = [name for name, way in self.blocks.items() if not way.coded]
-        if not coded and not self.rest and not self.recomputed:
+        shown, passes = "", "filter_fn(module, name)" if is_filtered else ""
+        if not (coded or self.rest or self.recomputed):
             return "# nothing is to be done"
         if not coded and not self.rest:
-            shown, arguments = "", ["filter_fn=lambda module, name: False"]
-        elif not exact and self.rest:
-            shown, arguments = "", [f"bits={bits}"]
+            arguments = ["filter_fn=lambda module, name: False"]
         else:
-            few, word = (exact, "not ") if self.rest else (coded, "")
-            shown = f"{'exact' if self.rest else 'coded'} = tuple({_names(few, end='.')})\n"
-            name = "exact" if self.rest else "coded"
-            arguments = [f"bits={bits}", f'filter_fn=lambda module, name: {word}f"{{name}}.".startswith({name})']
+            if exact or not self.rest:
+                few, word, name = (exact, "not ", "exact") if self.rest else (coded, "", "coded")
+                shown = f"{name} = tuple({_names(few, end='.')})\n"
+                chosen = f'{word}f"{{name}}.".startswith({name})'
+                passes = f"{chosen} and {passes}" if is_filtered else chosen
+            arguments = [f"bits={bits}", *([f"filter_fn=lambda module, name: {passes}"] if passes else [])]
         if self.recomputed:
             arguments.append(f"recompute={_names(self.recomputed)}")
         return f"{shown}fewbit.convert(model, {', '.join(arguments)})"

@@ -98,6 +98,82 @@ def test_it_travels(x, tmp_path):
         assert all(torch.equal(each, wanted[name]) for name, each in seeded(other, x).items())
 
 
+class OfDict(Block):
+    """Changes the dictionary that it gets."""
+
+    def forward(self, state):
+        state["h"] = state["h"] + torch.tanh(self.layer(state["h"]))
+        return state
+
+
+class OfList(Block):
+    """Appends to the list that it gets, as a DenseNet's layers do."""
+
+    def forward(self, found):
+        found.append(torch.tanh(self.layer(sum(found))))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "end"), [(OfDict, "dict", lambda d: d["h"]), (OfList, "list", lambda found: found[-1])]
+)
+def test_containers_that_blocks_change(kind, start, end, x):
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.blocks = nn.Linear(8, 8), nn.ModuleList(kind() for _ in range(3))
+
+        def forward(self, x):
+            state = {"h": self.first(x)} if start == "dict" else [self.first(x)]
+            for block in self.blocks:
+                state = block(state)
+            return state["h" if start == "dict" else -1]
+
+    model = Whole()
+    wanted = seeded(model, x)
+    fewbit.convert(model, recompute=NAMES, **NOTHING)
+    assert all(torch.equal(each, wanted[name]) for name, each in seeded(model, x).items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_buffers_change_once(training, x):
+    """Running statistics, and a number that the block counts and multiplies by."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+            self.register_buffer("count", torch.ones(()))
+            self.register_buffer("constant", torch.randn(8))
+
+        def forward(self, x):
+            self.count += 1
+            return torch.tanh(self.norm(self.layer(x))) * self.count.clone() + self.constant
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(Counting() for _ in range(3))).train(training)
+    model = fewbit.convert(copy.deepcopy(plain), recompute=["0", "1", "2"], **NOTHING)
+    for _ in range(3):
+        wanted = seeded(plain, x)
+        assert all(torch.equal(each, wanted[name]) for name, each in seeded(model, x).items())
+    assert all(torch.equal(each, model.state_dict()[name]) for name, each in plain.state_dict().items())
+    model.train(not training)
+    plain.train(not training)
+    wanted = seeded(plain, x)
+    assert all(torch.equal(each, wanted[name]) for name, each in seeded(model, x).items())
+    assert all(torch.equal(each, model.state_dict()[name]) for name, each in plain.state_dict().items())
+
+
+def test_names_of_all_kinds(x):
+    """A generator of them, and one of several names of a block."""
+    model = Model()
+    model.again = model.blocks[1]
+    fewbit.convert(model, recompute=(name for name in NAMES), **NOTHING)
+    assert [block.runs_again for block in model.blocks] == [True] * 3
+    fewbit.convert(model, recompute=["again"], **NOTHING)
+    assert [getattr(block, "runs_again", False) for block in model.blocks] == [False, True, False]
+
+
 def test_sequential_blocks(x):
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2)))
     wanted = seeded(model, x)
@@ -166,4 +242,6 @@ class TestErrors:
         model = Model()
         with pytest.raises(InputError, match="name a module around it"):
             fewbit.convert(model, recompute=["blocks.0.layer"])
+        with pytest.raises(InputError, match="or those in it"):
+            fewbit.convert(model, recompute=["blocks"])
         assert types(model) == types(Model())

@@ -142,7 +142,7 @@ def test_what_pays_only_together():
 def test_frozen_layers_and_products():
     found = advice_of(fewbit.memory(mlp(nn.GELU(), False), batch(True)).plan(bits={"activation": 3, "linear": 4}))
     assert found["1"][0] == "code"
-    assert found["2"] == ("leave", "keeps nothing that coding could shrink (a frozen weight, or no gradient)")
+    assert found["2"] == ("leave", "keeps nothing itself that coding could shrink")
     found = advice_of(fewbit.memory(WrittenOut(WIDTH, HIDDEN), batch()).plan(bits={"activation": 3}))
     assert found[""] == ("leave", "keeps the same bytes coded")
     assert found["down"] == ("leave", "stays exact with these bits")
