@@ -15,11 +15,14 @@ from fewbit.cli.models import (
     Fake,
     Gradient,
     Inputs,
+    LossName,
     Model,
     ModelOptions,
     OptimizerName,
     Seed,
+    check_loss_name,
     check_step,
+    loss_of_name,
     parsed_bits,
     running,
 )
@@ -38,6 +41,7 @@ def memory(
     autocast: AutocastDtype = None,
     device: DeviceName = "cpu",
     seed: Seed = 0,
+    loss: LossName = None,
     optimizer: OptimizerName = None,
     budget: Annotated[str | None, typer.Option(help="Show the largest batches that fit: '24 GiB', say.")] = None,
     bits: Annotated[
@@ -61,13 +65,15 @@ def memory(
     options.check()
     wanted = None if bits is None else parsed_bits(bits)
     check_step(optimizer, budget)
+    check_loss_name(loss)
     from fewbit import terminal
     from fewbit.models.memory.report import memory as measure
 
+    loss_fn = None if loss is None else loss_of_name(loss)
     found = options.make()
     batch = options.batch(found)
     with options.autocast(), running():
-        report = measure(found, batch, fake=fake, optimizer=optimizer)
+        report = measure(found, batch, fake=fake, loss_fn=loss_fn, optimizer=optimizer)
         results = {"peak": _peak_of(report)}
         if wanted is not None:
             results["plan"] = report.plan(wanted)
@@ -90,6 +96,7 @@ def plan(
     autocast: AutocastDtype = None,
     device: DeviceName = "cpu",
     seed: Seed = 0,
+    loss: LossName = None,
     bits: BitsByKind = str(DEFAULT_MODEL_BITS),
     budget: Annotated[str | None, typer.Option(help="Bytes that a step may take at its peak: '8 GiB', say.")] = None,
     optimizer: OptimizerName = None,
@@ -111,15 +118,17 @@ def plan(
     options.check()
     wanted = parsed_bits(bits)
     check_step(optimizer, budget)
+    check_loss_name(loss)
     if budget is not None and html_path is not None:
         raise typer.BadParameter("--html has no page for a --budget; --json, --csv and --plot have all of it")
     from fewbit import terminal
     from fewbit.models.memory.report import memory as measure
 
+    loss_fn = None if loss is None else loss_of_name(loss)
     found = options.make()
     batch = options.batch(found)
     with options.autocast(), running():
-        report = measure(found, batch, fake=fake, optimizer=optimizer)
+        report = measure(found, batch, fake=fake, loss_fn=loss_fn, optimizer=optimizer)
         if budget is not None:
             planned, peaks = report.plan(wanted, budget=budget), {}
         else:

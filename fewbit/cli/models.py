@@ -209,8 +209,7 @@ class BatchOptions:
             from fewbit.cli.inputs import check_samples
 
             check_samples(self.arrays, self.samples or SAMPLES)
-        if self.loss is not None and ":" not in self.loss:
-            raise typer.BadParameter(f"--loss is given as package.module:function, got {self.loss!r}")
+        check_loss_name(self.loss)
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -230,15 +229,7 @@ class BatchOptions:
 
     def loss_function(self) -> Callable[[Any, Any], Any] | None:
         """Of the model and a batch, under autocast; None where none is named. InputError for what is no function."""
-        if self.loss is None:
-            return None
-        try:
-            found = named(self.loss)
-        except (Exception, SystemExit) as error:  # whatever the module does on import
-            raise InputError(f"cannot import {self.loss}: {type(error).__name__}: {error}") from error
-        if not callable(found):
-            raise InputError(f"{self.loss} is no function of the model and a batch, but a {type(found).__name__}")
-        return self.under_autocast(found)
+        return None if self.loss is None else self.under_autocast(loss_of_name(self.loss))
 
     def around(self) -> AbstractContextManager[Any]:
         """The context for what has no loss function that sees to autocast."""
@@ -295,6 +286,23 @@ def told_as_usage(option: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def check_loss_name(name: str | None) -> None:
+    """Raise for what cannot name a function."""
+    if name is not None and ":" not in name:
+        raise typer.BadParameter(f"--loss is given as package.module:function, got {name!r}")
+
+
+def loss_of_name(name: str) -> Callable[[Any, Any], Any]:
+    """The function of the model and a batch. InputError for what cannot be imported, and for what is no function."""
+    try:
+        found = named(name)
+    except (Exception, SystemExit) as error:  # whatever the module does on import
+        raise InputError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise InputError(f"{name} is no function of the model and a batch, but a {type(found).__name__}")
+    return found
 
 
 def check_step(optimizer: str | None, budget: str | None = None) -> None:

@@ -240,6 +240,20 @@ def test_plan(capsys, models):
     assert "What to do" in (models / "a.html").read_text()
 
 
+@pytest.mark.parametrize("command", ["memory", "plan"])
+def test_a_loss_is_part_of_the_step(capsys, models, command):
+    """What the loss keeps counts, too."""
+    given = [command, "some_models:Vector", "--input", "512,8", "--json", "a.json"]
+    kept = []
+    for loss in ([], ["--loss", "some_models:square"]):
+        status, _, err = run(capsys, *given, *loss)
+        assert (status, err) == (0, "")
+        figures = json.loads((models / "a.json").read_text())
+        kept.append(figures["activations" if command == "memory" else "before"])
+    assert kept[1] > kept[0]
+    assert run(capsys, *given, "--loss", "nothing")[0] == 2
+
+
 def test_plan_within_a_budget(capsys, models):
     given = ["plan", "some_models:make", "--input", "64,8", "--bits", 4, "--budget", "50 KiB", "--fake"]
     status, out, err = run(capsys, *given, "--json", "a.json", "--plot", "a.png")
