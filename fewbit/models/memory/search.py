@@ -24,7 +24,7 @@ from fewbit.models.memory.saved import tensors_in
 from fewbit.models.memory.ways import CODE, KEEP, WAYS, Choice, Way
 from fewbit.models.preserve import preserved_structure
 
-_ROUNDS, _ENOUGH_SECONDS = 3, 20.0  # steps that are timed of each way, and the time from which on one round does
+_ROUNDS, _ENOUGH_SECONDS = 5, 20.0  # steps that are timed of each way, and the time from which on one round does
 _TRIES = 8  # of choices, until one fits when it runs
 _MOST_BLOCKS = 200
 
@@ -206,7 +206,8 @@ def _points(rest: Course, courses: Sequence[Course], scales: Sequence[float]) ->
 def _measured_seconds(
     forward: Forward, choices: Sequence[Choice], setting: Setting, filter_fn: Filter | None, advance: Callable[[], None]
 ) -> list[float]:
-    """Of a step of the model, forward and backward, by each of these choices: the median of a few, one after the other."""
+    """Of a step of the model, forward and backward, by each of these choices: the median of a few, each as a multiple of the
+    first one's beside it."""
     taken: list[list[float]] = [[] for _ in choices]
     begin = time.perf_counter()
     with forward.untouched():
@@ -218,7 +219,8 @@ def _measured_seconds(
                 advance()
             if turn and time.perf_counter() - begin > _ENOUGH_SECONDS:
                 break
-    return [statistics.median(each[1:]) for each in taken]
+    first, unit = taken[0][1:], statistics.median(taken[0][1:])
+    return [unit * statistics.median(one / other for one, other in zip(each[1:], first, strict=True)) for each in taken]
 
 
 def _step_seconds(forward: Forward) -> float:
