@@ -12,6 +12,7 @@ from torch import nn
 
 import fewbit
 from fewbit import demo, terminal
+from fewbit.bench import models
 from fewbit.bench.step import Step
 from fewbit.models.blocks import blocks
 from tools.studies import (
@@ -20,6 +21,7 @@ from tools.studies import (
     common,
     fidelity,
     final_loss,
+    frontier,
     gpt,
     huggingface,
     lora,
@@ -330,3 +332,16 @@ def test_lora(screen, monkeypatch):
     assert found["after"]["codes"] == 1
     assert found["after"]["fidelity"][lora.MORE]["error"] < found["after"]["fidelity"][lora.BITS]["error"]
     assert "both" in printed(screen)
+
+
+@pytest.mark.slow
+def test_frontier(screen, monkeypatch):
+    monkeypatch.setattr(frontier, "SHARES", (0.5, 0.25))
+    monkeypatch.setattr(frontier, "ROUNDS", 1)
+    found = frontier.compare(models.gpt(3, 64, 4, 64), screen, "a GPT")
+    assert len(found) == 2
+    for each in found:
+        assert each["measured peak"] == pytest.approx(each["planned peak"], rel=0.15)
+        assert each["planned peak"] <= each["budget"]
+        assert each["measured time"] > 0
+    assert "a GPT" in printed(screen)
