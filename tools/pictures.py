@@ -30,7 +30,9 @@ def picture() -> Figure:
     found = peaks()
     for i, (way, color) in enumerate(WAYS.items()):
         places = [model + 0.28 * (i - 1) for model in range(len(found))]
-        bars = axes.bar(places, [each[i] for each in found.values()], 0.26, label=way, color=color, edgecolor="black", linewidth=0.6)
+        bars = axes.bar(
+            places, [each[i] for each in found.values()], 0.26, label=way, color=color, edgecolor="black", linewidth=0.6
+        )
         axes.bar_label(bars, [f"{each[i]:.2f}" for each in found.values()], padding=1)
     axes.set_xticks(range(len(found)), MODELS)
     axes.set(ylim=(0, 1.15), yticks=(), ylabel="peak over exact")
