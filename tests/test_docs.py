@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from documents import PAGES, ROOT, blocks, commands, namespace
 
 import fewbit
-from documents import PAGES, ROOT, blocks, commands, namespace
 from tools import pictures
 
 RUN = ["index", "convert", "memory", "safety", "tables", "trainers"]  # pages with blocks of Python

@@ -4,8 +4,9 @@ import re
 import subprocess
 import sys
 
-import fewbit
 from documents import README, ROOT, blocks, commands, namespace
+
+import fewbit
 
 TEXT = README.read_text(encoding="utf-8")
 
