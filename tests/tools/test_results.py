@@ -295,9 +295,9 @@ QUOTED = [
         *(final_loss_above_exact(label) for label in ("5", "4", "3")),
     ),
     (
-        "The zoo has {} small models, with dropout and with whatever stays exact: of transformers, timm, torchvision, diffusers "
-        "and torch.nn, and written out by hand (`python -m tools.studies.zoo`). `convert` at 4 bits leaves {:.2f} of the bytes at "
-        "the median and {:.2f} at the 90th percentile, with a gradient error of {:.3f} at the median",
+        "The zoo has {} small models, with dropout and with whatever stays exact: of transformers, timm, torchvision, "
+        "diffusers and torch.nn, and written out by hand (`python -m tools.studies.zoo`). `convert` at 4 bits leaves {:.2f} "
+        "of the bytes at the median and {:.2f} at the 90th percentile, with a gradient error of {:.3f} at the median",
         "zoo",
         "summary/models",
         "summary/kept/median",
