@@ -50,7 +50,7 @@ def _paragraph(text: str) -> str:
 def _escaped(text: str) -> str:
     """Text outside of backticks: no emphasis, no tags."""
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if part.startswith("`") else re.sub(r"([*_<\[])", r"\\\1", part) for part in parts)
+    return "".join(part if part.startswith("`") else re.sub(r"([*_\[])", r"\\\1", part.replace("<", "&lt;")) for part in parts)
 
 
 class Docstrings(griffe.Extension):

@@ -44,7 +44,7 @@ def no_window(monkeypatch):
             ],
         ),
         (["plot", "-h"], ["--gallery"]),
-        (["fidelity", "-h"], ["--data", "--autocast", "Inputs are random, unless --data gives real ones"]),
+        (["fidelity", "-h"], ["--data", "--autocast", "Inputs are random unless --data gives real ones"]),
         (["bench", "-h"], ["--parts", "--compile", "--json"]),
         (["--version"], [f"fewbit {fewbit.__version__}"]),
         (["list"], ["gelu_tanh", "min_val=-1, max_val=1", "0.0641", "exact"]),
