@@ -161,7 +161,7 @@ def _from_cache(request: Request) -> CodeTable:
         try:
             table, *others = read_tables(path) or [None]
             if table is None or others or not request.answered_by(table):
-                raise TableFileError(f"{path} holds another table than its name says")
+                raise TableFileError(f"{path} holds a different table than its name says")
             check_errors(table, request.activation, request.weight)
             return table
         except TableError as error:

@@ -136,7 +136,7 @@ def _factory(name: str, blocks: int | None) -> Callable[[], Subject]:
     if ":" not in name:
         raise typer.BadParameter(f"--model {name} is none of {', '.join(BUILT_IN)}; others are given as package.module:factory")
     if blocks is not None:
-        raise typer.BadParameter(f"--blocks is for {', '.join(BUILT_IN)}; {name} makes as many as it makes")
+        raise typer.BadParameter(f"--blocks is for {', '.join(BUILT_IN)}; leave it out for {name}")
     with making(name):
         found = named(name)
 

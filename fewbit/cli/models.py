@@ -110,7 +110,7 @@ class ModelOptions:
                 f"the model is given as package.module:factory, ./file.py:factory or hf:config.json, got {self.name!r}"
             )
         if self._configuration is None and self.class_name is not None:
-            raise typer.BadParameter(f"--class is for hf:config.json; {self.name} makes a model of the class that it makes")
+            raise typer.BadParameter(f"--class is for hf:config.json; leave it out for {self.name}")
         if self._configuration is not None and not self._configuration.is_file():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._configuration))
         if self.fake and self.device != "cpu":
@@ -155,7 +155,7 @@ class ModelOptions:
             raise InputError(f"{self.name} made a {type(found).__name__}, not a torch.nn.Module")
         if isinstance(found, torch.jit.ScriptModule):
             raise InputError(
-                f"{self.name} made a scripted module, whose parts run out of sight; give the module that it was made of"
+                f"{self.name} made a scripted module, whose parts fewbit cannot see; give the module that it was made from"
             )
         with making(self.name):
             found = found if self.fake else found.to(self.place.device)
@@ -243,7 +243,7 @@ class BatchOptions:
         except (Exception, SystemExit) as error:  # whatever the module does on import
             raise InputError(f"cannot import {self.loss}: {type(error).__name__}: {error}") from error
         if not callable(found):
-            raise InputError(f"{self.loss} is no function of the model and a batch, but a {type(found).__name__}")
+            raise InputError(f"{self.loss} is not a function of the model and a batch, but a {type(found).__name__}")
         return self.under_autocast(found)
 
     def around(self) -> AbstractContextManager[Any]:
@@ -336,7 +336,9 @@ def _configured(path: Path, class_name: str | None, fake: bool) -> nn.Module:
         raise InputError(f"hf: needs the package transformers ({error}); pip install transformers") from error
     settings = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
-        raise InputError(f"{path} is no configuration of Hugging Face, which is a JSON object; got {type(settings).__name__}")
+        raise InputError(
+            f"{path} is not a configuration of Hugging Face, which is a JSON object; got {type(settings).__name__}"
+        )
     wanted = class_name or next(iter(settings.get("architectures") or ()), None)
     if wanted is None:
         raise InputError(f"{path} names no architectures; give one of transformers by --class")

@@ -123,7 +123,9 @@ class TableOptions:
         from fewbit.store import load_ladder
 
         if self != TableOptions(channels=self.channels, parameters=self.parameters):
-            raise typer.BadParameter("--ladder goes with --bits, --channels and --param alone: each of its tables has a weight")
+            raise typer.BadParameter(
+                "--ladder goes only with --bits, --channels and --param: each of its tables has its own weight"
+            )
         record = record.with_parameters(**_parse_parameters(self.parameters))
         return load_ladder(record, bits, channels=tuple(self.channels) or ("derivative",))
 
@@ -140,7 +142,7 @@ def find_activation(name: str) -> Activation:
     except (Exception, SystemExit) as error:  # whatever the module does on import
         raise ActivationError(f"cannot import {name}: {type(error).__name__}: {error}") from error
     if not callable(function):
-        raise ActivationError(f"{name} is no function on tensors, but a {type(function).__name__}")
+        raise ActivationError(f"{name} is not a function on tensors, but a {type(function).__name__}")
     return from_callable(function)  # type: ignore[arg-type]
 
 
@@ -201,14 +203,14 @@ def _read_samples(path: Path) -> np.ndarray:
 
     try:
         if is_special(path):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         with path.open("rb") as file:
             samples = np.load(file)
         if not isinstance(samples, np.ndarray):
             raise ValueError("it holds several arrays")
         return samples
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise typer.BadParameter(f"--samples {path} is no .npy file of numbers, as numpy.save writes it") from error
+        raise typer.BadParameter(f"--samples {path} is not a .npy file of numbers, as numpy.save writes it") from error
 
 
 def _parse_parameters(texts: Sequence[str]) -> dict[str, float]:

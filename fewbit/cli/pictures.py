@@ -53,7 +53,7 @@ def plot(
         raise typer.BadParameter("give an activation's name, or --gallery, or --errors")
     options = TableOptions(weight, coding, channels or (), balance, domain, param or (), samples)
     if (gallery or errors) and (options != TableOptions() or (errors and bits) or len(bits or []) > 1):
-        raise typer.BadParameter("--gallery takes one --bits, --errors none, and neither of them other options of the table")
+        raise typer.BadParameter("--gallery takes one --bits and --errors takes none; neither takes other options of a table")
     from fewbit import plots
 
     if errors:

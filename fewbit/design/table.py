@@ -311,7 +311,7 @@ def read_text(path: str | Path, most: int) -> str:
     except OSError as error:
         raise TableFileError(f"cannot read table file {path}: {error.strerror}; check the path") from error
     except ValueError as error:  # no UTF-8; or a path that no file can have
-        raise TableFileError(f"{path} is no fewbit table file: it is not text") from error
+        raise TableFileError(f"{path} is not a fewbit table file: it is not text") from error
 
 
 def dump_tables(tables: list[CodeTable]) -> str:
@@ -338,7 +338,7 @@ def _broken(origin: str, error: TableError) -> TableFileError:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def parse_entries(text: str, origin: str, form: str, name: str) -> list[Any]:
@@ -349,7 +349,7 @@ def parse_entries(text: str, origin: str, form: str, name: str) -> list[Any]:
         what = f"{origin} is not valid JSON, perhaps cut short ({error!s:.200})"
         raise TableFileError(f"{what}; delete it or write it anew") from error
     if not isinstance(content, dict) or content.get("format") != form or not isinstance(content.get(name), list):
-        raise TableFileError(f'{origin} is no {form.replace("-", " ")} file: it lacks "format": "{form}" and its {name}')
+        raise TableFileError(f'{origin} is not a {form.replace("-", " ")} file: it lacks "format": "{form}" and its {name}')
     if content.get("version") != VERSION:
         raise TableFileError(
             f"{origin} has version {shown(content.get('version'))}, this fewbit reads version {VERSION}; "

@@ -85,8 +85,8 @@ def allocate(
         coded = coded_modules(inner, filter_fn)
         if not coded:
             raise InputError(
-                "allocate found no module in the model that is coded or can be with these bits: check the kinds in bits, "
-                "and filter_fn if you gave one. Activations that code calls as functions have one number of bits"
+                "allocate found no module that is coded, or that these bits could code: check the kinds in bits, and "
+                "filter_fn if you gave one. Activations that code calls as functions all have the same number of bits"
             )
         first, batches = _peeked(batches)
         histograms = observe(inner, model, batches, [each for each in coded if each.calibrates], loss_fn)

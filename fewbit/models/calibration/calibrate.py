@@ -83,9 +83,9 @@ def calibrate(
         coded = [each for each in coded_modules(inner, filter_fn) if each.calibrates]
         if not coded:
             raise InputError(
-                "calibrate found no activation or gate in the model that is coded or can be with these bits: check "
-                "the kinds in bits, and filter_fn if you gave one. Activations that code calls as functions have the table of "
-                "their scale"
+                "calibrate found no activation or gate that is coded, or that these bits could code: check the kinds in "
+                "bits, and filter_fn if you gave one. Activations that code calls as functions cannot be calibrated: they take "
+                "the table for the scale of their input"
             )
         histograms = observe(inner, model, batches, coded, loss_fn)
         layers = [_calibrated(each, histograms[each.name], _bits_of(each, setting), loss_fn is not None) for each in coded]

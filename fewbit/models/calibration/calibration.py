@@ -206,7 +206,7 @@ class Calibration(Report):
 
 def _install(layer: CalibratedLayer, coded: CodedModule | None) -> None:
     if coded is None:
-        raise InputError(f"module {layer.name!r} is none that can be coded; the calibration has {layer.activation} there")
+        raise InputError(f"module {layer.name!r} cannot be coded; the calibration has {layer.activation} there")
     wanted, got = label(layer.activation, layer.parameters), str(coded.record)
     if (layer.activation, layer.parameters) != (coded.record.name, dict(coded.record.parameters)):
         raise TableError(f"module {layer.name!r} is {got}, the calibration's table is for {wanted}; calibrate this model anew")

@@ -232,13 +232,17 @@ class Fidelity(Report):
             return "safe", "the coded gradient is the exact one, bit for bit: safe"
         text = f"coded gradient errs by {whole.error:.2g}"
         if whole.share is None:
-            why = "one batch tells no SGD noise; give two or more" if self._used() < 2 else "its batches differ in nothing"
+            why = (
+                "one batch does not show the SGD noise; give two or more"
+                if self._used() < 2
+                else "its batches are all the same"
+            )
             return "unknown", f"{text}: whether that is safe is unknown, {why}"
         systematic = whole.systematic or 0.0
         level = _level(max(whole.share, systematic))
         text += f", {_percent(whole.share)} of the SGD noise {whole.noise:.2g}"
         if systematic > max(SAFE, whole.share):
-            text += f", and by {_percent(systematic)} of the mean gradient for good"
+            text += f", and an error of {_percent(systematic)} of the mean gradient does not average out"
         text += f": {level}"
         if level == "safe" and whole.share > CHEAP:
             text += ", though training may end a few tenths of a percent above the exact loss"

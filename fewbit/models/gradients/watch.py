@@ -121,8 +121,8 @@ class Watch:
         ]
         if not self.layers:
             raise InputError(
-                "watch looks at coded activations and gated units, and the model has none; fewbit.convert(model) makes them of "
-                "activations that are modules, and those that code calls as functions are not watched"
+                "watch looks at coded activations and gated units, and the model has none; fewbit.convert(model) converts "
+                "activations that are modules. Activations that code calls as functions cannot be watched"
             )
         self._handles = [each.module.register_forward_pre_hook(_Hook(self, each), with_kwargs=True) for each in self.layers]
 

@@ -266,7 +266,7 @@ class TestFile:
         for model, error, message in (
             (shorter, InputError, r"no module 'tanh' \(1 of 4 names missing\)"),
             (elsewhere, TableError, "module 'tanh' is sigmoid, the calibration's table is for tanh"),
-            (linear, InputError, "module 'tanh' is none that can be coded"),
+            (linear, InputError, "module 'tanh' cannot be coded"),
             (joint, TableError, "module 'silu' needs a table with the channels"),
         ):
             before = snapshot(model)
@@ -290,7 +290,7 @@ class TestFile:
         layer = content["layers"][0]
         for text, message in (
             (whole[: len(whole) // 2], "not valid JSON, perhaps cut short"),
-            ("{}", "is no fewbit calibration file"),
+            ("{}", "is not a fewbit calibration file"),
             (json.dumps({**content, "version": 99}), "has version 99"),
             (json.dumps({**content, "layers": [{**layer, "mean": "much"}]}), "broken layer: mean of a layer cannot be 'much'"),
             (json.dumps({**content, "layers": [{**layer, "after": [1, 2]}]}), "a number for each of"),
