@@ -336,9 +336,7 @@ def _configured(path: Path, class_name: str | None, fake: bool) -> nn.Module:
         raise InputError(f"hf: needs the package transformers ({error}); pip install transformers") from error
     settings = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
-        raise InputError(
-            f"{path} is not a configuration of Hugging Face, which is a JSON object; got {type(settings).__name__}"
-        )
+        raise InputError(f"{path} is not a Hugging Face configuration, a JSON object; got {type(settings).__name__}")
     wanted = class_name or next(iter(settings.get("architectures") or ()), None)
     if wanted is None:
         raise InputError(f"{path} names no architectures; give one of transformers by --class")

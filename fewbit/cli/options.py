@@ -123,9 +123,7 @@ class TableOptions:
         from fewbit.store import load_ladder
 
         if self != TableOptions(channels=self.channels, parameters=self.parameters):
-            raise typer.BadParameter(
-                "--ladder goes only with --bits, --channels and --param: each of its tables has its own weight"
-            )
+            raise typer.BadParameter("--ladder goes only with --bits, --channels and --param: each table has its own weight")
         record = record.with_parameters(**_parse_parameters(self.parameters))
         return load_ladder(record, bits, channels=tuple(self.channels) or ("derivative",))
 

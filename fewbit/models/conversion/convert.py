@@ -100,8 +100,8 @@ def log_conversion(
         _log.info("convert: %s of the %s run again in backward", plural(len(recomputed), "module"), type(model).__name__)
     elif not converted:
         warnings.warn(
-            f"no module of the {type(model).__name__} was converted with {setting}: no module is of these kinds, or filter_fn let "
-            f"none through{_left_exact(model, setting)}. Modules that were built as fewbit's stay. Code that "
+            f"no module of the {type(model).__name__} was converted with {setting}: no module is of these kinds, or "
+            f"filter_fn let none through{_left_exact(model, setting)}. Modules that were built as fewbit's stay. Code that "
             "calls functions such as torch.nn.functional.gelu itself is coded by `with fewbit.patch(bits):` around it",
             ConversionWarning,
             stacklevel=3,

@@ -232,11 +232,7 @@ class Fidelity(Report):
             return "safe", "the coded gradient is the exact one, bit for bit: safe"
         text = f"coded gradient errs by {whole.error:.2g}"
         if whole.share is None:
-            why = (
-                "one batch does not show the SGD noise; give two or more"
-                if self._used() < 2
-                else "its batches are all the same"
-            )
+            why = "one batch shows no SGD noise; give two or more" if self._used() < 2 else "its batches are all equal"
             return "unknown", f"{text}: whether that is safe is unknown, {why}"
         systematic = whole.systematic or 0.0
         level = _level(max(whole.share, systematic))

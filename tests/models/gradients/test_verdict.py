@@ -50,14 +50,14 @@ class TestVerdict:
         report = fewbit.fidelity(coded_mlp(), batches[:1], squares)
         assert (report.level, report.whole.noise, report.whole.share) == ("unknown", None, None)
         assert report.whole.error > 0
-        assert "one batch does not show the SGD noise" in report.verdict
+        assert "one batch shows no SGD noise" in report.verdict
         report.figure()
         assert "–" in str(report)
 
     def test_equal_batches(self, batches):
         report = fewbit.fidelity(coded_mlp(), batches[:1] * 3, squares)
         assert report.level == "unknown"
-        assert "its batches are all the same" in report.verdict
+        assert "its batches are all equal" in report.verdict
 
     def test_nothing_coded(self, batches):
         model = fewbit.revert(coded_mlp())
