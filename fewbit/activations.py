@@ -71,19 +71,21 @@ def register(
     module: str | None = None,
     overwrite: bool = False,
 ) -> Activation:
-    """Add your own activation; `fewbit.functional.NAME` and `fewbit.nn.Name` exist from then on.
+    """Add your own activation. From then on `fewbit.functional.NAME` and `fewbit.nn.Name` exist.
 
-    name        a Python identifier
-    function    pointwise on tensors: function(x, **parameters) -> tensor of x's shape. In compiled code it may hold no tensors
-                beside x: numbers are parameters.
-    derivative  f'(x, **parameters) on float64 arrays; left out, torch differentiates `function` in float64
-    parameters  names and default values of numeric parameters; left out, the function's own numeric defaults
-    jumps       points where f' jumps; kinks: where f' has a corner; even: whether f'(-x) = f'(x)
+    name        a Python identifier; "identity" is always taken
+    function    A pointwise function on tensors: function(x, **parameters) returns a tensor of x's shape. In compiled code it
+                must not hold other tensors than x. Numbers are parameters.
+    derivative  f'(x, **parameters) on float64 arrays. Without it, torch differentiates `function` in float64.
+    parameters  names and default values of numeric parameters; by default the function's own numeric defaults
+    jumps       points where f' jumps
+    kinks       points where f' has a corner
+    even        whether f'(-x) = f'(x)
     module      name of the module class; by default the name in CamelCase
-    overwrite   replace an activation of the same name, instead of raising
+    overwrite   whether to replace an activation of the same name, instead of raising
+    Returns     the record of the activation
 
-    Returns the record. Raises ActivationError if the name is taken or no identifier, or the function is not pointwise.
-    The name "identity" is always taken.
+    Raises ActivationError if the name is taken or is not an identifier, or if the function is not pointwise.
 
     >>> import fewbit
     >>> snake = fewbit.register("snake", lambda x: x + x.sin() ** 2, overwrite=True)

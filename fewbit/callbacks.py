@@ -36,18 +36,21 @@ KEY = "fewbit"  # in a checkpoint of Lightning
 def trainer_callback(
     bits: Bits = DEFAULT_MODEL_BITS, filter_fn: Filter | None = None, *, coding: str | None = None, check: int = 0
 ) -> Any:
-    """A callback for `transformers.Trainer`, and for trainers made from it, such as TRL's.
+    """Make a callback for `transformers.Trainer`, and for trainers made from it, such as TRL's.
 
-    When training starts, the model is converted with these settings, as by `fewbit.convert`, unless it is converted already, or
-    the run is resumed from a checkpoint of its folder in which a conversion lies. Each checkpoint gets its own, fewbit.json.
+    When training starts, the callback converts the model with these settings, as `fewbit.convert` does. It leaves a model that
+    is converted already. If the run is resumed from a checkpoint folder that holds a conversion, it loads that one. It writes
+    the conversion to each checkpoint, as fewbit.json.
 
-    The logger "fewbit" and the trainer's `state.log_history` get what the model keeps of the first batch, coded and exactly,
-    and whenever the trainer logs how many layers have drifted from their tables (`fewbit.watch`).
+    The logger "fewbit" and the trainer's `state.log_history` get what the model keeps of the first batch, coded and exact. Each
+    time the trainer logs, they also get how many layers have drifted from their tables (`fewbit.watch`).
 
-    check  number of batches, the first ones of the run, on which `fewbit.fidelity` compares gradients then. It takes exact
-           steps, which need the memory that codes save, and two gradients: for runs that would fit exactly, or a smaller batch
+    bits, filter_fn, coding  as in `fewbit.convert`
+    check  Number of batches at the start of the run on which `fewbit.fidelity` compares gradients. This takes exact steps,
+           which need the memory that codes save, and two gradients. Use it where exact steps fit, or with a smaller batch.
 
-    Raises InputError without transformers, and for settings as `fewbit.convert`, here and not when training starts.
+    Raises InputError if transformers is missing, and for settings as `fewbit.convert`. It raises here, not when training
+    starts.
     """
     base = _package("transformers", "Trainer").TrainerCallback
     make, figures = _Conversion(bits, filter_fn, coding), _Figures(check)
@@ -86,9 +89,12 @@ def trainer_callback(
 def lightning_callback(
     bits: Bits = DEFAULT_MODEL_BITS, filter_fn: Filter | None = None, *, coding: str | None = None, check: int = 0
 ) -> Any:
-    """The same for `lightning.Trainer`, whose checkpoints hold the conversion under "fewbit", and whose loggers get figures.
+    """Make a callback for `lightning.Trainer`. It does what `trainer_callback` does.
 
-    check  as above; then `training_step` is called for these batches without logging
+    Checkpoints hold the conversion under "fewbit". Lightning's loggers get the figures.
+
+    bits, filter_fn, coding  as in `fewbit.convert`
+    check  As in `trainer_callback`. For these batches `training_step` is called without logging.
     """
     base = import_module(f"{_package('lightning', 'Trainer').__name__}.pytorch.callbacks").Callback
     make, figures = _Conversion(bits, filter_fn, coding), _Figures(check)

@@ -11,28 +11,30 @@ class _Plain(Exception):
 
 
 class FewbitError(_Plain):
-    """Base of every error that fewbit raises on purpose."""
+    """Base class of all errors that fewbit raises on purpose."""
 
 
 class ActivationError(FewbitError, LookupError):
-    """An activation, or one of its parameters, that the registry does not know or cannot use."""
+    """The registry does not know an activation, or cannot use one of its parameters."""
 
 
 class DesignError(FewbitError, ValueError):
-    """A request for a table that no design can meet: bits, weight, coding, channels or domain out of range."""
+    """No design can meet the request: bits, weight, coding, channels or domain are out of range."""
 
 
 class TableError(FewbitError, ValueError):
-    """A code table that breaks an invariant or does not fit the operation it was given to."""
+    """A code table breaks an invariant, or does not fit the operation that it was given to."""
 
 
 class TableFileError(TableError):
-    """A table file that is missing, damaged, of another format, or of a newer version."""
+    """A table file is missing, damaged, of another format, or of a newer version."""
 
 
 class InputError(FewbitError, TypeError):
-    """An argument that a call cannot take (a tensor that cannot be coded, something that is no model, batch, loss or filter),
-    or a derivative that codes cannot give."""
+    """A call cannot take an argument, or codes cannot give a derivative.
+
+    Such arguments are a tensor that cannot be coded, or something that is not a model, batch, loss or filter.
+    """
 
 
 class OverwriteError(InputError, RuntimeError):
@@ -40,8 +42,11 @@ class OverwriteError(InputError, RuntimeError):
 
 
 class ConversionWarning(_Plain, UserWarning):
-    """A conversion that found nothing to convert."""
+    """A conversion found nothing to convert."""
 
 
 class DriftWarning(_Plain, UserWarning):
-    """The inputs of a layer have drifted away from what its table was designed for: its derivative or value errs more."""
+    """The inputs of a layer have drifted away from the inputs that its table was designed for.
+
+    Its derivative or value errs more.
+    """

@@ -42,7 +42,7 @@ def read(path: str | Path, most: int) -> bytes:
         with open(number, "rb") as file:
             status = os.fstat(number)
             if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
+                raise OSError(errno.EINVAL, "it is not a regular file")
             if status.st_size > most or len(data := file.read(most + 1)) > most:  # some files state no size
                 raise OSError(errno.EFBIG, f"it is larger than the {most >> 20} MiB that are read of such a file")
             return data

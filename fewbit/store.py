@@ -41,13 +41,14 @@ def load_table(
     domain: tuple[float, float] | None = None,
     **parameters: Any,
 ) -> CodeTable:
-    """The table that `fewbit.design` with these arguments gives: shipped, from the cache, or designed now and cached.
+    """Get the table that `fewbit.design` makes with the same arguments: a shipped one, a cached one, or a new design.
 
-    The arguments are those of `fewbit.design`. Parameters are part of what is looked up: `load_table("elu", 3, alpha=0.5)`.
-    A weight given as a function has no lasting name: its table is designed at each call and not cached.
+    A new design goes to the cache. The arguments are those of `fewbit.design`. Parameters belong to what is looked up:
+    `load_table("elu", 3, alpha=0.5)`. A weight given as a function has no lasting name, so its table is designed at each call
+    and not cached.
 
-    Raises DesignError or ActivationError as `design` does, and TableFileError when a shipped file is damaged. A damaged file
-    in the cache is designed anew, and a cache that cannot be written is passed over; each with a warning.
+    Raises DesignError or ActivationError as `design` does, and TableFileError if a shipped file is damaged. If a file in the
+    cache is damaged, its table is designed anew. If the cache cannot be written, the table is not kept. Both give a warning.
 
     >>> load_table("gelu", bits=3)
     CodeTable(gelu, 3 bits, derivative, student, level, 10 intervals, 8 levels, relative rms 0.0641)
@@ -64,11 +65,11 @@ def load_ladder(
     channels: str | tuple[str, ...] = ("derivative",),
     **parameters: Any,
 ) -> tuple[CodeTable, ...]:
-    """The tables of which the spread of an input chooses one: each is the best for normal pre-activations of one standard
-    deviation, in the order of `fewbit.constants.RUNGS`. Each is found as `load_table` finds its table.
+    """Get the tables among which the spread of an input chooses. Each is best for normal inputs of one standard deviation.
 
-    One table alone where that is exact, as for ReLU's derivative. Where the activation is not finite, or beyond float32, as far
-    out as the inputs of a rung reach, the next rung towards 1 stands in for it.
+    The tables are in the order of `fewbit.constants.RUNGS`. Each one is found as `load_table` finds it. If one table is exact,
+    as for ReLU's derivative, the ladder is that table. If the activation is not finite, or beyond float32, at the inputs of a
+    rung, the next rung towards 1 stands in for it.
 
     Raises what `load_table` raises.
 
@@ -160,7 +161,7 @@ def _from_cache(request: Request) -> CodeTable:
         try:
             table, *others = read_tables(path) or [None]
             if table is None or others or not request.answered_by(table):
-                raise TableFileError(f"{path} holds another table than its name says")
+                raise TableFileError(f"{path} holds a different table than its name says")
             check_errors(table, request.activation, request.weight)
             return table
         except TableError as error:

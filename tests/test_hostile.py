@@ -199,7 +199,7 @@ else:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     lines = found.stdout.splitlines()
     assert len(lines) == 7, found.stderr
-    for line, message in zip(lines, ["no regular file"] * 2 + ["larger than the"], strict=False):
+    for line, message in zip(lines, ["not a regular file"] * 2 + ["larger than the"], strict=False):
         assert message in line
     assert int(lines[-1]) < 1000  # MiB: torch takes 250 of them, and "spaces" has 1024
 

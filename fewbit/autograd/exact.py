@@ -24,14 +24,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class exact(ContextDecorator):
-    """Within it all of fewbit is torch's own: activations, layers, modules and converted models make no codes.
+    """Inside it, all of fewbit is torch's own: activations, layers, modules and converted models make no codes.
 
-    For comparing and debugging: what goes wrong in here too is not the codes' doing. Gradients can then be taken twice, and
-    forward-mode derivatives too. What counts is where the forward pass runs; with checkpointing, which runs it again, take the
-    backward pass inside too. A context manager, and a decorator for functions.
+    Use it as a context manager or as a decorator, to compare and to debug. If a problem remains inside, codes do not cause it.
+    Second derivatives and forward-mode derivatives work inside too. The forward pass has to run inside. Checkpointing runs
+    forward again in backward, so run backward inside too then.
 
-    It holds for the whole process, all its threads and tasks, while any of them is inside. Compiled code is compiled once more
-    for it.
+    It holds for the whole process, with all threads and tasks, as long as any of them is inside. Compiled code compiles once
+    more for it.
 
     >>> import fewbit
     >>> x = torch.linspace(-2, 2, 5, requires_grad=True)

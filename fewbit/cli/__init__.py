@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-tables_app = typer.Typer(help="The shipped tables.", no_args_is_help=True)
+tables_app = typer.Typer(help="Build the tables that fewbit ships with.", no_args_is_help=True)
 app.add_typer(tables_app, name="tables")
 
 
@@ -140,4 +140,4 @@ def common(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Optimal few-bit codes for the backward pass of activations."""
+    """Train PyTorch models with a few bits for each number that backward reads. Forward stays exact."""

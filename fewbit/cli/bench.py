@@ -23,33 +23,44 @@ from fewbit.errors import InputError
 if TYPE_CHECKING:
     from fewbit.bench.models import Subject
 
-_MODEL = "gpt, llama or conv, or package.module:factory that returns (model, batch) or (model, batch, loss_fn)."
-_BITS = "Coded runs: --bits 3 1; 3 if left out. Of a model also activation=3,linear=4; 4 if left out."
+_MODEL = "gpt, llama, conv, or package.module:factory, which returns (model, batch) or (model, batch, loss_fn)."
+_BITS = "Bits of the coded runs: --bits 3 1. By default 3, or 4 with --model. A model also takes activation=3,linear=4."
 
 
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="As in `fewbit table`; gelu and silu if left out.")] = None,
-    model: Annotated[str | None, typer.Option(help=f"Training steps of a model instead of activations: {_MODEL}")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Activations, as in `fewbit table`. By default gelu and silu.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help=f"Time training steps of a model instead of activations: {_MODEL}")] = None,
     bits: Annotated[list[str] | None, typer.Option(help=_BITS)] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="May be repeated; float32 and bfloat16 if left out.")] = None,
-    size: Annotated[list[str] | None, typer.Option(help="May be repeated; 2^10, 2^16 and 2^22 elements if left out.")] = None,
-    blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of gpt, llama or conv; 4, 4 and 2 if left out.")] = None,
-    device: Annotated[list[str] | None, typer.Option(help="May be repeated; cpu if left out.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="dtype to time. May be repeated. By default float32 and bfloat16.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Elements of the input. May be repeated. By default 2^10, 2^16 and 2^22.")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of gpt, llama or conv. By default 4, 4 and 2.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="Device to time on. May be repeated. By default cpu.")] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads on the CPU; torch's own number if left out.")
+        int | None, typer.Option(min=1, max=1024, help="Threads on the CPU. By default as many as torch uses.")
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(min=1, help="Rounds, in each of which every run is timed once; 30, of a model 10 if left out.")
+        int | None, typer.Option(min=1, help="Rounds. Each round times every run once. By default 30, or 10 with --model.")
     ] = None,
-    parts: Annotated[bool, typer.Option("--parts", help="Also encode and decode alone.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Also the exact activation under torch.compile.")] = False,
-    operators: Annotated[bool, typer.Option("--operators", help="Of a model, also what each operator moves.")] = False,
+    parts: Annotated[bool, typer.Option("--parts", help="Time encode and decode alone, too.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time the exact activation under torch.compile, too.")] = False,
+    operators: Annotated[
+        bool, typer.Option("--operators", help="With --model, show the bytes that each operator moves, too.")
+    ] = False,
     json_path: Annotated[Path | None, file_option("--json", help="Write all figures to this file.")] = None,
-    plot_path: Annotated[Path | None, file_option("--plot", help="Picture of the ratios against size.")] = None,
+    plot_path: Annotated[
+        Path | None, file_option("--plot", help="Write a picture of the ratios against size to this file.")
+    ] = None,
 ) -> None:
-    """Time exact and coded activations, forward and backward, side by side, and count the bytes they keep.
+    """Time exact and coded activations side by side, forward and backward, and count the bytes that they keep.
 
-    With --model count and time training steps of a model, exact, with every block checkpointed, and coded.
+    With --model it times training steps of a model instead: exact, with every block checkpointed, and coded. It also counts
+    operators and bytes.
     """
     _check_used_with_model(
         model is not None,
@@ -125,7 +136,7 @@ def _factory(name: str, blocks: int | None) -> Callable[[], Subject]:
     if ":" not in name:
         raise typer.BadParameter(f"--model {name} is none of {', '.join(BUILT_IN)}; others are given as package.module:factory")
     if blocks is not None:
-        raise typer.BadParameter(f"--blocks is for {', '.join(BUILT_IN)}; {name} makes as many as it makes")
+        raise typer.BadParameter(f"--blocks is for {', '.join(BUILT_IN)}; leave it out for {name}")
     with making(name):
         found = named(name)
 

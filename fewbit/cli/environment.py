@@ -9,7 +9,7 @@ _OTHERS = ("transformers", "peft", "accelerate", "lightning")
 
 
 def env() -> None:
-    """Print what a bug report needs: versions, processor and GPU, which kernels serve, where tables are cached."""
+    """Print what a bug report needs: versions, processor and GPU, the kernels in use, and the folder of cached tables."""
     import torch
 
     from fewbit import kernels, store, terminal

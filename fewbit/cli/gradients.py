@@ -61,20 +61,20 @@ def fidelity(
         choice_option(
             "--by",
             known=("pattern", "module", "parameter"),
-            help="Groups of parameters: of modules whose names differ in numbers alone, of each module, or each parameter.",
+            help="Groups of parameters: by module, by parameter, or by pattern (modules whose names differ only in numbers).",
         ),
     ] = "pattern",
     json_path: Json = None,
     csv_path: Csv = None,
     plot_path: Plot = None,
 ) -> None:
-    """Say whether training from codes is safe: the gradient from codes beside the exact one, and beside the noise of SGD.
+    """Say whether training from codes is safe. Compares the gradient from codes with the exact one and with the noise of SGD.
 
-    Inputs are random, unless --data gives real ones, and the model has the weights that its factory gives it. So the verdict is
-    of the model as it stands, on such inputs: on real ones, or after some training, it may be another.
+    Inputs are random unless --data gives real ones. The model has the weights that its factory gives it. The verdict holds for
+    these weights and these inputs. It may be different on real inputs, or after some training.
 
-    Without --loss, the loss is what the model returns as `loss`, or, where there is none, all outputs times fixed random
-    numbers.
+    Without --loss, the loss is the `loss` of the model's output. If there is none, it is the sum of all outputs times fixed
+    random numbers.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
     options = BatchOptions(chosen, batches, data, batch_size, loss)
@@ -107,16 +107,18 @@ def calibrate(
     bits: BitsIfAny = None,
     output: Annotated[
         Path | None,
-        file_option("--output", "-o", help="Save the tables to this file, for fewbit.Calibration.load(file).install(model)."),
+        file_option(
+            "--output", "-o", help="Save the tables to this file. fewbit.Calibration.load(file).install(model) reads it."
+        ),
     ] = None,
     json_path: Json = None,
     csv_path: Csv = None,
     plot_path: Plot = None,
 ) -> None:
-    """Design tables for what a model's own activations and gates read, and show how much better they fit.
+    """Design tables for the inputs of a model's own activations and gates, and show how much better they fit.
 
-    That is worth it on real inputs (--data) and trained weights: on random ones the tables are for these. With --loss, tables
-    of derivatives are for the squared gradient at each pre-activation.
+    Use real inputs (--data) and trained weights. With random ones the tables fit only those. With --loss, tables of
+    derivatives are made for the squared gradient at each pre-activation.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
     options = BatchOptions(chosen, batches, data, batch_size, loss)
@@ -146,21 +148,22 @@ def allocate(
     batches: Batches = 8,
     loss: LossName = None,
     budget: Annotated[
-        str, typer.Option(help="Of the codes of a batch: 10%, of what the coded tensors take exactly, or bytes, '512 MiB'.")
+        str,
+        typer.Option(help="What the codes of a batch may take: 10% of what the coded tensors take exact, or bytes, '512 MiB'."),
     ] = "30%",
-    choices: Annotated[str, typer.Option(help="Numbers of bits to choose from.")] = "1,2,3,4,5,6,7,8",
+    choices: Annotated[str, typer.Option(help="Numbers of bits to choose from, with commas.")] = "1,2,3,4,5,6,7,8",
     output: Conversion = None,
     json_path: Json = None,
     csv_path: Csv = None,
     plot_path: Plot = None,
 ) -> None:
-    """Choose the bits of each layer, so that the error of the gradient is least within a budget.
+    """Choose the bits of each layer, so that the gradient's error is least within a budget.
 
-    The model is converted with every kind, unless it is converted already. It takes a forward and a backward pass for each
-    layer, and for each activation the design of a table for each number of bits.
+    The model is converted with every kind, unless it is converted already. This runs a forward and a backward pass for each
+    layer. It also designs a table for each activation and each number of bits.
 
-    Without --loss, the loss is what the model returns as `loss`, or, where there is none, all outputs times fixed random
-    numbers.
+    Without --loss, the loss is the `loss` of the model's output. If there is none, it is the sum of all outputs times fixed
+    random numbers.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
     options = BatchOptions(chosen, batches, data, batch_size, loss)
@@ -192,20 +195,24 @@ def prepare(
     seed: Seed = 0,
     data: Data = None,
     batch_size: BatchSize = None,
-    batches: Annotated[int, typer.Option(min=2, help="How many to look at gradients of, or as many as --data has.")] = 8,
+    batches: Annotated[
+        int, typer.Option(min=2, help="Number of batches to compare gradients on, or as many as --data has.")
+    ] = 8,
     loss: LossName = None,
     bits: BitsByKind = str(DEFAULT_MODEL_BITS),
-    budget: Annotated[str | None, typer.Option(help="Bytes that a training step may take: '24 GiB', say.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Bytes that a training step may take at its peak, such as '24 GiB'.")
+    ] = None,
     optimizer: OptimizerName = None,
     output: Conversion = None,
     json_path: Json = None,
     csv_path: Csv = None,
     plot_path: Plot = None,
 ) -> None:
-    """Convert a model as far as that pays and is safe: more bits where gradients err, calibrated tables where they help.
+    """Convert a model as far as that pays and is safe. Gives more bits where gradients err, and calibrates where that helps.
 
-    Without --loss, the loss is what the model returns as `loss`, or, where there is none, all outputs times fixed random
-    numbers.
+    Without --loss, the loss is the `loss` of the model's output. If there is none, it is the sum of all outputs times fixed
+    random numbers.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
     options = BatchOptions(chosen, batches, data, batch_size, loss)

@@ -170,7 +170,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays by name of a file that numpy.savez wrote, or the one, without a name, of one that numpy.save wrote."""
     try:
         if is_special(path):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         found = np.load(path, mmap_mode="r")  # of a single array no more is read than is used
         arrays = {"": found} if isinstance(found, np.ndarray) else dict(found)
         if not arrays:

@@ -43,9 +43,10 @@ def memory(
     seed: Seed = 0,
     loss: LossName = None,
     optimizer: OptimizerName = None,
-    budget: Annotated[str | None, typer.Option(help="Show the largest batches that fit: '24 GiB', say.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Show the largest batches that fit these bytes, such as '24 GiB'.")] = None,
     bits: Annotated[
-        str | None, typer.Option(help="Plan a conversion: 4, for every kind, or by kind, activation=3,linear=4.")
+        str | None,
+        typer.Option(help="Plan a conversion, too: 4 is for every kind of saved tensor, activation=3,linear=4 is by kind."),
     ] = None,
     gradient: Gradient = False,
     fake: Fake = False,
@@ -56,7 +57,7 @@ def memory(
 ) -> None:
     """Show what a model keeps for backward, by module and operation, and the peak of a training step.
 
-    With --bits, the page, the picture and the JSON hold the plan of a conversion, too; with --budget, the JSON holds the
+    With --bits, the page, the picture and the JSON hold the plan of a conversion, too. With --budget, the JSON holds the
     largest batches.
     """
     options = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed, fake, gradient)
@@ -98,7 +99,9 @@ def plan(
     seed: Seed = 0,
     loss: LossName = None,
     bits: BitsByKind = str(DEFAULT_MODEL_BITS),
-    budget: Annotated[str | None, typer.Option(help="Bytes that a step may take at its peak: '8 GiB', say.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Bytes that a training step may take at its peak, such as '8 GiB'.")
+    ] = None,
     optimizer: OptimizerName = None,
     gradient: Gradient = False,
     fake: Fake = False,
@@ -107,10 +110,10 @@ def plan(
     plot_path: Plot = None,
     html_path: Html = None,
 ) -> None:
-    """Plan a conversion: what each module would keep, what is worth coding, and the peak of a training step then.
+    """Plan a conversion: what each module would keep, what is worth coding, and the peak of a training step after it.
 
-    With --budget: which blocks of the model to keep, to code, to recompute in backward, or both, so that a step fits and is
-    fast, and the lines of Python that do it.
+    With --budget, choose for each block of the model: keep it, code it, recompute it in backward, or both. The step then fits
+    and is fast. The lines of Python that do it are printed, too.
     """
     options = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed, fake, gradient)
     outputs = Outputs(json_path, csv_path, plot_path, html_path)

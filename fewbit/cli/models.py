@@ -30,55 +30,61 @@ SAMPLES = 8  # in a batch of a file, unless another number is given
 Model = Annotated[
     str,
     typer.Argument(
-        help="package.module:factory or ./file.py:factory, called without arguments, or a module itself; or "
-        "hf:path/to/config.json, of Hugging Face."
+        help="package.module:factory or ./file.py:factory. The factory is called without arguments, or is a module itself. "
+        "hf:path/to/config.json makes a model of Hugging Face, with random weights."
     ),
 ]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
-        help="Shape of an input, 8,3,224,224, or with its name and dtype, mask=8,128:bool; once for each. Floating point is "
-        "random. Integers are zeros, or random below 1000 with 8,128:int64:1000; tokens of hf: are of its vocabulary.",
+        help="Shape of an input: 8,3,224,224. A name and a dtype may be added: mask=8,128:bool. Repeat it for each input. "
+        "Floating-point numbers are random. Integers are zeros; 8,128:int64:1000 makes them random below 1000. Tokens of hf: "
+        "models are random words of the vocabulary.",
     ),
 ]
-ClassName = Annotated[str | None, typer.Option("--class", help="Of transformers, for hf:; the first in the file if left out.")]
+ClassName = Annotated[
+    str | None, typer.Option("--class", help="For hf: models, the class of transformers. By default the first one in the file.")
+]
 Dtype = Annotated[
     str | None,
-    choice_option("--dtype", known=DTYPES, help="Of the model's floating point, and of inputs that name no dtype."),
+    choice_option("--dtype", known=DTYPES, help="dtype of the model's floating-point numbers, and of inputs without a dtype."),
 ]
 AutocastDtype = Annotated[
     str | None,
     choice_option("--autocast", known=("bfloat16", "float16"), help="Run the model under torch.autocast with this dtype."),
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1, …", metavar="cpu|cuda")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of random weights and inputs.")]
-_BITS = "4, for every kind, or by kind, activation=3,linear=4"
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of random weights and inputs.")]
+_BITS = "Bits of one code: 4 is for every kind of saved tensor, activation=3,linear=4 is by kind"
 BitsByKind = Annotated[str, typer.Option("--bits", help=f"{_BITS}.")]
 BitsIfAny = Annotated[
     str | None,
     typer.Option(
         "--bits",
-        help=f"{_BITS}; {DEFAULT_MODEL_BITS} for every kind if left out, and no others for a model that is converted already.",
+        help=f"{_BITS}. By default {DEFAULT_MODEL_BITS} for every kind. A model that is already converted keeps its own bits.",
     ),
 ]
-OptimizerName = Annotated[str | None, typer.Option("--optimizer", help="Of the step whose peak is shown: adamw, say.")]
-Gradient = Annotated[bool, typer.Option("--gradient", help="Inputs of floating point need a gradient.")]
-Fake = Annotated[bool, typer.Option("--fake", help="On fake tensors, for models too large for this machine.")]
-Batches = Annotated[int, typer.Option("--batches", min=1, help="How many to run on, or as many as --data has.")]
+OptimizerName = Annotated[
+    str | None, typer.Option("--optimizer", help="Optimizer of the training step whose peak is shown, such as adamw.")
+]
+Gradient = Annotated[bool, typer.Option("--gradient", help="Let floating-point inputs need a gradient.")]
+Fake = Annotated[bool, typer.Option("--fake", help="Run on fake tensors, for models too large for this machine.")]
+Batches = Annotated[int, typer.Option("--batches", min=1, help="Number of batches to run on, or as many as --data has.")]
 Data = Annotated[
     Path | None,
     file_option(
         "--data",
-        help="Your own inputs instead of random ones: a .npz file with an array for each input by its name, or .npy for a "
-        "single one. The first dimension is the samples.",
+        help="A file of your own inputs, instead of random ones: .npz with an array for each input by its name, or .npy for a "
+        "single input. The first dimension counts the samples.",
     ),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", min=1, help=f"Samples of a batch that is cut from --data; {SAMPLES} if left out.")
+    int | None,
+    typer.Option("--batch-size", min=1, help=f"Samples in each batch that is cut from --data. By default {SAMPLES}."),
 ]
 LossName = Annotated[
-    str | None, typer.Option("--loss", help="package.module:function of the model and a batch, which gives the loss.")
+    str | None, typer.Option("--loss", help="package.module:function of the model and a batch. It returns the loss.")
 ]
 
 
@@ -104,7 +110,7 @@ class ModelOptions:
                 f"the model is given as package.module:factory, ./file.py:factory or hf:config.json, got {self.name!r}"
             )
         if self._configuration is None and self.class_name is not None:
-            raise typer.BadParameter(f"--class is for hf:config.json; {self.name} makes a model of the class that it makes")
+            raise typer.BadParameter(f"--class is for hf:config.json; leave it out for {self.name}")
         if self._configuration is not None and not self._configuration.is_file():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._configuration))
         if self.fake and self.device != "cpu":
@@ -149,7 +155,7 @@ class ModelOptions:
             raise InputError(f"{self.name} made a {type(found).__name__}, not a torch.nn.Module")
         if isinstance(found, torch.jit.ScriptModule):
             raise InputError(
-                f"{self.name} made a scripted module, whose parts run out of sight; give the module that it was made of"
+                f"{self.name} made a scripted module, whose parts fewbit cannot see; give the module that it was made from"
             )
         with making(self.name):
             found = found if self.fake else found.to(self.place.device)
@@ -301,7 +307,7 @@ def loss_of_name(name: str) -> Callable[[Any, Any], Any]:
     except (Exception, SystemExit) as error:  # whatever the module does on import
         raise InputError(f"cannot import {name}: {type(error).__name__}: {error}") from error
     if not callable(found):
-        raise InputError(f"{name} is no function of the model and a batch, but a {type(found).__name__}")
+        raise InputError(f"{name} is not a function of the model and a batch, but a {type(found).__name__}")
     return found
 
 
@@ -338,7 +344,7 @@ def _configured(path: Path, class_name: str | None, fake: bool) -> nn.Module:
         raise InputError(f"hf: needs the package transformers ({error}); pip install transformers") from error
     settings = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
-        raise InputError(f"{path} is no configuration of Hugging Face, which is a JSON object; got {type(settings).__name__}")
+        raise InputError(f"{path} is not a Hugging Face configuration, a JSON object; got {type(settings).__name__}")
     wanted = class_name or next(iter(settings.get("architectures") or ()), None)
     if wanted is None:
         raise InputError(f"{path} names no architectures; give one of transformers by --class")

@@ -66,26 +66,30 @@ Bits = Annotated[int, typer.Option(help="Bits of one code, 1 to 8.")]
 Weight = Annotated[
     str | None,
     typer.Option(
-        help="student (the default for the derivative alone), normal (the default with values), uniform, or with arguments: "
-        "'normal(mean=0, std=2)'."
+        help="How often each x occurs: student (the default for the derivative alone), normal (the default with values), "
+        "uniform, or one with arguments, such as 'normal(mean=0, std=2)'."
     ),
 ]
 Coding = Annotated[
     str | None,
     typer.Option(
-        help="level (intervals share levels; the default for one channel), interval (one level each; for several), or uniform "
-        "(equal bins, not optimised)."
+        help="level: intervals share levels, the default for one channel. interval: each interval has its own level, the "
+        "default for several channels. uniform: equal bins, not optimised."
     ),
 ]
-Domain = Annotated[tuple[float, float] | None, typer.Option(help="Low and high end of x.", metavar="LOW HIGH")]
-Parameters = Annotated[list[str] | None, typer.Option("--param", help="A parameter, such as alpha=0.5; may be repeated.")]
-Samples = Annotated[Path | None, file_option(help="A .npy file of pre-activations to use as weight.")]
+Domain = Annotated[tuple[float, float] | None, typer.Option(help="Low and high end of the x that count.", metavar="LOW HIGH")]
+Parameters = Annotated[
+    list[str] | None, typer.Option("--param", help="A parameter of the activation, such as alpha=0.5. May be repeated.")
+]
+Samples = Annotated[Path | None, file_option(help="A .npy file of recorded pre-activations, to use as the weight.")]
 Channels = Annotated[
     list[str] | None,
-    typer.Option(help="What backward reads: derivative, the default, or value, or both: --channels derivative value."),
+    typer.Option(help="What backward reads: derivative (the default), value, or both: --channels derivative value."),
 ]
-Balance = Annotated[float, typer.Option(help="How much an error of the value counts against one of the derivative.")]
-Name = Annotated[str, typer.Argument(help="An activation of `fewbit list`, identity, or package.module:function on tensors.")]
+Balance = Annotated[float, typer.Option(help="Weight of the value's squared error, relative to the derivative's.")]
+Name = Annotated[
+    str, typer.Argument(help="An activation of `fewbit list`, or identity, or package.module:function on tensors.")
+]
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class TableOptions:
         from fewbit.store import load_ladder
 
         if self != TableOptions(channels=self.channels, parameters=self.parameters):
-            raise typer.BadParameter("--ladder goes with --bits, --channels and --param alone: each of its tables has a weight")
+            raise typer.BadParameter("--ladder goes only with --bits, --channels and --param: each table has its own weight")
         record = record.with_parameters(**_parse_parameters(self.parameters))
         return load_ladder(record, bits, channels=tuple(self.channels) or ("derivative",))
 
@@ -136,7 +140,7 @@ def find_activation(name: str) -> Activation:
     except (Exception, SystemExit) as error:  # whatever the module does on import
         raise ActivationError(f"cannot import {name}: {type(error).__name__}: {error}") from error
     if not callable(function):
-        raise ActivationError(f"{name} is no function on tensors, but a {type(function).__name__}")
+        raise ActivationError(f"{name} is not a function on tensors, but a {type(function).__name__}")
     return from_callable(function)  # type: ignore[arg-type]
 
 
@@ -197,14 +201,14 @@ def _read_samples(path: Path) -> np.ndarray:
 
     try:
         if is_special(path):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         with path.open("rb") as file:
             samples = np.load(file)
         if not isinstance(samples, np.ndarray):
             raise ValueError("it holds several arrays")
         return samples
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise typer.BadParameter(f"--samples {path} is no .npy file of numbers, as numpy.save writes it") from error
+        raise typer.BadParameter(f"--samples {path} is not a .npy file of numbers, as numpy.save writes it") from error
 
 
 def _parse_parameters(texts: Sequence[str]) -> dict[str, float]:

@@ -12,13 +12,13 @@ from fewbit.cli.options import check_folder, check_picture, file_option
 if TYPE_CHECKING:
     from fewbit.models.report import Report
 
-Json = Annotated[Path | None, file_option("--json", help="Write the figures to this file.")]
-Csv = Annotated[Path | None, file_option("--csv", help="Write the rows of the table to this file.")]
-Plot = Annotated[Path | None, file_option("--plot", help="Picture to write: .png, .svg, .pdf.")]
-Html = Annotated[Path | None, file_option("--html", help="Write all of it as one page to this file.")]
+Json = Annotated[Path | None, file_option("--json", help="Write the figures to this file, as JSON.")]
+Csv = Annotated[Path | None, file_option("--csv", help="Write the rows of the table to this file, as CSV.")]
+Plot = Annotated[Path | None, file_option("--plot", help="Write a picture to this file: .png, .svg or .pdf.")]
+Html = Annotated[Path | None, file_option("--html", help="Write everything to this file, as one page of HTML.")]
 Conversion = Annotated[
     Path | None,
-    file_option("--output", "-o", help="Save the conversion to this file; fewbit.load(model, file) makes it again."),
+    file_option("--output", "-o", help="Save the conversion to this file. fewbit.load(model, file) reads it."),
 ]
 
 

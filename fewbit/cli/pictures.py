@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def plot(
     name: Annotated[str | None, typer.Argument(help="An activation, or package.module:function.")] = None,
-    bits: Annotated[list[int] | None, typer.Option(help="One or more: --bits 1 2 3 4.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="One or more numbers of bits: --bits 1 2 3 4.")] = None,
     weight: Weight = None,
     coding: Coding = None,
     channels: Channels = None,
@@ -37,18 +37,23 @@ def plot(
     domain: Domain = None,
     param: Parameters = None,
     samples: Samples = None,
-    gallery: Annotated[bool, typer.Option("--gallery", help="All activations, at one number of bits.")] = False,
+    gallery: Annotated[bool, typer.Option("--gallery", help="Draw all activations, at one number of bits.")] = False,
     errors: Annotated[
-        bool, typer.Option("--errors", help="Error against bits, all activations, both optimal codings.")
+        bool, typer.Option("--errors", help="Draw error against bits, for all activations and both optimal codings.")
     ] = False,
-    output: Annotated[Path | None, file_option("--output", "-o", help="Picture to write: .png, .svg, .pdf.")] = None,
+    output: Annotated[
+        Path | None, file_option("--output", "-o", help="Write the picture to this file: .png, .svg or .pdf.")
+    ] = None,
 ) -> None:
-    """Draw f' (or f, or both) with the steps of its tables and the error, or an overview of all activations."""
+    """Draw an activation's derivative f' (or f, or both) with the steps of its tables, and the error of each table.
+
+    --gallery and --errors draw an overview of all activations instead.
+    """
     if (name is not None) + gallery + errors != 1:
         raise typer.BadParameter("give an activation's name, or --gallery, or --errors")
     options = TableOptions(weight, coding, channels or (), balance, domain, param or (), samples)
     if (gallery or errors) and (options != TableOptions() or (errors and bits) or len(bits or []) > 1):
-        raise typer.BadParameter("--gallery takes one --bits, --errors none, and neither of them other options of the table")
+        raise typer.BadParameter("--gallery takes one --bits and --errors takes none; neither takes other options of a table")
     from fewbit import plots
 
     if errors:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def list_activations() -> None:
-    """All activations, with the error of their shipped tables."""
+    """List all activations, with the error of their shipped tables at 1 to 4 bits."""
     from fewbit import activations, terminal
     from fewbit.record import plural
     from fewbit.store import load_table
@@ -56,9 +56,9 @@ def table(
     samples: Samples = None,
     output: Annotated[Path | None, file_option("--output", "-o", help="Write the table to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
-    ladder: Annotated[bool, typer.Option(help="Show instead which tables serve inputs of which standard deviation.")] = False,
+    ladder: Annotated[bool, typer.Option(help="Show the tables for inputs of each standard deviation instead.")] = False,
 ) -> None:
-    """Show the optimal code table of an activation, and write it where --output says."""
+    """Show the optimal code table of an activation: thresholds, codes and levels. --output writes it to a file."""
     from fewbit import terminal
 
     options = TableOptions(weight, coding, channels or (), balance, domain, param or (), samples)
@@ -79,10 +79,12 @@ def table(
 
 
 def build(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a file would change.")] = False,
-    output: Annotated[Path | None, folder_option("--output", "-o", help="Folder; the shipped tables' own if left out.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing, and fail if a file would change.")] = False,
+    output: Annotated[
+        Path | None, folder_option("--output", "-o", help="Folder to write to; by default the folder of the shipped tables.")
+    ] = None,
 ) -> None:
-    """Design all shipped tables anew."""
+    """Design all shipped tables again, and write those that differ."""
     from fewbit import activations, terminal
     from fewbit.errors import TableError
     from fewbit.store import build_tables, tables_directory

@@ -23,31 +23,32 @@ def design(
     cells: int = 4096,
     **parameters: float,
 ) -> CodeTable:
-    """The code table of least error ∫ w (f' - q)² dx among all with the given bits.
+    """Design the code table of least error ∫ w (f' - q)² dx among all tables with the given bits.
 
-    activation  a registered name, a record, a pointwise function on tensors, or "identity": f(x) = x, no activation, but
-                with channels="value" the optimal quantizer of x itself (Lloyd-Max)
-    bits        of one code, 1 to 8; 3 if neither `bits` nor `levels` is given
-    weight      density of the pre-activation: a text such as "student", "normal(std=2)", "uniform", a function of a float64
-                array, an array of samples, or a Weight; left out, "student" for the derivative alone and "normal" as soon
-                as the value is among the channels, since values want light tails
-    coding      "level": each x takes the level nearest to f'(x), and intervals share levels; the default, never worse.
-                "interval": a level for each interval, as published; the default for several channels.
-                "uniform": equal bins over centre ± 3 scales of the weight with an edge at zero, so that the sign survives
-                (Chakrabarti & Moseley, NeurIPS 2019), each with f' or f of its middle as level; nothing is optimised
+    activation  A registered name, a record, a pointwise function on tensors, or "identity". "identity" is f(x) = x, which is
+                not an activation. With channels="value" it gives the optimal quantizer of x itself (Lloyd-Max).
+    bits        bits of one code, 1 to 8; 3 if neither `bits` nor `levels` is given
+    weight      Density of the pre-activation: a text such as "student", "normal(std=2)" or "uniform", a function of a float64
+                array, an array of samples, or a Weight. The default is "student" for the derivative alone, and "normal" if the
+                value is among the channels, since values want light tails.
+    coding      "level", the default for one channel: each x takes the level nearest to f'(x), and intervals share levels. It is
+                never worse than the others. "interval", the default for several channels: each interval has its own level, as
+                published. "uniform": equal bins over centre ± 3 scales of the weight with an edge at zero, so that the sign
+                survives (Chakrabarti & Moseley, NeurIPS 2019); the level of a bin is f' or f at its middle, and nothing is
+                optimised.
     channels    what backward will read: "derivative" (f'), "value" (f), or both from one code (a joint table)
-    balance     factor with which the squared error of "value" counts against that of "derivative"
-    levels      number of levels, 2 to 256, where it is not 2**bits
-    domain      (low, high) of x over which the error counts, (-10, 10) or the range of the samples; the outermost
-                intervals go on beyond it
-    cells       cells of the grid on which the dynamic program searches before the result is polished off the grid
-    parameters  of the activation, such as alpha=0.5
+    balance     factor of the squared error of "value" relative to that of "derivative"
+    levels      number of levels, 2 to 256, if it is not 2**bits
+    domain      (low, high) of x over which the error counts; by default (-10, 10), or the range of the samples. The outermost
+                intervals go on beyond it.
+    cells       cells of the grid on which the dynamic program searches, before the result is polished off the grid
+    parameters  parameters of the activation, such as alpha=0.5
 
-    The table is the global optimum on the grid (Novikov et al., ICML 2023, section 3, for "interval"; weighted k-means of
-    the values f'(x), solved exactly, for "level"), then moved to the stationary point next to it. Where f' jumps and the
-    jump parts two levels, a threshold sits exactly on it, on the side that torch's backward takes. Where the optimum for
-    values is antisymmetric, thresholds and levels are so to the last digit. Thresholds and levels are rounded to 9
-    significant digits unless the fit is exact.
+    The table is the global optimum on the grid, moved to the stationary point next to it. For "interval" the program is that of
+    Novikov et al., ICML 2023, section 3. For "level" it is weighted k-means of the values f'(x), solved exactly. Where f' jumps
+    and the jump parts two levels, a threshold lies exactly on it, on the side that torch's backward takes. Where the optimum
+    for values is antisymmetric, thresholds and levels are antisymmetric to the last digit. Thresholds and levels are rounded to
+    9 significant digits unless the fit is exact.
 
     Raises DesignError or ActivationError, which say what was wrong and what would be right.
 

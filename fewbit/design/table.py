@@ -30,20 +30,21 @@ MOST_BYTES = 1 << 24  # of a file of tables: a thousand of the largest that a de
 class CodeTable:
     """A piecewise-constant function of x, stored as thresholds, codes and levels. Immutable.
 
-    x lies in interval i when `thresholds[i-1] < x <= thresholds[i]`, its code is `codes[i]`, and what backward reads for
-    it in channel c is `levels[c, codes[i]]`. NaN lies in the last interval.
+    x lies in interval i when `thresholds[i-1] < x <= thresholds[i]`. Its code is `codes[i]`. For channel c, backward reads
+    `levels[c, codes[i]]`. NaN lies in the last interval.
 
     thresholds     (m,) float64, strictly ascending
     codes          (m+1,) uint8, each below K
     levels         (channels, K) float64, K <= 2**bits
     bits           bits of one code, 1 to 8
     channels       what the rows of levels hold: "derivative" (f') or "value" (f)
-    activation     name of the activation the table is for; None fits any
+    activation     name of the activation that the table is for; None fits any
     parameters     that activation's parameters
     weight, coding, domain, balance   how the table was designed
-    errors         (channels,) ∫ w (g - q)² dx with w of mass 1 on the domain; `powers`: ∫ w g² dx
+    errors         (channels,) ∫ w (g - q)² dx with w of mass 1 on the domain
+    powers         (channels,) ∫ w g² dx
 
-    Raises TableError when an invariant does not hold.
+    Raises TableError if an invariant does not hold.
 
     >>> relu = CodeTable(thresholds=[0.0], codes=[0, 1], levels=[[0.0, 1.0]], bits=1)
     >>> relu(np.array([-2.0, 0.0, 3.0]))
@@ -92,12 +93,15 @@ class CodeTable:
 
     @property
     def mse(self) -> float | tuple[float, ...]:
-        """∫ w (g - q)² dx, w of mass 1 on the domain: a float, or for several channels a tuple. NaN when not designed."""
+        """∫ w (g - q)² dx, with w of mass 1 on the domain.
+
+        A float, or a tuple for several channels. NaN if the table was not designed.
+        """
         return self._one_or_all(self.errors or (np.nan,) * len(self.channels))
 
     @property
     def relative_rms(self) -> float | tuple[float, ...]:
-        """sqrt(mse / ∫ w g² dx), shaped as `mse`; where the power is 0 that is 0 or infinite."""
+        """sqrt(mse / ∫ w g² dx), shaped as `mse`. Where ∫ w g² dx is 0, it is 0 or infinite."""
         if self.errors is None or self.powers is None:
             return self._one_or_all((np.nan,) * len(self.channels))
         pairs = zip(self.errors, self.powers, strict=True)
@@ -106,7 +110,9 @@ class CodeTable:
 
     @property
     def even(self) -> bool:
-        """Whether the code depends on |x| alone: the thresholds mirror each other, each interval on the side of larger |x|."""
+        """Whether the code depends only on |x|: the thresholds mirror each other, and each threshold belongs to the interval of
+        larger |x|.
+        """
         mirrored = np.nextafter(-self.thresholds[::-1], -np.inf)
         half = self.thresholds.size // 2
         same = np.array_equal(self.thresholds[:half], mirrored[:half]) and self.thresholds.size % 2 == 0
@@ -186,7 +192,7 @@ class CodeTable:
             raise TableError(f"an entry of the table has the wrong type: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the table to `path` as JSON, whole or not at all; through links and devices. OSError as from open()."""
+        """Write the table to `path` as JSON, whole or not at all. Links and devices work too. Raises OSError as open() does."""
         text = dump_tables([self])
         if len(text) > MOST_BYTES:
             raise TableError(f"a table file holds at most {MOST_BYTES >> 20} MiB, this table takes {len(text) >> 20}")
@@ -194,7 +200,7 @@ class CodeTable:
 
     @classmethod
     def load(cls, path: str | Path) -> CodeTable:
-        """Read a file that `save` wrote. Raises TableFileError, which names the file and the remedy, for any other."""
+        """Read a file that `save` wrote. For any other file it raises TableFileError, which names the file and the remedy."""
         tables = read_tables(path)
         if len(tables) != 1:
             raise TableFileError(f"{path} holds {len(tables)} tables, not one; load_table() picks one of a shipped file")
@@ -205,8 +211,10 @@ class CodeTable:
         return tables[0]
 
     def check(self) -> None:
-        """Raise TableError where the errors that the table states are not those of its levels, as far as that can be told: for
-        built-in activations, under weights that their text names. `load` checks that."""
+        """Raise TableError if the errors that the table states are not those of its levels.
+
+        This can be checked for built-in activations, under weights that their text names. `load` checks it.
+        """
         record, weight = built_in(self.activation or ""), weight_named(self.weight or "")
         if record is not None and weight is not None:
             try:
@@ -303,7 +311,7 @@ def read_text(path: str | Path, most: int) -> str:
     except OSError as error:
         raise TableFileError(f"cannot read table file {path}: {error.strerror}; check the path") from error
     except ValueError as error:  # no UTF-8; or a path that no file can have
-        raise TableFileError(f"{path} is no fewbit table file: it is not text") from error
+        raise TableFileError(f"{path} is not a fewbit table file: it is not text") from error
 
 
 def dump_tables(tables: list[CodeTable]) -> str:
@@ -330,7 +338,7 @@ def _broken(origin: str, error: TableError) -> TableFileError:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def parse_entries(text: str, origin: str, form: str, name: str) -> list[Any]:
@@ -341,7 +349,7 @@ def parse_entries(text: str, origin: str, form: str, name: str) -> list[Any]:
         what = f"{origin} is not valid JSON, perhaps cut short ({error!s:.200})"
         raise TableFileError(f"{what}; delete it or write it anew") from error
     if not isinstance(content, dict) or content.get("format") != form or not isinstance(content.get(name), list):
-        raise TableFileError(f'{origin} is no {form.replace("-", " ")} file: it lacks "format": "{form}" and its {name}')
+        raise TableFileError(f'{origin} is not a {form.replace("-", " ")} file: it lacks "format": "{form}" and its {name}')
     if content.get("version") != VERSION:
         raise TableFileError(
             f"{origin} has version {shown(content.get('version'))}, this fewbit reads version {VERSION}; "

@@ -207,14 +207,14 @@ def docstring_of(record: Activation, summary: str, module: bool = False) -> str:
         others = "Raises InputError (dtype, layout, double backward)"
     return f"""{summary}
 {parameters}
-    inplace  overwrite the input; backward does not need it
-    bits     of one code, 1 to 8; 3 if no table is given
+    inplace  whether to overwrite the input, which backward does not need
+    bits     bits of one code, 1 to 8; 3 if no table is given
     table    a CodeTable of your own, from `fewbit.design`
-    shared   one code for f' and f, which layers of fewbit that read the output keep, too, and not the output
+    shared   whether to make one code for f' and f; layers of fewbit that read the output keep this code, not the output
     Returns  (*), the exact activation, bit for bit torch's (within one unit in the last place where a GPU kernel computes it)
 
-    Where the input needs a gradient, ceil(n * bits / 8) bytes plus at most 512 are kept for n elements, and no reference to
-    the input; the gradient is the incoming one times table(x). Otherwise this is torch's own operation.
+    If the input needs a gradient, n elements keep ceil(n * bits / 8) bytes plus at most 512, and no reference to the input.
+    The gradient is the incoming one times table(x). If it needs none, this is torch's own operation.
 
 {_describe_table(record)}
 
@@ -228,8 +228,8 @@ def docstring_of(record: Activation, summary: str, module: bool = False) -> str:
 
 
 def _describe_table(record: Activation) -> str:
-    text = f"""    Tables used: those of fewbit.load_ladder({record.name!r}, bits). The spread of the input, told from up to
-    {SAMPLE} of its elements, chooses one: inputs of every scale from {RUNGS[0]:g} to {RUNGS[-1]:g} are served alike"""
+    text = f"""    Tables used: those of fewbit.load_ladder({record.name!r}, bits). The spread of up to {SAMPLE} elements of
+    the input chooses one of them, so there is one for every scale from {RUNGS[0]:g} to {RUNGS[-1]:g}"""
     if activations.BUILT_IN.get(record.name) != record:
         return text + "."
     ladders = [load_ladder(record, bits) for bits in SHIPPED_BITS]

@@ -64,10 +64,10 @@ def _named(function: Callable[..., Any], name: str, kept: str) -> Any:
 
 @_exact_code
 def dropout(by_name: bool, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """torch.nn.functional.dropout, bit for bit, by the same random numbers, which keeps one bit an element for backward.
+    """torch.nn.functional.dropout, bit for bit, by the same random numbers. It keeps one bit an element for backward.
 
-    input (*), any shape and strides -> (*). Layers of fewbit that read the output keep the code of the input, if it has one,
-    and these bits, instead of a code of their own.
+    input (*), any shape and strides -> (*). If the input has a code, layers of fewbit that read the output keep that code and
+    these bits. They then make no code of their own.
     """
     if not (training and isinstance(p, (int, float)) and 0 < p < 1):
         return functional.dropout(input, p, training, inplace)  # which keeps nothing, or says what it takes
@@ -228,7 +228,7 @@ _PADDINGS = {"reflect": "reflection", "replicate": "replication"}  # of those th
 
 @_exact_code
 def pad(by_name: bool, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
-    """torch.nn.functional.pad, bit for bit, which keeps nothing for backward."""
+    """torch.nn.functional.pad, bit for bit. It keeps nothing for backward."""
     dims = len(pad) // 2
     sizes = _sizes(2 * dims, None, pad)
     is_slow = torch.are_deterministic_algorithms_enabled() and isinstance(input, Tensor) and input.is_cuda
@@ -262,7 +262,7 @@ def interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Tensor:
-    """torch.nn.functional.interpolate, bit for bit, which keeps nothing for backward."""
+    """torch.nn.functional.interpolate, bit for bit. It keeps nothing for backward."""
     options = size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
     if mode != "area" or not isinstance(input, Tensor) or torch.compiler.is_compiling():
         return functional.interpolate(input, *options)

@@ -105,10 +105,11 @@ def layer(kind: str, gate: str | None = None) -> Callable[[Callable[..., Any]], 
 
 @layer("linear")
 def linear(code: Code, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear; the weight's gradient is made from codes of the input, all else is exact.
+    """torch.nn.functional.linear. The weight's gradient comes from codes of the input, everything else is exact.
 
-    input (*, in), weight (out, in), bias (out,) -> (*, out). A weight that needs no gradient keeps nothing of the input, and
-    an input that the operation which made it keeps anyway is kept as it is. Chakrabarti and Moseley, NeurIPS 2019, section 3.
+    input (*, in), weight (out, in), bias (out,) -> (*, out). If the weight needs no gradient, nothing of the input is kept. If
+    the operation that made the input keeps it anyway, the input is kept as it is. Chakrabarti and Moseley, NeurIPS 2019,
+    section 3.
     """
     return code.run(_linear, (), (input, weight, bias))
 
@@ -181,7 +182,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """torch.nn.functional.layer_norm, with codes of the normalized input for backward and for layers that read the output.
+    """torch.nn.functional.layer_norm. Backward, and layers that read the output, use codes of the normalized input.
 
     input (*, *normalized_shape), weight and bias (*normalized_shape) -> (*, *normalized_shape)
     """
@@ -192,7 +193,7 @@ def layer_norm(
 def rms_norm(
     code: Code, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """torch.nn.functional.rms_norm, with codes of the normalized input for backward and for layers that read the output.
+    """torch.nn.functional.rms_norm. Backward, and layers that read the output, use codes of the normalized input.
 
     input (*, *normalized_shape), weight (*normalized_shape) -> (*, *normalized_shape)
     """
@@ -203,11 +204,11 @@ def rms_norm(
 def group_norm(
     code: Code, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """torch.nn.functional.group_norm, with codes of the normalized input for backward and for layers that read the output.
+    """torch.nn.functional.group_norm. Backward, and layers that read the output, use codes of the normalized input.
 
     input (batch, channels, *), weight and bias (channels,) -> (batch, channels, *)
 
-    Where the output goes through a ReLU of shared codes, that one finds its derivative in the same codes, exactly.
+    A ReLU with shared codes behind it finds its exact derivative in the same codes.
     """
     if isinstance(input, Tensor):
         if input.dim() < 2:
@@ -228,12 +229,12 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """torch.nn.functional.batch_norm, with codes of the normalized input for backward and for layers that read the output.
+    """torch.nn.functional.batch_norm. Backward, and layers that read the output, use codes of the normalized input.
 
     input (batch, channels, *), all vectors (channels,) -> (batch, channels, *)
 
-    Where the output goes through a ReLU of shared codes, that one finds its derivative in the same codes, exactly (Chakrabarti
-    and Moseley, NeurIPS 2019, section 3.2). Running statistics are updated as torch does.
+    A ReLU with shared codes behind it finds its exact derivative in the same codes (Chakrabarti and Moseley, NeurIPS 2019,
+    section 3.2). Running statistics are updated as torch does.
     """
     if training:
         check_batch_size(input.size())
@@ -242,7 +243,8 @@ def batch_norm(
 
 @layer("product", gate="sigmoid")
 def glu(code: Code, input: Tensor, dim: int = -1) -> Tensor:
-    """torch.nn.functional.glu: the first half of the input along `dim` times the sigmoid of the second, from codes of both.
+    """torch.nn.functional.glu: the first half of the input along `dim` times the sigmoid of the second, from codes of both
+    halves.
 
     (…, 2n, …) -> (…, n, …)
 
@@ -253,9 +255,9 @@ def glu(code: Code, input: Tensor, dim: int = -1) -> Tensor:
 
 @layer("product", gate="silu")
 def swiglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, from codes of both, from which the layers that read the product make it anew.
+    """silu(gate) * up, from codes of both. Layers that read the product compute it again from these codes.
 
-    gate, up  (*), of one shape or shapes that broadcast
+    gate, up  (*), of one shape, or of shapes that broadcast
     table     a joint table of your own for silu, with the channels "derivative" and "value"
 
     Shazeer, "GLU variants improve transformer", 2020, equation 6.
@@ -265,7 +267,7 @@ def swiglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
 
 @layer("product")
 def geglu(code: Code, gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
-    """gelu(gate) * up, as `swiglu`; `approximate` as in torch.nn.functional.gelu."""
+    """gelu(gate) * up, from codes of both, like `swiglu`. `approximate` is as in torch.nn.functional.gelu."""
     return code.run(_gated, ("geglu", gelu_named(approximate)), (gate, up))
 
 
@@ -276,7 +278,7 @@ def gelu_named(approximate: str) -> str:
 
 @layer("product", gate="relu")
 def reglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
-    """relu(gate) * up, as `swiglu`."""
+    """relu(gate) * up, from codes of both, like `swiglu`."""
     return code.run(_gated, ("reglu", reglu.gate), (gate, up))
 
 
@@ -295,9 +297,9 @@ def scaled_dot_product_attention(
     """torch.nn.functional.scaled_dot_product_attention, from codes of query, key and value.
 
     query (batch, …, queries, channels), key (batch, …, keys, channels), value (batch, …, keys, values) -> (batch, …, queries,
-    values); attn_mask broadcasts to (batch, …, queries, keys). Nothing else is kept: backward runs torch's operation once more,
-    with the same random numbers, on what the codes stand for. Codes of query and key have one bit more than those of value,
-    since gradients err by them the most.
+    values); attn_mask broadcasts to (batch, …, queries, keys). Nothing else is kept. Backward runs torch's operation once more
+    on the rebuilt values, with the same random numbers. Codes of query and key have one bit more than those of value, since
+    errors in them change the gradients most.
     """
     options = (dropout_p, is_causal, scale, enable_gqa)
     return code.run(_attention, options, (query, key, value, attn_mask))

@@ -24,17 +24,18 @@ Tensor = torch.Tensor
 def recompute(
     function: Callable[..., Any], *tensors: Any, bits: int = DEFAULT_LAYER_BITS, table: CodeTable | None = None
 ) -> Any:
-    """function(*tensors), exactly; backward runs it again, on what codes of the tensors stand for.
+    """Call function(*tensors), exactly. Backward calls it again, on tensors that are rebuilt from codes.
 
-    function  of these arguments. It may use parameters, random numbers and autocast, which are the same again, and give back
-              what it likes; it has to do the same both times, as for `torch.utils.checkpoint`.
-    tensors   its arguments. Floating-point tensors that need a gradient are kept as codes, standardized by channel (dimension 1
-              of four or five, else the last) and scaled by row; those that bring along codes as these; all else as it is.
-    bits      of one code, 1 to 8
-    table     a CodeTable of your own, with the channel "value", instead
-    Returns   what the function returns; nothing else is kept of what the function does
+    function  A function of these arguments. It may use parameters, random numbers and autocast. They are the same in backward.
+              It may return anything. It has to do the same both times, as for `torch.utils.checkpoint`.
+    tensors   Its arguments. Floating-point tensors that need a gradient are kept as codes. They are standardized by channel
+              (dimension 1 of tensors with four or five dimensions, else the last one) and scaled by row. A tensor that already
+              has codes keeps those. All other arguments are kept as they are.
+    bits      bits of one code, 1 to 8
+    table     a CodeTable of your own with the channel "value", instead of bits
+    Returns   what the function returns. Nothing else that the function computes is kept.
 
-    The gradient is the exact one at the rebuilt inputs. In compiled code it is torch's checkpointing, of exact inputs.
+    The gradient is the exact one at the rebuilt inputs. In compiled code this is torch's checkpointing, of exact inputs.
 
     Raises InputError (a function that cannot be called), DesignError (bits), TableError (a table of something else).
 

@@ -33,7 +33,7 @@ def check_batches(name: str, batches: Any, loss_fn: Any) -> None:
     """Raise InputError for what is no iterable of batches, and a loss that cannot be called."""
     if isinstance(batches, Mapping):
         raise InputError(
-            f"{name}(model, batches, loss_fn) goes through several batches, and a {type(batches).__name__} is one; "
+            f"{name}(model, batches, loss_fn) goes through several batches, but a {type(batches).__name__} is one batch; "
             "pass a list of batches, or [batch]"
         )
     if not isinstance(batches, Iterable):
@@ -105,7 +105,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The `loss` of what the model returns for a batch; InputError if it has none."""
     loss = loss_in(run(model, batch))
     if loss is None:
-        raise InputError("what the model returns has no `loss`; give loss_fn, a function of the model and a batch")
+        raise InputError("the model's output has no `loss`; give loss_fn, a function of the model and a batch")
     return loss
 
 

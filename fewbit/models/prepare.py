@@ -38,13 +38,13 @@ _HELPS = 0.95  # of the error: above that, calibration is not worth its tables
 
 @dataclass(frozen=True, repr=False)
 class Preparation(Report):
-    """What `prepare` did. Prints as a few lines; `fidelity` has the gradients in full, `plan` the memory.
+    """What `prepare` did. It prints as a few lines. `fidelity` has the gradients in full, `plan` has the memory.
 
-    plan        of the conversion, made before it; of each block, where codes alone do not fit the budget
+    plan        the plan of the conversion, made before it; with a plan of each block if codes alone do not fit the budget
     kept        bytes of activations that forward keeps, before and after
-    peaks       of a training step before and after; None where the model does not run on fake tensors
-    fidelity    of the model as it is now
-    setting     of the conversion
+    peaks       peaks of a training step, before and after; None if the model does not run on fake tensors
+    fidelity    gradients of the model as it is now
+    setting     bits and coding of the conversion
     raised      names of the modules that have more bits than the setting says
     calibrated  whether activations have tables for their own inputs
     budget      in bytes, if one was given
@@ -61,7 +61,7 @@ class Preparation(Report):
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak is within the budget; None without a budget or a peak."""
+        """Whether the peak is within the budget. None without a budget or a peak."""
         return None if self.budget is None or self.peaks is None else self.peaks[1].bytes <= self.budget
 
     @property
@@ -93,7 +93,7 @@ class Preparation(Report):
         return "train; fewbit.save(model, path) keeps this conversion beside a checkpoint"
 
     def rows(self) -> list[dict[str, Any]]:
-        """A group of parameters each, as in `fidelity`."""
+        """One row for each group of parameters, as in `fidelity`."""
         return self.fidelity.rows()
 
     def totals(self) -> dict[str, Any]:
@@ -134,22 +134,23 @@ def prepare(
     filter_fn: Filter | None = None,
     optimizer: Optimizer | None = None,
 ) -> Preparation:
-    """Convert a model for training, in place, as far as that pays and is safe, and report.
+    """Convert a model for training, in place, as far as that pays and is safe, and report what was done.
 
-    The conversion is planned first, so that only modules that pay are coded; where that does not fit the budget, blocks are
-    also recomputed, as `MemoryReport.plan` finds it. Then gradients from codes are compared with exact
-    ones on the batches (`fewbit.fidelity`): where a module's, or all of them, err by more than a tenth of their noise, codes
-    get more bits, up to 8. Last, tables of activations are calibrated on the batches and stay if that makes the error smaller.
+    1. Plan the conversion, so that only modules that pay are coded. If that does not fit the budget, blocks are also
+       recomputed, as `MemoryReport.plan` chooses.
+    2. Compare gradients from codes with exact ones on the batches (`fewbit.fidelity`). Where a module, or the whole model, errs
+       by more than a tenth of its noise, its codes get more bits, up to 8.
+    3. Calibrate tables of activations on the batches. They stay if they make the error smaller.
 
-    model      in training mode, if that is what it is for; a former conversion is undone
-    batches    a few, as training has them; two or more, eight tell more
-    loss_fn    of the model and a batch; left out, the `loss` of what the model returns
-    budget     bytes that a training step may take, or a text such as "24 GiB"; the report says whether the peak is within
-    bits       to begin with, as in `fewbit.convert`
-    filter_fn  of a module and its dotted name: whether it may be converted
-    optimizer  for the peak, as in `fewbit.memory`
+    model      in training mode, if you are going to train it; a former conversion is undone
+    batches    two batches or more, of the kind that training uses; eight give a better estimate
+    loss_fn    A function of the model and a batch. Without it, the loss is the `loss` of the model's output.
+    budget     Bytes that a training step may take, or a text such as "24 GiB". The report says whether the peak fits.
+    bits       bits to begin with, as in `fewbit.convert`
+    filter_fn  a function of a module and its dotted name that says whether the module may be converted
+    optimizer  the optimizer that the peak counts, as in `fewbit.memory`
 
-    Raises InputError (no batches, no loss, no budget) and what the model raises; the model is then as before.
+    Raises InputError (fewer than two batches, no loss, not a budget) and what the model raises. The model is then as before.
     """
     inner = check_model("prepare", model)
     check_batches("prepare", batches, loss_fn)

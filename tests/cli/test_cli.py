@@ -44,7 +44,7 @@ def no_window(monkeypatch):
             ],
         ),
         (["plot", "-h"], ["--gallery"]),
-        (["fidelity", "-h"], ["--data", "--autocast", "Inputs are random, unless --data gives real ones"]),
+        (["fidelity", "-h"], ["--data", "--autocast", "Inputs are random unless --data gives real ones"]),
         (["bench", "-h"], ["--parts", "--compile", "--json"]),
         (["--version"], [f"fewbit {fewbit.__version__}"]),
         (["list"], ["gelu_tanh", "min_val=-1, max_val=1", "0.0641", "exact"]),
@@ -98,7 +98,7 @@ def test_prints(capsys, argv, parts):
         (["table", "gelu", "--bits", 9], 2, "bits must be an integer from 1 to 8, got 9"),
         (["table", "gelu", "--bits", "x"], 2, "--bits"),
         (["table", "gelu", "--coding", "levle"], 2, "coding must be one of"),
-        (["table", "gelu", "--ladder", "--weight", "normal"], 2, "--ladder goes with --bits, --channels and --param alone"),
+        (["table", "gelu", "--ladder", "--weight", "normal"], 2, "--ladder goes only with --bits, --channels and --param"),
         (["table", "gelu", "--ladder", "--json"], 2, "--ladder shows several tables"),
         (["table", "gelu", "--channels", "slope"], 2, "channels must be some of ('derivative', 'value'), each once"),
         (["table", "gelu", "--channels", "value", "value"], 2, "each once; got ('value', 'value')"),
@@ -113,14 +113,14 @@ def test_prints(capsys, argv, parts):
         (["table", "no.such:thing"], 2, "cannot import no.such:thing"),
         (["table", "torch:nothing"], 2, "cannot import torch:nothing"),
         (["table", "torch:cumsum"], 2, "cumsum must map a float64 tensor"),
-        (["table", "torch:pi"], 2, "torch:pi is no function"),
+        (["table", "torch:pi"], 2, "torch:pi is not a function"),
         (["table", "gelu", "--samples", "/no/such.npy"], 1, "/no/such.npy: No such file or directory"),
         (["table", "gelu", "--output", "/no/such/folder.json"], 1, "/no/such/folder.json: No such file or directory"),
         (["table"], 2, "Missing argument"),
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["plot"], 2, "give an activation's name, or --gallery, or --errors"),
         (["plot", "gelu", "--gallery"], 2, "give an activation's name, or --gallery, or --errors"),
-        (["plot", "--gallery", "--bits", 1, 2], 2, "--gallery takes one --bits, --errors none"),
+        (["plot", "--gallery", "--bits", 1, 2], 2, "--gallery takes one --bits and --errors takes none"),
         (["plot", "gelu", "-o", "/no/such/p.png"], 1, "/no/such: No such folder"),
         (["plot", "--errors", "--weight", "uniform"], 2, "neither of them other options of the table"),
         (["plot", "--errors", "--bits", 2], 2, "--errors none"),
@@ -179,7 +179,7 @@ def test_samples(capsys, tmp_path, rng):
         (tmp_path / "bad.npy").write_bytes(content)
         status, _, err = run(capsys, "table", "gelu", "--samples", tmp_path / "bad.npy")
         assert status == 2
-        assert "bad.npy is no .npy file of numbers" in err
+        assert "bad.npy is not a .npy file of numbers" in err
 
 
 def test_a_function_of_ones_own(capsys, tmp_path, monkeypatch):

@@ -165,8 +165,8 @@ def table_with(**changes):
     [
         ("", "is not valid JSON, perhaps cut short"),
         (dump_tables([simple()])[:-40], "is not valid JSON, perhaps cut short"),
-        ("[1, 2]", "is no fewbit table file"),
-        (text_of(format="other"), "is no fewbit table file"),
+        ("[1, 2]", "is not a fewbit table file"),
+        (text_of(format="other"), "is not a fewbit table file"),
         (text_of(version=VERSION + 1), f"has version {VERSION + 1}, this fewbit reads version {VERSION}; upgrade"),
         (text_of(tables=[]), "holds 0 tables, not one"),
         (text_of(tables=[{"bits": 1}]), "holds a broken table: .*missing"),

@@ -1,4 +1,4 @@
-"""tools/results: each file says what it was measured with, and README.md prints the figures that stand there."""
+"""tools/results: each file says what it was measured with, and README.md and docs/ print the figures that stand there."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import pytest
+from documents import PAGES, README, words
 
 from tools.studies import final_loss
 from tools.studies.reviewers import architectures, batches, comparison, verdicts
@@ -15,7 +16,7 @@ from tools.studies.reviewers import architectures, batches, comparison, verdicts
 ROOT = Path(__file__).parents[2]
 # beside them lie the pictures that studies draw
 FILES = sorted((ROOT / "tools" / "results").glob("*.json"))
-README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+TEXT = " ".join(map(words, (README, *PAGES)))
 BITS = range(1, 5)
 
 
@@ -76,7 +77,7 @@ def percent(path):
 
 
 def ratio(above, below):
-    return lambda results: at(results, above) / at(results, below)
+    return lambda results: at(results, above) / (at(results, below) if isinstance(below, str) else below)
 
 
 def final_loss_above_exact(label):
@@ -109,6 +110,15 @@ def of_architectures(count):
     return [found(bits) for bits in (8, 5, 4, 3, 2)]
 
 
+def count_of_noise(found):
+    """How many of (distance, spread) are no farther above exact than exact runs differ."""
+    return sum(comparison.is_noise(*each) for each in found)
+
+
+def kept_shares(results):
+    return [each["kept_bytes"]["coded"] / each["kept_bytes"]["exact"] for each in results["models"].values()]
+
+
 def of_level(level):
     """How many verdicts of that level there are, and how many of these networks end within the spread of exact runs."""
 
@@ -116,6 +126,16 @@ def of_level(level):
         return [each for each in verdicts.cases(results["runs"], 1000) if each.level == level]
 
     return lambda results: len(cases(results)), lambda results: sum(each.is_noise for each in cases(results))
+
+
+def verdict_of(task, key, times=1):
+    """What `fidelity` says of a network at 4 bits."""
+
+    def found(results):
+        (run,) = (each for each in results["runs"] if each["task"] == task)
+        return times * run["verdicts"]["4"][key]
+
+    return found
 
 
 def of_lora(count):
@@ -143,7 +163,7 @@ def of_others(results):
     return [each["ratio"] for kind, sizes in results["time"].items() if kind != "LSTM" for each in sizes.values()]
 
 
-# what README.md prints, with a place and its rounding for each figure; the file; and the figures' paths in it
+# what README.md and docs/ print, with a place and its rounding for each figure; the file; and the figures' paths in it
 QUOTED = [
     *(
         (
@@ -180,7 +200,7 @@ QUOTED = [
             ("Llama", "DoRA, dropout"),
         )
     ),
-    ("In all {} cases, attached before or after `convert`", "lora", of_lora(len)),
+    ("The study has {} cases:", "lora", of_lora(len)),
     ("4 bits keep at most {:.2f} of exact", "lora", of_lora(lambda cases: max(max(each["kept"].values()) for each in cases))),
     (
         "calls all of them safe, at 4 bits {}.",
@@ -195,29 +215,29 @@ QUOTED = [
         "errors/blocks, 4 bits/noise",
         lambda results: 100 * max(row["share"] for row in results["errors"]["blocks, 4 bits"]["rows"] if "up" in row["group"]),
     ),
-    ("(`python -m tools.studies.fidelity`), noise {:.3f}:", "fidelity", "errors/all layers, 4 bits/noise"),
+    ("after 300 steps, noise {:.3f} (", "fidelity", "errors/all layers, 4 bits/noise"),
     *(
         (f"{row} {{:.3f}} {{:.3f}} {{:.3f}} {{:.3f}}", "fidelity", *(f"errors/{label}, {bits} bits/error" for bits in BITS))
         for row, label in (("activations alone", "activations"), ("its blocks", "blocks"), ("all layers", "all layers"))
     ),
     (
-        "With 8, 5, 4, 3 and 2 bits {}, {}, {}, {} and {} of them end no farther",
+        "With 8, 5, 4, 3 and 2 bits, {}, {}, {}, {} and {} of them end no farther",
         "reviewers_architectures",
-        *of_architectures(lambda found: sum(comparison.is_noise(*each) for each in found)),
+        *of_architectures(count_of_noise),
     ),
     (
-        "the median network ends {:+.1f}, {:+.1f}, {:+.1f}, {:+.1f} and {:+.1f} % from exact",
+        "The median network ends {:+.1f}, {:+.1f}, {:+.1f}, {:+.1f} and {:+.1f} % from exact",
         "reviewers_architectures",
         *of_architectures(lambda found: 100 * median(each.mean for each, _ in found)),
     ),
     (
-        "of {} settings that it calls safe {} are among these, of {} that it calls doubtful {}.",
+        "Of {} settings that it called safe, {} end there. Of {} that it called doubtful, {} do.",
         "reviewers_verdicts",
         *of_level("safe"),
         *of_level("doubtful"),
     ),
     (
-        "{:.1f} to {:.1f} times the exact one with 4 bits, {:.1f} to {:.1f} times with checkpointing",
+        "fit {:.1f} to {:.1f} times the exact batch with 4 bits, and {:.1f} to {:.1f} times with checkpointing",
         "reviewers_batches",
         *(
             lambda results, label=label, which=which: which(of_batches(results, label))
@@ -226,26 +246,26 @@ QUOTED = [
         ),
     ),
     (
-        "keep at 4 bits {:.1f} % (LSTM), {:.1f} % (GRU) and {:.1f} % (tanh) of what torch's keep on 64 steps",
+        "% of what torch's keep, 64 steps {:.1f} {:.1f} {:.1f}",
         "recurrent",
         *(percent(f"kept/{kind}/shares/4") for kind in RECURRENT),
     ),
     *(
         (template, "recurrent", *(f"errors/{kind}/{steps}/errors/4" for kind in RECURRENT))
         for steps, template in (
-            (64, "their gradients err by {:.3f}, {:.3f} and {:.3f};"),
-            (1024, "on 1,024 steps by {:.3f}, {:.3f} and {:.3f},"),
+            (64, "gradient error, 64 steps {:.3f} {:.3f} {:.3f}"),
+            (1024, "gradient error, 1,024 steps {:.3f} {:.3f} {:.3f}"),
         )
     ),
     (
-        "take {:.1f} times torch's time ({:.1f} with a batch of 8), GRUs and other networks {:.1f} to {:.1f}.",
+        "Coded LSTMs take {:.1f} times its time, and {:.1f} with a batch of 8. GRUs and other networks take {:.1f} to {:.1f}.",
         "recurrent",
         *(f"time/LSTM/64 x {batch} x 128/ratio" for batch in (32, 8)),
         lambda results: min(of_others(results)),
         lambda results: max(of_others(results)),
     ),
     ("lower the gradient's error by {:.0f} to {:.0f} % at equal bits", "calibration", least(JOINT), most(JOINT)),
-    ("those of the derivative alone by {:.0f} to {:.0f} % from 2 bits up", "calibration", least(ALONE), most(ALONE)),
+    ("Tables of the derivative alone lower it by {:.0f} to {:.0f} % from 2 bits up", "calibration", least(ALONE), most(ALONE)),
     ("all layers coded by {:.0f} % (2 bits) and {:.0f} % (3 bits) at equal", "calibration", allocated("2"), allocated("3")),
     *(
         (
@@ -275,9 +295,9 @@ QUOTED = [
         *(final_loss_above_exact(label) for label in ("5", "4", "3")),
     ),
     (
-        "Of {} small models, with dropout and with whatever stays exact (`python -m tools.studies.zoo`: of transformers, timm, "
-        "torchvision, diffusers and torch.nn, and written out by hand), `convert` at 4 bits leaves {:.2f} of the bytes at the "
-        "median and {:.2f} at the 90th percentile, with a gradient error of {:.3f} at the median",
+        "The zoo has {} small models, with dropout and with whatever stays exact: of transformers, timm, torchvision, "
+        "diffusers and torch.nn, and written out by hand (`python -m tools.studies.zoo`). `convert` at 4 bits leaves {:.2f} "
+        "of the bytes at the median and {:.2f} at the 90th percentile, with a gradient error of {:.3f} at the median",
         "zoo",
         "summary/models",
         "summary/kept/median",
@@ -290,7 +310,7 @@ QUOTED = [
         *(f"bfloat16, {label}/bits/all but the input" for label in ("4 bits", "exact")),
     ),
     (
-        "digits 1/{:.0f} of what it kept",
+        "digits keeps 1/{:.0f} of what it kept",
         "resnet",
         ratio("exact/kept_bytes/all", "joint codes, 4 bits/kept_bytes/all"),
     ),
@@ -312,13 +332,110 @@ QUOTED = [
         )
         for name in read("working_sizes-cuda")["results"]["models"]
     ),
+    # the table of README
+    *(
+        (
+            f"{name} {{:.2f}} s {{:.2f}} {{:.2f}} {{:.2f}} {{:.2f}} ",
+            "working_sizes",
+            f"{name}/exact seconds/median",
+            *(f"{name}/{way}/{column}" for way in ("coded", "checkpoint") for column in ("peak", "time")),
+        )
+        for name in read("working_sizes")["results"]
+    ),
+    *(
+        (
+            f"{name}, H200 {{:.2f}} s, {{:.0f}} GiB {{:.2f}} {{:.2f}} {{:.2f}} {{:.2f}} ",
+            "working_sizes-cuda",
+            f"models/{name}/exact seconds/median",
+            ratio(f"models/{name}/exact peak bytes", 1 << 30),
+            *(f"models/{name}/{way}/{column}" for way in ("coded", "checkpoint") for column in ("peak", "time")),
+        )
+        for name in read("working_sizes-cuda")["results"]["models"]
+    ),
+    *(
+        (
+            f"{read('working_sizes')['results'][name]['checkpoint']['time']:.2f} {{}} ({{:.1f}} %)",
+            "reviewers_verdicts",
+            verdict_of(task, "level"),
+            verdict_of(task, "share", 100),
+        )
+        for name, task in (("GPT-2", "gpt"), ("BERT", "bert"), ("ViT", "vit"), ("ResNet-18", "resnet"))
+    ),
+    (
+        "GPT-2 training step to {:.2f} of the exact one on two CPU cores",
+        "working_sizes",
+        "GPT-2/coded/peak",
+    ),
+    ("and to {:.2f} on an H200 GPU", "working_sizes-cuda", "models/GPT-2/coded/peak"),
+    (
+        "of GPT-2 takes {:.2f} of its exact peak memory on two CPU cores, at {:.2f} of the time",
+        "working_sizes",
+        "GPT-2/coded/peak",
+        "GPT-2/coded/time",
+    ),
+    (
+        "it takes {:.2f} of the peak of {:.0f} GiB, at {:.2f} of the time",
+        "working_sizes-cuda",
+        "models/GPT-2/coded/peak",
+        ratio("models/GPT-2/exact peak bytes", 1 << 30),
+        "models/GPT-2/coded/time",
+    ),
+    ("the ResNet for digits takes {:.2f} of the exact time", "working_sizes", "ResNet, digits/coded/time"),
+    # the list of all studies
+    ("two CPU cores GPT-2: {:.2f} of the peak, {:.2f} of the time", "working_sizes", "GPT-2/coded/peak", "GPT-2/coded/time"),
+    (
+        "NVIDIA H200 GPT-2: {:.2f} of the peak, {:.2f} of the time",
+        "working_sizes-cuda",
+        "models/GPT-2/coded/peak",
+        "models/GPT-2/coded/time",
+    ),
+    (
+        "ten families of Hugging Face {:.2f} to {:.2f} of the kept bytes",
+        "huggingface",
+        lambda results: min(kept_shares(results)),
+        lambda results: max(kept_shares(results)),
+    ),
+    ("{} small models of many packages {:.2f} of the kept bytes", "zoo", "summary/models", "summary/kept/median"),
+    (
+        "{:.2f} → {:.2f} units in float32 at 4 bits",
+        "gpt-memory",
+        "128/float32, exact/total",
+        "128/float32, 4 bits/total",
+    ),
+    (
+        "gradient error of a trained GPT {:.3f} at 4 bits, {:.3f} at 5",
+        "gpt-errors",
+        *(f"errors/joint codes, {bits} bits/all" for bits in (4, 5)),
+    ),
+    ("200 steps, exact and coded the same held-out loss within {:.1f} %", "gpt-training", worst_held_out),
+    ("to the end of a schedule {:.1f} % above exact at 5 bits", "final_loss", final_loss_above_exact("5")),
+    ("beside noise {:.3f} at 4 bits, noise {:.2f}", "fidelity", "errors/blocks, 4 bits/error", "errors/blocks, 4 bits/noise"),
+    ("error {:.0f} to {:.0f} % lower", "calibration", least(JOINT), most(JOINT)),
+    (
+        "what a SwiGLU keeps {:.1f} bits instead of {:.0f}",
+        "swiglu",
+        *(f"bfloat16, {label}/bits/all but the input" for label in ("4 bits", "exact")),
+    ),
+    ("1/{:.0f} of the kept bytes", "resnet", ratio("exact/kept_bytes/all", "joint codes, 4 bits/kept_bytes/all")),
+    ("{:.1f} % of the kept bytes (LSTM)", "recurrent", percent("kept/LSTM/shares/4")),
+    ("{} of 10 within the spread of seeds at 4 bits", "reviewers_architectures", of_architectures(count_of_noise)[2]),
+    (
+        "{1} of {0} safe settings",
+        "reviewers_verdicts",
+        *of_level("safe"),
+    ),
+    (
+        "{:.1f} to {:.1f} times the exact one",
+        "reviewers_batches",
+        *(lambda results, which=which: which(of_batches(results, batches.CODES)) for which in (min, max)),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("template", "name", "paths"), [(first, name, paths) for first, name, *paths in QUOTED])
-def test_readme_prints_what_was_measured(template, name, paths):
+def test_documents_print_what_was_measured(template, name, paths):
     results = read(name)["results"]
-    assert template.format(*(at(results, path) for path in paths)) in README
+    assert template.format(*(at(results, path) for path in paths)) in TEXT
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -332,13 +449,13 @@ def test_each_file_says_what_it_was_measured_with(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_readme_names_the_study_of_each_file(path):
+def test_documents_name_the_study_of_each_file(path):
     study, _, part = path.stem.replace("reviewers_", "reviewers-").partition("-")
-    assert f"python -m tools.studies.{study}" in README or f"`… {study}" in README
-    assert not part or re.search(rf"`(python -m tools.studies|…)[ .]{study} (--device )?{part}`", README)
+    assert f"`python -m tools.studies.{study}" in TEXT
+    assert not part or re.search(rf"`python -m tools.studies.{study} (--device )?{part}`", TEXT)
 
 
-def test_results_hold_what_readme_says_in_words():
+def test_results_hold_what_documents_say_in_words():
     assert all(each["bits equal"] and each["keys equal"] for each in read("huggingface")["results"]["models"].values())
     kept = [each["kept_bytes"] for each in read("huggingface")["results"]["models"].values()]
     assert all(each["predicted"] == each["coded"] for each in kept)

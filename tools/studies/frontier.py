@@ -54,7 +54,7 @@ def compare(subject: Subject, console: Console, name: str) -> list[dict[str, Any
     least = report.plan(BITS, budget=1)
     lowest, exact = min(each.peak for each in least.frontier), report.peak.bytes
     plans = [report.plan(BITS, budget=int(lowest + share * (exact - lowest))) for share in SHARES]
-    console.print(f"[{name}]", plans[1].view(), "")
+    console.print(name, plans[1].view(), "", sep="\n")
     models = [copy.deepcopy(subject.model) for _ in (None, *plans)]
     for plan, model in zip(plans, models[1:], strict=True):
         plan.choice.convert(model, plan.setting, None)

@@ -45,27 +45,30 @@ def allocate(
     choices: Sequence[int] = range(1, MAX_BITS + 1),
     filter_fn: Filter | None = None,
 ) -> Allocation:
-    """Give each coded layer of a model the bits and the table that make the error of the gradient least within a budget.
+    """Give each coded layer of a model its own bits and table, so that the gradient's error is least within a budget.
 
-    model      as for `fewbit.calibrate`. One that is not converted yet is converted with every kind; convert it before, with
-               bits by kind, to choose among some of them.
-    batches    likewise: activations and gates are calibrated on them. The layers' errors are measured on the first.
-    loss_fn    of the model and a batch, a scalar. Left out, it is the `loss` of what the model returns, or, where it has none,
-               a random projection of the outputs: the sum of all their elements times fixed normal numbers. That tells how an
-               error reaches the parameters, but not which outputs the true loss depends on; give the loss if you have one.
-    budget     for the codes of all these layers together, their scales apart, kept for one batch like the first: a share of
-               what the coded tensors take in their own dtype, as 0.3 or "30%", or bytes, as a whole number or as "512 MiB"
+    model      As for `fewbit.calibrate`. A model that is not converted yet is converted with every kind. To choose among some
+               kinds only, convert it before, with bits by kind.
+    batches    As for `fewbit.calibrate`. Activations and gates are calibrated on all batches. The errors of layers are measured
+               on the first one.
+    loss_fn    A function of the model and a batch that returns a scalar. Without it, the loss is the `loss` of the model's
+               output. If that has none, it is a random projection: the sum of all outputs times fixed normal numbers. A random
+               projection shows how an error reaches the parameters, but not which outputs the true loss depends on. Give the
+               true loss if you have it.
+    budget     What the codes of all these layers may take together, for one batch like the first, without their scales. It is a
+               share of what the coded tensors take in their own dtype, such as 0.3 or "30%", or a number of bytes, such as
+               1 << 29 or "512 MiB".
     choices    numbers of bits to choose from, each 1 to 8
-    filter_fn  of a module and its dotted name: whether to convert it and choose its bits
-    Returns    the bits chosen, with predicted and measured errors; its `calibration` saves and loads
+    filter_fn  A function of a module and its dotted name that says whether to convert the module and choose its bits.
+    Returns    the bits chosen, with predicted and measured errors. Its `calibration` saves and loads.
 
-    The choice is the optimum of the prediction. Where the same number of bits in all layers fits the budget and turns out no
-    worse on the first batch, it is taken instead. Layers that keep no codes of their own, such as a linear layer that reads
-    those of the activation before it, stay as they are. All that takes a forward and backward pass for each layer, and for each
-    activation the design of a table for each number of bits: for 1 to 8 some three seconds of one core a layer.
+    The choice is optimal for the predicted errors. If the same number of bits in all layers fits the budget and does no worse
+    on the first batch, that is taken instead. Layers that keep no codes of their own stay as they are. An example is a linear
+    layer that reads the code of the activation before it. This takes a forward and a backward pass for each layer. It also
+    designs a table for each activation and each number of bits: for 1 to 8 bits, about three seconds of one core a layer.
 
-    Raises DesignError (a budget that is too small, or none; choices) or InputError (no such module, no batch, no gradient); the
-    model is then as it was before.
+    Raises DesignError (a budget that is too small or not a budget, choices) or InputError (not a module, no batch, no
+    gradient). The model is then as before.
     """
     inner, share = check_model("allocate", model), parse_budget(budget)
     check_batches("allocate", batches, loss_fn)
@@ -82,8 +85,8 @@ def allocate(
         coded = coded_modules(inner, filter_fn)
         if not coded:
             raise InputError(
-                "allocate found no module in the model that is coded or can be with these bits: check the kinds in bits, "
-                "and filter_fn if you gave one. Activations that code calls as functions have one number of bits"
+                "allocate found no module that is coded, or that these bits could code: check the kinds in bits, and "
+                "filter_fn if you gave one. Activations that code calls as functions all have the same number of bits"
             )
         first, batches = _peeked(batches)
         histograms = observe(inner, model, batches, [each for each in coded if each.calibrates], loss_fn)

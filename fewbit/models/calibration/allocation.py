@@ -55,10 +55,10 @@ class Outcome(NamedTuple):
 class Allocation(Report):
     """The bits of each coded layer that keeps codes of its own.
 
-    calibration   their tables, to save, load and install
-    budget, exact_bytes  in bytes, for one batch: what the codes may take, and what the coded tensors take in their own dtype
-    outcome       of the bits chosen
-    uniform_bits, uniform  the most bits for all that fit the budget, and their outcome
+    calibration   tables of these layers, to save, load and install
+    budget, exact_bytes  bytes for one batch: what the codes may take, and what the coded tensors take in their own dtype
+    outcome       bytes and errors with the chosen bits
+    uniform_bits, uniform  the largest number of bits that fits the budget in all layers, and its bytes and errors
     """
 
     layers: tuple[AllocatedLayer, ...]
@@ -71,7 +71,7 @@ class Allocation(Report):
 
     @property
     def bits(self) -> dict[str, int]:
-        """Name of a layer -> its bits."""
+        """Bits of each layer, by its name."""
         return {layer.name: layer.bits for layer in self.layers}
 
     def rows(self) -> list[dict[str, Any]]:

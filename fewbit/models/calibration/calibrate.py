@@ -51,25 +51,25 @@ def calibrate(
     *,
     filter_fn: Filter | None = None,
 ) -> Calibration:
-    """Give each coded activation and gate of a model the table of least error for its own pre-activations.
+    """Give each coded activation and gate of a model the table of least error for its own inputs.
 
-    model      converted, built of fewbit's modules, or neither: then it is converted first, in place. It runs in the mode that
-               it is in, training or not, without its compiled code.
-    batches    what to run it on, each as in `fewbit.memory`. Some that the model has not been trained on for long are enough;
-               of each layer a histogram is kept, and no tensor.
-    loss_fn    of the model and a batch, a scalar: tables of the derivative are then for the squared gradient at each
-               pre-activation, which is what their error is multiplied by. Tables that hold values too stay for the
-               pre-activations alone, since the gradient there says nothing of the values. This runs backward, too.
-    bits       of the tables, one number or by kind, as in `fewbit.convert`; None, and for kinds not named: those that each
-               module has. A model that is converted now is converted with them, or with 5 for every kind.
-    filter_fn  of a module and its dotted name: whether to convert and calibrate it
-    Returns    what was seen, and the errors before and after; `save` writes the tables to a file, `Calibration.load` reads it,
-               and `install` puts them on a model again
+    model      A model that is converted, is built of fewbit's modules, or is neither. In the last case it is converted first,
+               in place. It runs in the mode that it is in, training or evaluation, without its compiled code.
+    batches    Batches to run the model on, each as in `fewbit.memory`. A few are enough, also early in training. One histogram
+               is kept for each layer, and no tensors.
+    loss_fn    A function of the model and a batch that returns a scalar. Tables of the derivative are then made for the squared
+               gradient at each pre-activation, since the gradient multiplies their error. Tables that also hold values are made
+               for the pre-activations only, since the gradient there does not weigh the values. With it, backward runs too.
+    bits       Bits of the tables, one number or by kind, as in `fewbit.convert`. None, and kinds that are not named, keep the
+               bits of each module. A model that is converted now is converted with these bits, or with 5 for every kind.
+    filter_fn  A function of a module and its dotted name that says whether to convert and calibrate the module.
+    Returns    what was seen, and the errors before and after. `save` writes the tables to a file, `Calibration.load` reads it,
+               and `install` puts them on a model again.
 
-    Layers that never ran keep the table they had, and so do those for which no better one is found, such as ReLU. Parameters,
-    gradients, buffers and the states of random number generators are afterwards what they were before.
+    Layers that never ran keep their table. So do layers for which no better table is found, such as ReLU. Parameters,
+    gradients, buffers and the states of random number generators are as before afterwards.
 
-    Raises DesignError (bits) or InputError (no such module, no batch, no gradient); the model is then as it was before.
+    Raises DesignError (bits) or InputError (not a module, no batch, no gradient). The model is then as before.
     """
     inner = check_model("calibrate", model)
     check_batches("calibrate", batches, loss_fn)
@@ -83,9 +83,9 @@ def calibrate(
         coded = [each for each in coded_modules(inner, filter_fn) if each.calibrates]
         if not coded:
             raise InputError(
-                "calibrate found no activation or gate in the model that is coded or can be with these bits: check "
-                "the kinds in bits, and filter_fn if you gave one. Activations that code calls as functions have the table of "
-                "their scale"
+                "calibrate found no activation or gate that is coded, or that these bits could code: check the kinds in "
+                "bits, and filter_fn if you gave one. Activations that code calls as functions cannot be calibrated: they take "
+                "the table for the scale of their input"
             )
         histograms = observe(inner, model, batches, coded, loss_fn)
         layers = [_calibrated(each, histograms[each.name], _bits_of(each, setting), loss_fn is not None) for each in coded]

@@ -89,24 +89,24 @@ class CalibratedLayer:
 
 @dataclass(frozen=True, repr=False)
 class Calibration(Report):
-    """The tables of a model's coded modules, and how well they fit what was seen of it.
+    """The tables of a model's coded modules, and how well they fit the inputs that were seen.
 
     layers       in the order of the model's modules
-    by_gradient  whether tables of derivatives were designed for, and judged by, the squared gradient at each pre-activation
+    by_gradient  whether the squared gradient at each pre-activation weighed tables of derivatives and their errors
     """
 
     layers: tuple[CalibratedLayer, ...]
     by_gradient: bool = False
 
     def save(self, path: str | Path) -> None:
-        """Write the tables and these figures to one JSON file, atomically. OSError as from open()."""
+        """Write the tables and the figures to one JSON file, whole or not at all. Raises OSError as open() does."""
         lines = ",\n".join("  " + json.dumps(layer.to_dict()) for layer in self.layers)
         head = f'"format": "{FORMAT}",\n "version": {VERSION},\n "by_gradient": {json.dumps(self.by_gradient)}'
         files.write(path, f'{{\n {head},\n "layers": [\n{lines}\n ]\n}}\n')
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read a file that `save` wrote. Raises TableFileError, which names the file and the remedy, for any other."""
+        """Read a file that `save` wrote. For any other file it raises TableFileError, which names the file and the remedy."""
         text = read_text(path, MOST_BYTES)
         entries = parse_entries(text, str(path), FORMAT, "layers")
         try:
@@ -116,10 +116,10 @@ class Calibration(Report):
         return cls(layers, json.loads(text).get("by_gradient") is True)
 
     def install(self, model: nn.Module) -> nn.Module:
-        """Put the tables on the modules of these names, which are converted where they are not coded yet. Returns the model.
+        """Put the tables on the modules of the same names. Modules that are not coded yet are converted. Returns the model.
 
-        Raises InputError if a module is missing or cannot be coded, TableError if it is another activation, has other
-        parameters or codes something else; the model is then as before.
+        Raises InputError if a module is missing or cannot be coded. Raises TableError if a module is another activation, has
+        other parameters, or codes something else. The model is then as before.
         """
         inner = check_model("install", model)
         with structure_restored_on_error(inner):
@@ -206,7 +206,7 @@ class Calibration(Report):
 
 def _install(layer: CalibratedLayer, coded: CodedModule | None) -> None:
     if coded is None:
-        raise InputError(f"module {layer.name!r} is none that can be coded; the calibration has {layer.activation} there")
+        raise InputError(f"module {layer.name!r} cannot be coded; the calibration has {layer.activation} there")
     wanted, got = label(layer.activation, layer.parameters), str(coded.record)
     if (layer.activation, layer.parameters) != (coded.record.name, dict(coded.record.parameters)):
         raise TableError(f"module {layer.name!r} is {got}, the calibration's table is for {wanted}; calibrate this model anew")

@@ -33,36 +33,35 @@ def convert(
     coding: str | None = None,
     recompute: Collection[str] = (),
 ) -> Model:
-    """Let the modules of a model keep codes for backward, in place. The forward pass stays as it is, bit for bit.
+    """Let the modules of a model keep codes for backward, in place. The forward pass stays exact, bit for bit.
 
-    model      its modules are converted by class: activations, torch's and Hugging Face's, linear layers, convolutions, norms,
-               GLU, recurrent layers, and, whatever kinds are named, dropout, pooling and padding, whose codes lose nothing.
-               Subclasses are, if they leave as it is what fewbit replaces: `forward`, mostly. All other modules with a forward
-               of their own, and torch's MultiheadAttention, TransformerEncoderLayer and TransformerDecoderLayer, run it as it
-               is, and what torch's functions keep that are called there is coded, as by `fewbit.patch`: gates and norms that
-               are written out, attention, losses. Each module remains the same object, with its weights, hooks, names and
-               state, and only changes its class, for one that its own is a base of.
-    bits       of one code, 1 to 8: one number for every kind of what is kept, or a mapping from kind to number, as
-               {"activation": 3, "linear": 4}; kinds that are not named stay exact. The kinds: "activation"; "linear", inputs of
-               linear layers and convolutions, and of other products with weights; "norm"; "product", factors of products
-               element by element, and squares; "attention", its query and key with one bit more; "rest", what else torch's
-               operations keep, at 8 bits at least where one number is given; "recurrent", inputs and outputs of LSTMs, GRUs
-               and their kin.
-               With "linear", what linear layers read is coded once, by what made it, with the larger of both numbers of bits.
-    filter_fn  of a module and its dotted name: whether to convert it; what is left out stays exact within others, too
-    coding     of the tables, as in `fewbit.design`; None for the optimal one
-    recompute  dotted names of modules that keep their inputs alone and run their forward again in backward, coded or not, as
-               `torch.utils.checkpoint` does: the blocks of a model, say. What they change in their arguments and buffers, such
-               as the running statistics of a batch norm, they change once, but for compiled code. Layers of transformers do it
-               by their own way, in training. Codes are not shared across the edges of such a module.
+    model      Modules of known classes are converted: activations (torch's and Hugging Face's), linear layers, convolutions,
+               norms, GLU, recurrent layers, dropout, pooling and padding. Subclasses are converted too if they do not replace
+               `forward`. All other modules that have a forward of their own, and torch's MultiheadAttention,
+               TransformerEncoderLayer and TransformerDecoderLayer, run that forward as it is. The calls of torch's functions
+               in it are coded, as by `fewbit.patch`: gates, written-out norms, attention, losses. Each module stays the same
+               object, with its weights, hooks, names and state. Only its class changes, to a subclass of its own class.
+    bits       Bits of one code, 1 to 8. One number is for every kind of saved tensor. A mapping names kinds, such as
+               {"activation": 3, "linear": 4}, and all other kinds stay exact. The kinds are "activation"; "linear", inputs of
+               linear layers and convolutions, and of other products with weights; "norm"; "product", factors of elementwise
+               products, and squares; "attention", where query and key get one bit more; "recurrent", inputs and outputs of
+               LSTMs, GRUs and plain RNNs; "rest", what else torch's operations keep, at 8 bits or more if one number is given.
+               Dropout, pooling and padding are always converted, since their codes lose nothing.
+               If "linear" is named, the operation that makes a linear layer's input codes it once, for both. That code has the
+               larger of the two numbers of bits.
+    filter_fn  A function of a module and its dotted name that says whether to convert the module. Modules that it leaves out
+               stay exact, also inside others.
+    coding     Coding of the tables, as in `fewbit.design`. None is the optimal one.
+    recompute  Dotted names of modules, such as the blocks of a model. They keep only their inputs and run their forward again
+               in backward, as `torch.utils.checkpoint` does. They may be coded too.
     Returns    the model
 
-    A model that was converted before has this setting alone afterwards; what was built of fewbit's modules stays. The logger
-    "fewbit" tells at level INFO what was done, and a ConversionWarning that nothing was. Some kinds alone may keep more than
-    nothing coded does: `fewbit.memory(model, batch).plan(bits).convert()` leaves out what does not pay.
+    A model that was converted before has only the new setting afterwards. Modules that were built as fewbit's stay. The logger
+    "fewbit" reports at level INFO what was done. A ConversionWarning says that nothing was converted. With some kinds only, a
+    model may keep more bytes than it does exact. `fewbit.memory(model, batch).plan(bits).convert()` converts only what pays.
 
-    Raises DesignError (bits, coding) or InputError (something that is no module, a filter that cannot be called, names to
-    recompute that the model lacks) before anything is changed.
+    Raises DesignError (bits, coding) or InputError (not a module, a filter that cannot be called, names to recompute that the
+    model lacks) before anything is changed.
 
     >>> model = convert(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), bits=4)
     >>> model
@@ -83,9 +82,9 @@ def convert(
 
 
 def revert(model: Model) -> Model:
-    """Make what `convert` changed torch's own again, in place; modules that were built as fewbit's stay. Returns the model.
+    """Undo `convert`, in place: the modules have torch's own classes again. Returns the model.
 
-    Raises InputError for what is no module.
+    Modules that were built as fewbit's stay. Raises InputError if `model` is not a module.
     """
     check_model("revert", model)
     reverted = revert_modules(model)
@@ -101,8 +100,8 @@ def log_conversion(
         _log.info("convert: %s of the %s run again in backward", plural(len(recomputed), "module"), type(model).__name__)
     elif not converted:
         warnings.warn(
-            f"no module of the {type(model).__name__} was converted with {setting}: none is of these kinds, or the filter let "
-            f"none pass{_left_exact(model, setting)}. Modules that were built as fewbit's stay. Code that "
+            f"no module of the {type(model).__name__} was converted with {setting}: no module is of these kinds, or "
+            f"filter_fn let none through{_left_exact(model, setting)}. Modules that were built as fewbit's stay. Code that "
             "calls functions such as torch.nn.functional.gelu itself is coded by `with fewbit.patch(bits):` around it",
             ConversionWarning,
             stacklevel=3,

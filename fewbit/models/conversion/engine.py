@@ -97,11 +97,13 @@ def convert_again(model: nn.Module, conversion: Mapping[str, dict[str, Any]]) ->
         modules, candidates = dict(model.named_modules()), {each.name: each for each in _candidates(model, None)}
         for name, attributes in conversion.items():
             if name not in modules:
-                raise InputError(f"the model has no module {name!r}, which the conversion names; is it the one that was saved?")
+                raise InputError(f"the model has no module {name!r}, which the conversion names; is it the model of the file?")
             own, found = classes.own_class(modules[name]), candidates.get(name)
             coded = classes.intercepted_class(own) if "interception" in attributes else found and found.coded
             if coded is None or _names_in_use(modules[name], own, coded, attributes):
-                raise InputError(f"{name!r}, a {own.__name__}, cannot be converted so; is the model the one that was saved?")
+                raise InputError(
+                    f"{name!r}, a {own.__name__}, cannot be converted as the file says; is it the model of the file?"
+                )
             _Change(name, modules[name], "", own, coded, attributes).apply()
 
 

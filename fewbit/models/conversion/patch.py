@@ -21,30 +21,30 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class patch(ContextDecorator):
     """Let the calls of torch's functions in a block, or in a decorated function, keep codes for backward.
 
-    with fewbit.patch(bits=4):
-        loss = model(x).sum()  # F.gelu, torch.tanh, x.sigmoid(), torch.relu_ and their like, in any code that runs here
+        with fewbit.patch(bits=4):
+            loss = model(x).sum()  # F.gelu, torch.tanh, x.sigmoid(), torch.relu_ and similar calls, in any code that runs here
 
-    bits         of one code, 1 to 8, for every kind or by kind, as in `fewbit.convert`: of activations, and of linear layers,
-                 convolutions, norms, GLU, attention and recurrent layers that are called as torch.nn.functional.linear,
-                 torch.lstm and so on, as torch's modules do; in eager code also of what torch's other operations keep, products
-                 among them. Dropout, pooling and padding, whose codes lose nothing, are coded with any bits, unless
-                 `activations` is given.
-    coding       of the tables, as in `fewbit.design`; None for the optimal one
-    activations  names of the activations to code, as `fewbit list` shows them; None for all. With names, one number of bits is
-                 for the kind "activation" alone.
+    bits         Bits of one code, 1 to 8, for every kind or by kind, as in `fewbit.convert`. Coded are activations, and linear
+                 layers, convolutions, norms, GLU, attention and recurrent layers that are called as functions
+                 (torch.nn.functional.linear, torch.lstm, …), as torch's modules call them. In eager code, what torch's other
+                 operations keep is coded too, such as the factors of products. Dropout, pooling and padding are coded with
+                 any bits, since their codes lose nothing, unless `activations` is given.
+    coding       Coding of the tables, as in `fewbit.design`. None is the optimal one.
+    activations  Names of the activations to code, as `fewbit list` shows them. None codes all. If names are given, one number
+                 of bits is for the kind "activation" only.
 
-    The forward pass stays as it is, bit for bit. What cannot be coded is torch's own: inputs that need no gradient, of other
-    dtypes, sparse, nested or of a subclass of Tensor; calls with out=, with tensors for parameters, or with parameters for
-    which there is no table; layers under `torch.func` transforms; forward-mode differentiation. So is all that torch computes
-    out of Python's sight (`torch.jit` scripts), and, in compiled code, calls of torch.relu_,
-    functional.elu_ and their like (but not x.relu_() and inplace=True), of which the compiler tells no mode.
+    The forward pass stays exact, bit for bit. Torch's own operation runs where nothing can be coded: inputs that need no
+    gradient, other dtypes, sparse and nested tensors, subclasses of Tensor, calls with out=, calls with tensors as parameters,
+    parameters that no table exists for, layers under `torch.func` transforms, and forward-mode differentiation. The same holds
+    for what torch computes outside of Python (`torch.jit` scripts). In compiled code it also holds for torch.relu_,
+    functional.elu_ and similar calls, which the compiler does not show to a mode. It shows x.relu_() and inplace=True.
 
-    Backward may come after the block, but what is recomputed for it is coded only inside: with checkpointing (use_reentrant
-    =False) run backward in the block too, or decorate what is checkpointed; else torch raises its CheckpointError. The block
-    holds for its own thread. Patches nest, and the innermost one alone is in force: `patch(activations=())` codes nothing.
-    One patch can be entered any number of times.
+    Backward may come after the block. What is recomputed for backward is coded only inside. With checkpointing
+    (use_reentrant=False), run backward in the block too, or decorate the function that is checkpointed. Otherwise torch raises
+    its CheckpointError. A block holds for its own thread. Patches nest, and only the innermost one is in force, so
+    `patch(activations=())` codes nothing. One patch can be entered any number of times.
 
-    Raises DesignError (bits, coding), ActivationError (a name) or InputError (what it cannot decorate).
+    Raises DesignError (bits, coding), ActivationError (a name) or InputError (something that it cannot decorate).
 
     >>> import torch
     >>> x = torch.randn(8, requires_grad=True)

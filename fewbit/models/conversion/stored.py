@@ -27,12 +27,12 @@ _ROUNDINGS = ("nearest", "stochastic")
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write the conversion of a model to a file, beside its weights: which modules are converted, with their bits and tables.
+    """Write the conversion of a model to a file: which modules are converted, with their bits and tables.
 
-    The model's state_dict is torch's and knows nothing of codes. A model that is made anew, gets its weights and then this file
-    by `load` goes on as the saved one would have, bit for bit.
+    The file belongs beside the model's weights. The state_dict is torch's own and holds no codes. To go on with a saved run,
+    make the model anew, load its weights, and call `load` with this file. The run then goes on bit for bit.
 
-    Raises InputError for what is no module and for a model that is not converted; OSError as from open().
+    Raises InputError if `model` is not a module or is not converted, and OSError as open() does.
     """
     files.write(path, to_text(model))
 
@@ -48,10 +48,11 @@ def to_text(model: nn.Module) -> str:
 
 
 def load(model: Model, path: str | Path) -> Model:
-    """Convert a model as the one was that `save` wrote to the file; a former conversion is undone. Returns the model.
+    """Convert a model in the way that `save` wrote to the file. Returns the model.
 
-    Raises TableFileError, which names the file, for what is no such file; InputError for what is no module, and for a model
-    that lacks modules of these names or has others in their place. The model is then as before.
+    A former conversion is undone first. Raises TableFileError, which names the file, if the file is damaged or of another kind.
+    Raises InputError if `model` is not a module, lacks modules of the saved names, or has modules of other classes there. The
+    model is then as before.
     """
     check_model("load", model)
     return from_text(model, read_text(path, MOST_BYTES), str(path))

@@ -48,26 +48,29 @@ def fidelity(
     *,
     by: str | Callable[[str], str] = "pattern",
 ) -> Fidelity:
-    """How far the gradient from codes is from the exact one, by group of parameters, beside the noise of SGD.
+    """Compare the gradient from codes with the exact one, by group of parameters, beside the noise of SGD.
 
-    Of every batch the gradient is taken twice, under `fewbit.exact` and with codes, from the same buffers and random numbers
-    (dropout). Two gradients are stored, the exact one and the sum of the errors: each parameter is compared, and its coded
-    gradient freed, as soon as backward has reached it. Afterwards the model is as before: its buffers, training flags, `.grad`
-    and the random numbers too.
+    The gradient of every batch is taken twice, under `fewbit.exact` and with codes, from the same buffers and random numbers
+    (dropout). Two gradients are stored: the exact one, and the sum of the errors. Each parameter is compared as soon as
+    backward has reached it, and then its coded gradient is freed. Afterwards the model is as before: its buffers, training
+    flags, `.grad` and the random numbers too.
 
-    model    with coded activations or layers; in training mode if training is what is asked about. Not wrapped for several
-             processes: each sees its own part. In compiled code the exact pass compiles once more.
-    batches  any iterable of batches, of the size that training uses, since the noise is theirs; two or more, eight tell more
-    loss_fn  of the model and a batch: the loss, a tensor of one element. It must do the same when called again. It may use
-             autocast, and scale the loss; backward is not its business. Left out, it is the `loss` of what the model returns,
-             and batches are as in `fewbit.memory`.
-    by       "pattern": a group for the parameters of the modules whose names differ in the numbers of blocks alone; "module":
-             for those of each module; "parameter"; or a function of the parameter's name that gives its group's
+    model    A model with coded activations or layers, in training mode if you ask about training. It must not be wrapped for
+             several processes, where each one sees only its own part. In compiled code the exact pass compiles once more.
+    batches  An iterable of two batches or more. Eight give a better estimate. Use the batch size that training uses, since the
+             noise depends on it.
+    loss_fn  A function of the model and a batch that returns the loss, a tensor of one element. It must do the same when it is
+             called again. It may use autocast and scale the loss. It must not run backward. Without it, the loss is the `loss`
+             of the model's output, and batches are as in `fewbit.memory`.
+    by       How to group the parameters. "pattern" makes one group of the modules whose names differ only in the numbers of
+             blocks; "module" makes one for each module; "parameter" makes one for each parameter. A function of a parameter's
+             name returns the name of its group.
     Returns  a report, whose `verdict` is one line
 
-    The figures are defined by `fewbit.models.gradients.fidelity.Part`.
+    `fewbit.models.gradients.fidelity.Part` defines the figures.
 
-    Raises InputError for a model without trainable parameters, no batches, and a loss that is none.
+    Raises InputError for a model without trainable parameters, for no batches, and for a loss that is not a tensor of one
+    element.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> print(fidelity(model, [torch.randn(16, 4), torch.randn(16, 4)], lambda model, x: model(x).square().mean()).verdict)
@@ -145,18 +148,18 @@ def block_pattern(module: str) -> str:
 
 @dataclass
 class Part:
-    """Figures of a group of parameters; None where there is nothing to divide by.
+    """Figures of a group of parameters. A figure is None where its denominator is zero.
 
-    With g the exact gradient of a batch, e its error, ⟨⟩ the mean over the batches, B of them, in float64:
+    g is the exact gradient of a batch, e its error, ⟨⟩ the mean over the B batches. All is in float64.
 
         error       sqrt(⟨‖e‖²⟩ / ⟨‖g‖²⟩); `worst`: the largest ‖e‖ / ‖g‖
         cosine      of g and g + e: ⟨g · (g + e)⟩ / sqrt(⟨‖g‖²⟩ ⟨‖g + e‖²⟩)
-        noise       sqrt(V / ⟨‖g‖²⟩), V half the mean of ‖g − g'‖² over successive batches: the variance, without bias
+        noise       sqrt(V / ⟨‖g‖²⟩). V is half the mean of ‖g − g'‖² over successive batches: the variance, without bias
         share       sqrt(⟨‖e‖²⟩ / V), the error over the noise
-        systematic  ‖mean e‖ / ‖mean g‖ where batches are as many as one likes: what does not average out. Both are estimated
-                    without bias before the square root, (B² ‖⟨e⟩‖² − Σ‖e‖²) / (B (B − 1)) and ⟨‖g‖²⟩ − V; None where
-                    ‖mean g‖ is below a tenth of a batch's gradient, too little to be told from the noise, and where a
-                    coded gradient was not finite
+        systematic  ‖mean e‖ / ‖mean g‖ in the limit of many batches: what does not average out. Both norms are estimated
+                    without bias before the square root, as (B² ‖⟨e⟩‖² − Σ‖e‖²) / (B (B − 1)) and ⟨‖g‖²⟩ − V. It is None if
+                    ‖mean g‖ is below a tenth of a batch's gradient, too little to be told from the noise, and if a coded
+                    gradient was not finite
     """
 
     group: str
@@ -172,7 +175,7 @@ class Part:
 
 @dataclass(repr=False)
 class Fidelity(Report):
-    """What `fidelity` found: `whole`, `parts` by group, and `verdict`, one line. Prints as a table, exports and plots."""
+    """What `fidelity` found: `whole`, `parts` by group, and `verdict`, one line. It prints as a table, exports and plots."""
 
     whole: Part
     parts: list[Part]
@@ -185,22 +188,25 @@ class Fidelity(Report):
 
     @property
     def level(self) -> str:
-        """ "safe", "doubtful", "unsafe", or "unknown" where that cannot be said."""
+        """One word: "safe", "doubtful", "unsafe", or "unknown" if nothing can be said."""
         return self._judged()[0]
 
     @property
     def verdict(self) -> str:
         """One line: the error, its share of the noise, and whether that is safe.
 
-        Safe is an error up to a tenth of the noise, doubtful up to half of it, unsafe beyond: heuristics, the first from those
-        who proposed approximate gradients, who find errors an order of magnitude below the noise harmless. The systematic
-        part is held to the same parts of the mean gradient, since large noise would hide it.
+        An error is safe up to a tenth of the noise, doubtful up to half of it, and unsafe above. These limits are heuristics.
+        The first comes from the authors who proposed approximate gradients: they find errors an order of magnitude below the
+        noise harmless. The systematic part has the same limits, relative to the mean gradient, since large noise would hide it.
         """
         return self._judged()[1]
 
     @property
     def weakest(self) -> Part | None:
-        """The group whose error is the largest share of its noise, of those that hold a part of the gradient to speak of."""
+        """The group whose error is the largest share of its noise.
+
+        Groups with a negligible part of the gradient do not count.
+        """
         judged = [part for part in self.parts if part.share is not None and (part.weight or 0) >= JUDGED]
         return max(judged, key=lambda part: part.share or 0.0, default=None)
 
@@ -226,13 +232,13 @@ class Fidelity(Report):
             return "safe", "the coded gradient is the exact one, bit for bit: safe"
         text = f"coded gradient errs by {whole.error:.2g}"
         if whole.share is None:
-            why = "one batch tells no SGD noise; give two or more" if self._used() < 2 else "its batches differ in nothing"
+            why = "one batch shows no SGD noise; give two or more" if self._used() < 2 else "its batches are all equal"
             return "unknown", f"{text}: whether that is safe is unknown, {why}"
         systematic = whole.systematic or 0.0
         level = _level(max(whole.share, systematic))
         text += f", {_percent(whole.share)} of the SGD noise {whole.noise:.2g}"
         if systematic > max(SAFE, whole.share):
-            text += f", and by {_percent(systematic)} of the mean gradient for good"
+            text += f", and an error of {_percent(systematic)} of the mean gradient does not average out"
         text += f": {level}"
         if level == "safe" and whole.share > CHEAP:
             text += ", though training may end a few tenths of a percent above the exact loss"
@@ -250,11 +256,11 @@ class Fidelity(Report):
         return f"{number} of {_batches(self.batches)}"
 
     def rows(self) -> list[dict[str, Any]]:
-        """A group each: `group`, `parameters` and the figures."""
+        """One row for each group: `group`, `parameters` and the figures."""
         return [asdict(part) for part in self.parts]
 
     def totals(self) -> dict[str, Any]:
-        """Verdict, level, the figures of the whole gradient, and how many batches they are from."""
+        """Verdict, level, the figures of the whole gradient, and the numbers of batches."""
         own = {name: getattr(self, name) for name in ("batches", "not_finite_exact", "not_finite_coded", "losses_differ")}
         whole = {name: value for name, value in asdict(self.whole).items() if name not in ("group", "weight")}
         return {"verdict": self.verdict, "level": self.level, **whole, **own, "without_gradient": list(self.without_gradient)}

@@ -43,24 +43,25 @@ SMALLEST_TRUE = 1e-6  # so that the relative error is finite where all derivativ
 def watch(model: nn.Module, every: int = 100, *, factor: float = 2.0, samples: int = 1024, history: int = 200) -> Watch:
     """Check now and then, in training, whether the inputs of coded activations have drifted away from their tables.
 
-    On average at each `every`-th forward pass of a layer that will make codes, it takes a random sample of the layer's input
-    and compares what backward will read, for the derivative and where codes are shared for the value too, with what is exact.
-    Where the relative error is more than `factor` times that of the table's design, beyond what chance may do in the sample,
-    it warns with a `fewbit.DriftWarning` that says what was seen and what to do; again for the same layer only after the
-    error has been below in between.
+    A check takes a random sample of a layer's input. It compares what backward will read with what is exact: the derivative,
+    and with shared codes also the value. If the relative error is more than `factor` times the error of the table's design,
+    beyond what chance may do in the sample, a `fewbit.DriftWarning` says what was seen and what to do. The same layer warns
+    again only after its error has been below the limit.
 
-    model    with coded activations or gated units (GLU, SwiGLU, GEGLU, ReGLU) as modules. What linear layers, convolutions and
-             norms keep is standardized in every pass, so that no drift of scale reaches its codes; it is not watched.
-    every    forward passes between checks, on average: the moment is drawn, so that all calls of a shared module come to it
-    factor   of the design's error that warns: 2 is a heuristic. A table that knows no design error is held to its first check.
-    samples  elements looked at in a check
-    history  checks remembered of each layer
-    Returns  the Watch: `report()` tells what was seen, `remove()` ends it, as does leaving it as a context manager
+    model    A model with coded activations or gated units (GLU, SwiGLU, GEGLU, ReGLU) as modules. Linear layers, convolutions
+             and norms are not watched: what they keep is standardized in every pass, so a drift of scale does not reach it.
+    every    Forward passes of a layer between checks, on average. The moment is random, so that all calls of a shared module
+             get their turn. Only passes that will make codes count.
+    factor   The multiple of the design's error that warns. 2 is a heuristic. A table without a known design error is compared
+             with its first check.
+    samples  elements of the input that a check looks at
+    history  checks of each layer that are remembered
+    Returns  the Watch. `report()` tells what was seen. `remove()` ends it, and so does the end of a `with` block.
 
-    Gradients, `state_dict` and the global random numbers stay as they are; copies and pickles of the model are not watched. A
-    check waits for the device, other passes do not. Compiled code is not watched: it passes the checks by, without a break.
+    Gradients, `state_dict` and the global random numbers stay as they are. Copies and pickles of the model are not watched. A
+    check waits for the device, other passes do not. Compiled code is not watched: it skips the checks, without a graph break.
 
-    Raises InputError for a model that has nothing to watch, DesignError for numbers out of range.
+    Raises InputError if the model has nothing to watch, and DesignError for numbers out of range.
 
     >>> import fewbit
     >>> model = nn.Sequential(nn.Linear(8, 8), fewbit.Tanh(table=fewbit.load_table("tanh", 3)))
@@ -110,7 +111,7 @@ class Layer:
 
 
 class Watch:
-    """What `watch` started, and goes on until `remove()`, or until it is left as a context manager."""
+    """A running watch, as `watch` starts it. It ends at `remove()`, or at the end of a `with` block."""
 
     def __init__(self, model: nn.Module, every: int, factor: float, samples: int, history: int):
         self.every, self.factor, self.samples = every, factor, samples
@@ -120,13 +121,13 @@ class Watch:
         ]
         if not self.layers:
             raise InputError(
-                "watch looks at coded activations and gated units, and the model has none; fewbit.convert(model) makes them of "
-                "activations that are modules, and those that code calls as functions are not watched"
+                "watch looks at coded activations and gated units, and the model has none; fewbit.convert(model) converts "
+                "activations that are modules. Activations that code calls as functions cannot be watched"
             )
         self._handles = [each.module.register_forward_pre_hook(_Hook(self, each), with_kwargs=True) for each in self.layers]
 
     def remove(self) -> None:
-        """Watch no longer. What was seen can still be asked for."""
+        """Stop watching. `report()` still tells what was seen."""
         for each in self._handles:
             each.remove()
 
@@ -140,11 +141,11 @@ class Watch:
         return f"Watch of {plural(len(self.layers), 'layer')}: {self.report().verdict}"
 
     def report(self) -> Drift:
-        """What was seen of each layer until now."""
+        """What was seen of each layer so far."""
         return Drift([copy.copy(each) for each in self.layers], self.factor)
 
     def see(self, layer: Layer, x: Any) -> None:
-        """Count a forward pass on x; look at it if it is time."""
+        """Count a forward pass on x, and look at it if a check is due."""
         if not isinstance(x, Tensor) or not x.requires_grad or x.numel() == 0 or is_watched(x) or exact_mode.is_active():
             return
         layer.calls += 1
@@ -265,15 +266,17 @@ def _message(layer: Layer, check: Check) -> str:
 
 
 class Drift(Report):
-    """What a Watch saw. Prints a row for each layer, those that fare worst first, exports all checks that are remembered, plots
-    their course."""
+    """What a Watch saw.
+
+    It prints one row for each layer, the worst first. It exports all remembered checks and plots them over time.
+    """
 
     def __init__(self, layers: list[Layer], factor: float):
         self.layers, self.factor = [copy.copy(each) for each in layers], factor
         self._checks = {each.name: list(each.checks) for each in layers}
 
     def rows(self) -> list[dict[str, Any]]:
-        """A layer each, with its last check; None where there was none."""
+        """One row for each layer, with its last check, or None if there was none."""
         return [self._row(layer) for layer in self.layers]
 
     def _row(self, layer: Layer) -> dict[str, Any]:
@@ -291,7 +294,7 @@ class Drift(Report):
         }
 
     def totals(self) -> dict[str, Any]:
-        """How many layers, which of them have drifted, and `factor`."""
+        """The number of layers, which of them have drifted, and `factor`."""
         drifted = [layer.name for layer in self.layers if layer.drifted]
         return {"layers": len(self.layers), "drifted": drifted, "factor": self.factor, "verdict": self.verdict}
 
@@ -320,7 +323,7 @@ class Drift(Report):
         return Group(self.verdict, "", table, *more)
 
     def figure(self) -> Figure:
-        """Error over the design's against forward passes, a line for each layer."""
+        """Error over the design's error, against forward passes, one line for each layer."""
         from fewbit.plots.gradients import plot_drift
 
         courses = {name or "(model)": [(each.call, each.ratio) for each in checks] for name, checks in self._checks.items()}

@@ -93,7 +93,7 @@ def optimizer_of(given: Optimizer | None) -> MakeOptimizer | None:
         known = {name.lower(): each for name, each in vars(torch.optim).items() if _is_optimizer(each)}
         if given.lower() not in known:
             raise InputError(
-                f"torch.optim has no optimizer {given!r}, but {', '.join(sorted(known))}; or give a function of parameters"
+                f"torch.optim has no optimizer {given!r}; give one of {', '.join(sorted(known))}, or a function of parameters"
             )
         return known[given.lower()]
     if not callable(given):
@@ -138,8 +138,8 @@ def peak_of(
                 if not needs_numbers(error):
                     raise
                 raise InputError(
-                    "the peak is found on fake tensors, which have no numbers, and the model or its loss looks at some "
-                    f"({type(error).__name__}: {error}); `fewbit bench --model` measures it by running"
+                    "the peak is found on fake tensors, which hold no numbers, but the model or its loss reads numbers "
+                    f"({type(error).__name__}: {error}); `fewbit bench --model` measures it by running the model"
                 ) from error
     return _described(alive, forward.model)
 
@@ -148,9 +148,7 @@ def _train(forward: Forward, batch: Any, make_optimizer: MakeOptimizer | None, a
     """A step, or with an optimizer two, of which the second is looked at."""
     optimizer = None if make_optimizer is None else make_optimizer(trainable(forward.model))
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise InputError(
-            "LBFGS runs the model as often as it likes in a step, so that its peak is not told; name another optimizer"
-        )
+        raise InputError("LBFGS runs the model several times in a step, so its peak is not known; name another optimizer")
     for _ in range(1 if optimizer is None else 2):
         alive.forget()
         with alive.watching():

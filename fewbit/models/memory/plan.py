@@ -38,17 +38,17 @@ _AGREEMENT = 0.01  # of fake tensors with what was measured, beside what is repo
 
 @dataclass(repr=False)
 class Plan(Report):
-    """What converting a model would leave to keep, and what is worth it. See `MemoryReport.plan`.
+    """What a conversion would leave to keep, and which modules are worth it. `MemoryReport.plan` makes it.
 
     forward     the model and its batch
-    before      what is kept with nothing converted
-    after       with all converted that `fewbit.convert` would
-    outcome     with those alone that pay
-    candidates  what `fewbit.convert` would convert
+    before      what is kept if nothing is converted
+    after       what is kept after `fewbit.convert`
+    outcome     what is kept if only the modules that pay are converted
+    candidates  names of the modules that `fewbit.convert` would convert
     advice      for each module that is converted or keeps something
-    how         on what the converted model ran
-    filter_fn   that of the user
-    make_optimizer  of parameters, for `peak`
+    how         whether the converted model ran on fake tensors or on real ones
+    filter_fn   the filter that was given
+    make_optimizer  makes an optimizer of parameters, for `peak`
     """
 
     forward: Forward
@@ -64,7 +64,7 @@ class Plan(Report):
 
     @cached_property
     def peak(self) -> Peak:
-        """The worst moment of a training step after `convert()` of this plan. Raises as `MemoryReport.peak`."""
+        """The worst moment of a training step after `convert()` of this plan. Raises what `MemoryReport.peak` raises."""
         self.forward.check_unchanged()
         with preserved_structure(self.forward.model):
             self._convert()
@@ -72,23 +72,23 @@ class Plan(Report):
 
     @property
     def before_bytes(self) -> int:
-        """Bytes of activations kept with nothing converted."""
+        """Bytes of activations that are kept if nothing is converted."""
         return total(self.before)
 
     @property
     def after_bytes(self) -> int:
-        """The same after `fewbit.convert`."""
+        """Bytes of activations that are kept after `fewbit.convert`."""
         return total(self.after)
 
     @property
     def best_bytes(self) -> int:
-        """The same after `convert()` of this plan, which converts what pays alone."""
+        """Bytes of activations that are kept after `convert()` of this plan, which converts only what pays."""
         return total(self.outcome.storages)
 
     def convert(self) -> nn.Module:
         """Convert the modules that pay, as `fewbit.convert` does, and no others. Returns the model.
 
-        The logger "fewbit" tells at level INFO what was done, and of each module that stays exact why.
+        The logger "fewbit" reports at level INFO what was done, and why the other modules stay exact.
 
         Raises InputError if the model was converted or changed since its report.
         """
@@ -106,7 +106,7 @@ class Plan(Report):
         return convert_modules(self.forward.model, self.setting, passes)
 
     def by_module(self) -> dict[str, tuple[int, int]]:
-        """Bytes before and after by module, of all that are converted; what is shared counts for the first that saves it."""
+        """Bytes of activations before and after, by module. A shared tensor counts for the first module that saves it."""
         before, after = kept_by(self.before), kept_by(self.after)
         return {name: (before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys([*before, *after])}
 
@@ -135,7 +135,7 @@ class Plan(Report):
 
     @property
     def verdict(self) -> str:
-        """One sentence: what is kept then, of what, and what keeps most of it."""
+        """One sentence: what is kept after the conversion, as a part of what was kept, and what keeps most of it."""
         name, kept = type(self.forward.model).__name__, _part(self.after_bytes, self.before_bytes)
         most_of_it = most_kept(self.after)
         rest = f"; most of it for {most_of_it}" if most_of_it else ""

@@ -52,27 +52,28 @@ def memory(
     loss_fn: LossFunction | None = None,
     optimizer: Optimizer | None = None,
 ) -> MemoryReport:
-    """What one forward pass of a model keeps for backward: every saved tensor, by the module and operation that saved it.
+    """Find what one forward pass of a model keeps for backward: every saved tensor, by the module and operation that saved it.
 
-    model    runs once as it is, in training or evaluation mode, with gradients enabled; its buffers, gradients and attributes
-             and torch's random numbers are afterwards as before, but what lists and other objects in attributes hold is not
-             looked at. A compiled model is one module to this.
-    batch    what to call it with: a tensor, a tuple (or list) of arguments, or a mapping of named ones; with a loss_fn whatever
-             that takes
-    fake     run on fake tensors, which take neither memory nor time: for models too large for this machine. Tensors of the meta
-             device are taken for tensors of the CPU. Not for models whose control flow looks at numbers, nor for compiled ones.
-    loss_fn  of the model and a batch, which is called instead of the model alone. Without it the backward pass of `peak` and
-             `largest_batch` begins at the `loss` of what the model returns, or else at all of that
-    optimizer  for these: the name of one of torch's, such as "adamw"; an optimizer, whose class and settings count; or a
-             function of the parameters. Without it a step has none.
-    Returns  a report: print it, or take its `rows()`, `totals()`, `to_json()`, `to_csv()`, `plot()`; its `plan()` predicts what
-             `fewbit.convert` would leave. It holds the model and the batch.
+    model    It runs once, as it is, in training or evaluation mode, with gradients enabled. Its buffers, gradients and
+             attributes, and torch's random numbers, are as before afterwards. What lists and other objects in attributes
+             hold is not restored. A compiled model counts as one module.
+    batch    What to call the model with: a tensor, a tuple (or list) of arguments, or a mapping of named arguments. With a
+             loss_fn, whatever that takes.
+    fake     Run on fake tensors, which take neither memory nor time, for models too large for this machine. Tensors of the
+             meta device count as tensors of the CPU. This does not work for compiled models and for models whose control flow
+             depends on numbers in tensors.
+    loss_fn  A function of the model and a batch, called instead of the model. Without it, the backward pass of `peak` and
+             `largest_batch` begins at the `loss` of the model's output, or at the whole output if that has none.
+    optimizer  The optimizer of the step that `peak` and `largest_batch` look at: the name of one of torch's, such as "adamw";
+             an optimizer, whose class and settings count; or a function of the parameters. Without it a step has none.
+    Returns  a report. Print it, or use its `rows()`, `totals()`, `to_json()`, `to_csv()` and `plot()`. Its `plan()` predicts
+             what `fewbit.convert` would leave. The report holds the model and the batch.
 
-    What autograd is not told of is not seen: tensors that a model keeps for itself, or an autograd Function as attributes; and
-    what checkpointed regions hold only while backward runs. Gradients and the optimizer's state count in `peak` alone.
+    Not seen are tensors that a model keeps for itself, tensors that an autograd Function keeps as attributes, and what
+    checkpointed regions hold while backward runs. Gradients and the optimizer's state count only in `peak`.
 
-    Raises InputError for what is no module, for lazy modules that have not run yet and for a batch that the model does not
-    take; and what the model itself raises, with fake=True also because it cannot run on fake tensors.
+    Raises InputError if `model` is not a module, if lazy modules have not run yet, or if the model does not take the batch. It
+    passes on what the model itself raises. With fake=True the model may raise because it cannot run on fake tensors.
 
     >>> report = memory(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), torch.ones(4, 8))
     >>> report.activation_bytes  # of the GELU's input and of its output: 4 * 16 * 4 bytes each
@@ -89,7 +90,7 @@ def memory(
 
 @dataclass(repr=False)
 class MemoryReport(Report):
-    """What a forward pass keeps. See `memory`."""
+    """What a forward pass keeps for backward. `fewbit.memory` makes it."""
 
     forward: Forward
     storages: list[Storage]
@@ -98,10 +99,10 @@ class MemoryReport(Report):
 
     @cached_property
     def peak(self) -> Peak:
-        """The worst moment of a training step: how many bytes are taken then, by what, and where.
+        """The worst moment of a training step: how many bytes are taken then, by what, and where in the model.
 
-        The step runs on fake tensors when this is first asked for. Raises what the model raises on such, and InputError if it
-        was converted since the report.
+        The step runs on fake tensors, when `peak` is first read. Raises what the model raises on fake tensors, and InputError
+        if the model was converted since the report.
         """
         self.forward.check_unchanged()
         return peak_of(self.forward, self.make_optimizer)
@@ -112,16 +113,16 @@ class MemoryReport(Report):
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of all that is neither parameter, buffer, input nor table."""
+        """Bytes of everything kept that is not a parameter, buffer, input or table."""
         return total(self.storages)
 
     @property
     def note(self) -> str:
-        """What a run on fake tensors could not tell; nothing if it told all."""
+        """What a run on fake tensors could not find out. Empty if it found out everything."""
         return note_on_workspaces(self.storages) if self.fake else ""
 
     def by_module(self) -> dict[str, int]:
-        """Bytes of activations by dotted name of the module that keeps them; what is shared counts for the first."""
+        """Bytes of activations by dotted name of the module that keeps them. A shared tensor counts for its first module."""
         return kept_by(self.storages)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -175,19 +176,20 @@ class MemoryReport(Report):
         coding: str | None = None,
         budget: int | str | None = None,
     ) -> Plan | BudgetPlan:
-        """What to convert, found before anything changes. The report that it returns has a `convert()`, which does it.
+        """Find what to convert, before anything changes. Call `convert()` of the returned report to do it.
 
-        Without a budget: what would be kept after `fewbit.convert(model, bits, filter_fn)`, and which modules are worth coding.
-        The converted model runs on fake tensors, and on real ones where it cannot, and is then made what it was. Each
-        conversion is also tried beside the others; a compiled model is judged as a whole.
+        Without a budget, the plan says what would be kept after `fewbit.convert(model, bits, filter_fn)`, and which modules are
+        worth coding. The converted model runs on fake tensors, or on real ones if it cannot run on fake ones. Then it is
+        restored. Each conversion is also tried beside the others. A compiled model is judged as a whole.
 
-        budget  bytes that a training step may take at its peak, or a text such as "8 GiB". Then each block that the model
-                repeats is kept, coded, recomputed (its input is kept exactly), or coded and recomputed, so that the step fits
-                and takes the least time. A step of each way runs on fake tensors, and a few on real ones, to be timed; if this
-                report was made with fake=True, operators are counted instead. Another budget needs no more such steps.
+        budget  Bytes that a training step may take at its peak, as a number or a text such as "8 GiB". The plan then chooses
+                for each block that the model repeats: keep it, code it, recompute it (its input is kept exactly), or code and
+                recompute it. The step fits and takes the least time. A step of each way runs on fake tensors, and a few run on
+                real ones, to be timed. If this report was made with fake=True, operators are counted instead. Another budget
+                needs no more such steps.
 
-        Raises as `fewbit.convert`, before anything is changed, and InputError if the model was converted since; with a budget
-        also for one that is none, and as `peak`.
+        Raises what `fewbit.convert` raises, before anything is changed, and InputError if the model was converted since. With a
+        budget, also raises InputError if the budget is no number of bytes, and what `peak` raises.
         """
         setting = Setting.of(bits, coding)
         check_filter(filter_fn)
@@ -203,15 +205,16 @@ class MemoryReport(Report):
         *,
         coding: str | None = None,
     ) -> LargestBatch:
-        """The largest batch whose training step fits a budget: exact, after `fewbit.convert(model, bits, filter_fn)`, with its
-        blocks checkpointed, and both.
+        """Find the largest batch whose training step fits a budget, in four ways: exact, after
+        `fewbit.convert(model, bits, filter_fn)`, with the model's blocks checkpointed, and both.
 
-        The batch grows along the first dimension of all tensors that have as many samples there as the largest has. Steps run
-        on fake tensors, and the model is left as it is. Blocks are what the model repeats in a ModuleList or Sequential.
+        The batch grows along the first dimension of each tensor whose first dimension is as long as that of the largest tensor.
+        Steps run on fake tensors, and the model stays as it is. Blocks are what the model repeats in a ModuleList or
+        Sequential.
 
-        budget  bytes, or a text such as "24 GiB", for all that `peak` counts
+        budget  bytes, or a text such as "24 GiB", for everything that `peak` counts
 
-        Raises as `peak`, and InputError for a budget that is none.
+        Raises what `peak` raises, and InputError if the budget is no number of bytes.
         """
         setting = Setting.of(bits, coding)
         check_filter(filter_fn)
@@ -225,17 +228,21 @@ class MemoryReport(Report):
         *,
         coding: str | None = None,
     ) -> LargestBatch:
-        """The same along the second dimension: of all tensors that have as many elements there as the largest has, and the only
-        one of those with one.
+        """Find the longest sequence that fits a budget. This is `largest_batch` along the second dimension.
 
-        It is not seen whether the model takes sequences so long: its positions may end before, as the configuration says.
+        It lengthens each tensor whose second dimension is as long as that of the largest tensor. A tensor with a single
+        dimension of that length, such as positions, grows along it. It is not checked whether the model takes such long
+        sequences: its configuration may allow fewer positions.
         """
         setting = Setting.of(bits, coding)
         check_filter(filter_fn)
         return largest(self.forward, self.make_optimizer, budget, setting, filter_fn, dimension=1)
 
     def to_html(self, path: str | Path | None = None, plan: Plan | None = None) -> str:
-        """One self-contained page of the report, and of the plan if one is given; also written to the file, if one is named."""
+        """One self-contained page of the report, and of the plan if one is given.
+
+        It is also written to `path`, if that is given.
+        """
         text = page(self.totals(), self.storages, plan)
         if path is not None:
             files.write(path, text)

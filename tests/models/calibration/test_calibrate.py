@@ -266,7 +266,7 @@ class TestFile:
         for model, error, message in (
             (shorter, InputError, r"no module 'tanh' \(1 of 4 names missing\)"),
             (elsewhere, TableError, "module 'tanh' is sigmoid, the calibration's table is for tanh"),
-            (linear, InputError, "module 'tanh' is none that can be coded"),
+            (linear, InputError, "module 'tanh' cannot be coded"),
             (joint, TableError, "module 'silu' needs a table with the channels"),
         ):
             before = snapshot(model)
@@ -290,7 +290,7 @@ class TestFile:
         layer = content["layers"][0]
         for text, message in (
             (whole[: len(whole) // 2], "not valid JSON, perhaps cut short"),
-            ("{}", "is no fewbit calibration file"),
+            ("{}", "is not a fewbit calibration file"),
             (json.dumps({**content, "version": 99}), "has version 99"),
             (json.dumps({**content, "layers": [{**layer, "mean": "much"}]}), "broken layer: mean of a layer cannot be 'much'"),
             (json.dumps({**content, "layers": [{**layer, "after": [1, 2]}]}), "a number for each of"),
@@ -364,7 +364,7 @@ def test_transformer_layers_whose_activation_is_a_module():
     calibration = fewbit.calibrate(encoder(nn.GELU()), [torch.randn(4, 5, 8)], bits={"activation": 2})
     model = calibration.install(encoder(nn.GELU()))
     assert model.layers[0].activation.table == calibration.layers[0].table
-    with pytest.raises(InputError, match="that code calls as functions have the table of their scale"):
+    with pytest.raises(InputError, match="that code calls as functions cannot be calibrated"):
         fewbit.calibrate(encoder("gelu"), [torch.randn(4, 5, 8)], bits={"activation": 2})
 
 
@@ -391,5 +391,5 @@ def test_kinds_without_a_table_to_calibrate():
 
 @pytest.mark.parametrize("function", [fewbit.calibrate, fewbit.allocate, fewbit.fidelity])
 def test_one_mapping_is_one_batch(function):
-    with pytest.raises(InputError, match="goes through several batches, and a dict is one; pass a list"):
+    with pytest.raises(InputError, match="goes through several batches, but a dict is one batch; pass a list"):
         function(nn.Sequential(nn.Linear(8, 8), nn.GELU()), {"input": torch.randn(4, 8)})

@@ -123,7 +123,7 @@ class TestErrors:
         other = nn.Sequential(*layers)
         fewbit.save(converted(4), tmp_path / "conversion.json")
         before = types(other)
-        with pytest.raises(InputError, match="that was saved"):
+        with pytest.raises(InputError, match="is it the model of the file"):
             fewbit.load(other, tmp_path / "conversion.json")
         assert types(other) == before
 

@@ -244,7 +244,7 @@ class TestOwnLoss:
             assert found == expected
 
     def test_there_is_none(self, batches):
-        with pytest.raises(InputError, match="what the model returns has no `loss`; give loss_fn, a function of the model and"):
+        with pytest.raises(InputError, match="the model's output has no `loss`; give loss_fn, a function of the model and"):
             fewbit.fidelity(coded_mlp(), batches)
         model = WithLoss("mapping")
         model.inner = nn.Identity()

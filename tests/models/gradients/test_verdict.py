@@ -34,7 +34,7 @@ class TestVerdict:
         part = module.Part("all", 1, 1.0, error=0.2, worst=0.2, cosine=1.0, noise=4.0, share=0.05, systematic=systematic)
         report = module.Fidelity(part, [part], 4, True)
         assert report.level == level
-        assert ("of the mean gradient for good" in report.verdict) == (level != "safe")
+        assert ("of the mean gradient does not average out" in report.verdict) == (level != "safe")
 
     def test_names_the_weakest_group(self):
         parts = [
@@ -50,14 +50,14 @@ class TestVerdict:
         report = fewbit.fidelity(coded_mlp(), batches[:1], squares)
         assert (report.level, report.whole.noise, report.whole.share) == ("unknown", None, None)
         assert report.whole.error > 0
-        assert "one batch tells no SGD noise" in report.verdict
+        assert "one batch shows no SGD noise" in report.verdict
         report.figure()
         assert "–" in str(report)
 
     def test_equal_batches(self, batches):
         report = fewbit.fidelity(coded_mlp(), batches[:1] * 3, squares)
         assert report.level == "unknown"
-        assert "differ in nothing" in report.verdict
+        assert "its batches are all equal" in report.verdict
 
     def test_nothing_coded(self, batches):
         model = fewbit.revert(coded_mlp())

@@ -184,7 +184,7 @@ class TestErrors:
             def forward(self, x):
                 return super().forward(x if x.sum() > 0 else -x)
 
-        with pytest.raises(InputError, match="looks at some"):
+        with pytest.raises(InputError, match="reads numbers"):
             _ = fewbit.memory(Looks(4, 4), torch.ones(2, 4)).peak
 
     def test_optimizers_that_cannot_be_told(self):

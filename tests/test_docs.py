@@ -1,0 +1,80 @@
+"""docs/: the Python of each page runs, from its first block to its last; commands, names and figures are there."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from documents import PAGES, ROOT, blocks, commands, namespace
+
+import fewbit
+from tools import pictures
+
+RUN = ["index", "convert", "memory", "safety", "tables", "trainers"]  # pages with blocks of Python
+each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # they write files
+    names = namespace()
+    for block in blocks(ROOT / "docs" / f"{page}.md"):
+        exec(block, names)
+    written, printed = {each.name for each in tmp_path.iterdir()}, capsys.readouterr().out
+    assert written >= {"memory": {"conversion.json"}, "tables": {"mine.json", "tables.json"}}.get(page, set())
+    assert ("coded gradient errs by" in printed) == (page in {"index", "safety", "memory"})
+
+
+def test_all_blocks_run():
+    assert {path.stem for path in PAGES if blocks(path)} == set(RUN)
+
+
+@pytest.fixture(scope="module")
+def known():
+    """The commands that there are."""
+    listed = subprocess.run([sys.executable, "-m", "fewbit", "--help"], capture_output=True, text=True).stdout
+    return set(re.findall(r"^│ (\w+) ", listed, re.MULTILINE))
+
+
+@each_page
+def test_commands_are_there(path, known):
+    assert commands(path) <= known
+
+
+def test_every_command_is_shown(known):
+    assert set().union(*map(commands, PAGES)) | {"demo"} == known
+
+
+@each_page
+def test_studies_and_scripts_are_there(path):
+    text = path.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m (tools[\w.]*\w)", " ".join(text.split())):
+        place = ROOT / module.replace(".", "/")
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
+    for script in re.findall(r"(?:sh|python) (tools/[\w./]+|\.ci/\w+)", text):
+        assert (ROOT / script).is_file(), script
+
+
+def test_reference_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"heading: fewbit\.(\w+)$", page, re.MULTILINE))
+    assert shown == set(fewbit.__all__) - {"functional", "nn", "callbacks"}
+    for place, name in re.findall(r"^::: (fewbit[\w.]*)\.(\w+)$", page, re.MULTILINE):
+        __import__(place)
+        assert getattr(sys.modules[place], name).__doc__
+
+
+def test_site_lists_every_page():
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert set(re.findall(r": ([\w-]+)\.md$", settings, re.MULTILINE)) == {path.stem for path in PAGES}
+
+
+def test_picture_shows_the_results(tmp_path):
+    pictures.draw(tmp_path / "peak.svg")
+    drawn, kept = ((path / "peak.svg").read_text(encoding="utf-8") for path in (tmp_path, pictures.PICTURE.parent))
+    assert texts(drawn) == texts(kept)
+    assert [f"{each:.2f}" for each in pictures.peaks()["GPT-2"]] == [text for text in texts(kept) if "." in text][::4]
+
+
+def texts(svg):
+    return re.findall(r">([^<>]+)</text>", svg)
