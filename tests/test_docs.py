@@ -64,6 +64,15 @@ def test_reference_has_every_public_name():
         assert getattr(sys.modules[place], name).__doc__
 
 
+def test_docstrings_become_markdown():
+    pytest.importorskip("griffe", reason="`sh tools/docs` installs it")
+    from tools.docstrings import as_markdown
+
+    docstring = "Add *args, x < y.\n\nx      a number,\n       positive\nother  `*another*`\n\n>>> 1 + 1\n2"
+    items = "- **x**: a number, positive\n- **other**: `*another*`"
+    assert as_markdown(docstring) == f"Add \\*args, x &lt; y.\n\n{items}\n\n```pycon\n>>> 1 + 1\n2\n```"
+
+
 def test_site_lists_every_page():
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert set(re.findall(r": ([\w-]+)\.md$", settings, re.MULTILINE)) == {path.stem for path in PAGES}

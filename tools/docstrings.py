@@ -8,25 +8,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import griffe
+import griffe  # pyright: ignore[reportMissingImports]: `sh tools/docs` installs it
 
 _ENTRY = re.compile(r"(\w[\w, ]*?)  +(\S.*)")
 
 
 def as_markdown(docstring: str) -> str:
-    r"""Lists for arguments, blocks of code for doctests.
-
-    >>> print(as_markdown("Add.\n\nx      a number,\n       positive\nother  another\n\n>>> 1 + 1\n2"))
-    Add.
-    <BLANKLINE>
-    - **x**: a number, positive
-    - **other**: another
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    """
+    """Lists for arguments, blocks of code for doctests."""
     return "\n\n".join(map(_paragraph, re.split(r"\n\s*\n", docstring)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ PICTURE = ROOT / "docs" / "pictures" / "peak.svg"
 MODELS = ("GPT-2", "BERT", "ViT", "ResNet-18")
 # from dark to light, so that grey tells them apart; the paper is white in light and dark surroundings
 WAYS = {"exact": "#3b3b3b", "checkpointed": "#78909c", "coded at 4 bits": "#ffd27f"}
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "fewbit", "font.family": "sans-serif", "font.size": 9}
+_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fewbit", "font.family": "sans-serif", "font.size": 9}
 
 
 def peaks() -> dict[str, tuple[float, float, float]]:
