@@ -75,15 +75,18 @@ class LargestBatch(Report):
         for way, found in self.ways.items():
             times = f"{found.samples / exact:.1f} ×" if exact and way != EXACT else ""
             view.add_row(way, str(found.samples or "none"), times, bytes_label(found.bytes), found.moment)
+        return Group(f"{self._title}; coded: {self.setting}", "", view)
+
+    @property
+    def _title(self) -> str:
         what = "largest batch" if self.grows == "batch" else "longest sequence"
-        title = f"The {what} of {self.model} whose training step fits {bytes_label(self.budget)}"
-        return Group(f"{title}; coded: {self.setting}", "", view)
+        return f"The {what} of {self.model} whose training step fits {bytes_label(self.budget)}"
 
     def figure(self) -> Figure:
         from fewbit.plots.memory import plot_counts
 
         what = "samples in the largest batch" if self.grows == "batch" else "the longest sequence"
-        return plot_counts({way: found.samples for way, found in self.ways.items()}, what)
+        return plot_counts({way: found.samples for way, found in self.ways.items()}, what, self._title)
 
 
 def largest(

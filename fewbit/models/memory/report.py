@@ -20,18 +20,19 @@ from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.memory.budget import BudgetPlan
 from fewbit.models.memory.forward import Forward
 from fewbit.models.memory.largest import LargestBatch, largest
+from fewbit.models.memory.operations import KIND_WORDS, plain_operation
 from fewbit.models.memory.page import page
 from fewbit.models.memory.peak import MakeOptimizer, Optimizer, Peak, optimizer_of, peak_of
 from fewbit.models.memory.plan import Plan, plan
-from fewbit.models.memory.saved import ACTIVATIONS, Storage, plain_operation
+from fewbit.models.memory.saved import ACTIVATIONS, Storage
 from fewbit.models.memory.search import plan_budget
 from fewbit.models.memory.storages import (
     NOTE,
     ROLES,
-    bars_of,
     kept_by,
     most_kept,
     note_on_workspaces,
+    picture_of,
     repeated,
     saver_label,
     total,
@@ -150,7 +151,7 @@ class MemoryReport(Report):
         from fewbit.plots.memory import plot_memory
 
         title = f"{type(self.forward.model).__name__}: {bytes_label(self.activation_bytes)} kept for backward"
-        return plot_memory(bars_of({"": self.storages}), title, bytes_label)
+        return plot_memory(picture_of({"": self.storages}), KIND_WORDS, title, bytes_label)
 
     @overload
     def plan(
