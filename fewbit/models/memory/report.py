@@ -138,14 +138,18 @@ class MemoryReport(Report):
     def view(self, most: int = 20) -> RenderableType:
         """The `most` largest rows, repeated layers as one, and the totals."""
         found = self.totals()
-        how = f"{found['mode']} mode" + (", on fake tensors" if self.fake else "")
-        most_of_it = most_kept(self.storages)
-        title = f"{found['model']} keeps {bytes_label(self.activation_bytes)} for backward, in {how}"
-        title += f"; most of it for {most_of_it}" if most_of_it else ""
         others = ", ".join(f"{bytes_label(found[role])} of {role}" for role in ROLES[1:] if found[role])
         notes = [f"besides: {others}"] if others else []
-        parts = [title, f"  {self.forward.words}", "", _table(self.storages, most), "", *notes, NOTE]
+        parts = [self.verdict, f"  {self.forward.words}", "", _table(self.storages, most), "", *notes, NOTE]
         return Group(*parts, *([self.note] if self.note else []))
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what is kept, and what keeps most of it."""
+        model, most_of_it = self.forward.model, most_kept(self.storages)
+        how = f"{'training' if model.training else 'evaluation'} mode" + (", on fake tensors" if self.fake else "")
+        kept = f"{type(model).__name__} keeps {bytes_label(self.activation_bytes)} for backward, in {how}"
+        return f"{kept}; most of it for {most_of_it}" if most_of_it else kept
 
     def figure(self) -> Figure:
         from fewbit.plots.memory import plot_memory
@@ -230,9 +234,15 @@ class MemoryReport(Report):
         check_filter(filter_fn)
         return largest(self.forward, self.make_optimizer, budget, setting, filter_fn, dimension=1)
 
-    def to_html(self, path: str | Path | None = None, plan: Plan | None = None) -> str:
-        """One self-contained page of the report, and of the plan if one is given; also written to the file, if one is named."""
-        text = page(self.totals(), self.storages, plan)
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        plan: Plan | BudgetPlan | None = None,
+        largest_batch: LargestBatch | None = None,
+    ) -> str:
+        """One self-contained page of the report, with the peak of a step; and of the plan and the largest batch, if they are
+        given. Also written to the file, if one is named."""
+        text = page(self, plan, largest_batch)
         if path is not None:
             files.write(path, text)
         return text
