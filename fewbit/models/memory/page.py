@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewbit.models.grouping import label, pattern
+from fewbit.models.grouping import label
 from fewbit.models.memory import advice
 from fewbit.models.memory.budget import BudgetPlan
 from fewbit.models.memory.operations import KIND_WORDS, kind_of, plain_operation
@@ -150,22 +151,23 @@ def _peak_of(report: MemoryReport | Plan) -> Peak | str:
 def _blocks(modules: Mapping[str, Mapping[str, Mapping[str, int]]], runs: Iterable[str]) -> list[dict[str, Any]]:
     """The modules by the block that they are in, the largest first."""
     groups: dict[str, list[str]] = {}
-    for name in modules:
-        groups.setdefault(pattern(_block_of(name)), []).append(name)
+    for name in sorted(modules, key=lambda name: -max(sum(stack.values()) for stack in modules[name].values())):
+        groups.setdefault(re.sub(r"(^|\.)[\d*][^.]*$", r"\1*", _block_of(name)), []).append(name)
     bars = {key: {run: _sum(modules[name].get(run, {}) for name in names) for run in runs} for key, names in groups.items()}
     sizes = {key: max(each.total() for each in found.values()) for key, found in bars.items()}
     longest = max(sizes.values(), default=0) or 1
-    return [
-        {
-            "name": _block_of(names[0]) if len(names) > 1 else names[0],
-            "bytes": " → ".join(bytes_label(each.total()) for each in bars[key].values()),
-            "bars": [_bar(each, longest) for each in bars[key].values()],
-            "table": _modules(_block_of(names[0]), {name: modules[name] for name in names}, [*runs])
-            if len(names) > 1
-            else None,
-        }
-        for key, names in sorted(groups.items(), key=lambda item: -sizes[item[0]])
-    ]
+    found = []
+    for key, names in sorted(groups.items(), key=lambda item: -sizes[item[0]]):
+        several, block = len(names) > 1, _block_of(names[0])
+        found.append(
+            {
+                "name": block if several else names[0],
+                "bytes": " → ".join(bytes_label(each.total()) for each in bars[key].values()),
+                "bars": [_bar(each, longest) for each in bars[key].values()],
+                "table": _modules(block, {name: modules[name] for name in names}, [*runs]) if several else None,
+            }
+        )
+    return found
 
 
 def _block_of(name: str) -> str:
