@@ -48,7 +48,7 @@ def apart(places: Sequence[float], least: float) -> list[float]:
     """Descending places for labels, each at least so far from the next, about where they belong.
 
     >>> apart([3.0, 2.0, 1.9], 0.5)
-    [3.0, 2.25, 1.75]
+    [3.0, 2.2, 1.7]
     """
     groups = [([place], place) for place in places]  # labels that touch, and the middle of where they belong
     done: list[tuple[list[float], float]] = []
