@@ -78,7 +78,7 @@ class Run:
 def run(steps: int, bits: list[int], device: str, output: Path, console: Console) -> list[Run]:
     """Train the exact model and one for each of `bits`, in turn step by step on the same batches; print the outcome.
 
-    Writes the loss curves to `output`. Raises InputError for a device that torch does not have.
+    Writes a picture of the losses and of what is kept to `output`. Raises InputError for a device that torch does not have.
     """
     place = find_device(device)
     training, held_out = read_text(place)
@@ -200,6 +200,7 @@ def _outcome(runs: list[Run]) -> Table:
 
 
 def _draw(runs: list[Run], output: Path) -> None:
-    from fewbit.plots import plot_losses, save
+    from fewbit.plots import plot_training, save
 
-    save(plot_losses({each.label: each.losses for each in runs}), output)
+    kept = {each.label: (each.gelu_bytes, each.total_bytes) for each in runs}
+    save(plot_training({each.label: each.losses for each in runs}, kept), output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -28,9 +28,6 @@ from fewbit.cli.models import (
 )
 from fewbit.cli.outputs import Csv, Html, Json, Outputs, Plot
 from fewbit.constants import DEFAULT_MODEL_BITS
-
-if TYPE_CHECKING:
-    from fewbit.models.memory.plan import Plan
 
 
 def memory(
@@ -86,7 +83,7 @@ def memory(
         after = "after plan.convert(), " * (name == "peak_after")
         terminal.show(each.view() if hasattr(each, "view") else f"{after}{each}", "")
     plan, figures = results.get("plan"), {name: each.to_dict() for name, each in results.items() if not isinstance(each, str)}
-    outputs.write(report, figures, pictured=plan, page=lambda path: report.to_html(path, plan))
+    outputs.write(report, figures, pictured=plan, page=lambda path: report.to_html(path, plan, results.get("largest_batch")))
 
 
 def plan(
@@ -122,8 +119,6 @@ def plan(
     wanted = parsed_bits(bits)
     check_step(optimizer, budget)
     check_loss_name(loss)
-    if budget is not None and html_path is not None:
-        raise typer.BadParameter("--html has no page for a --budget; --json, --csv and --plot have all of it")
     from fewbit import terminal
     from fewbit.models.memory.report import memory as measure
 
@@ -141,7 +136,7 @@ def plan(
     for name, each in peaks.items():
         terminal.show("", f"{'exact' if name == 'peak' else 'after plan.convert()'}, {each}")
     figures = {name: each.to_dict() for name, each in peaks.items() if not isinstance(each, str)}
-    outputs.write(planned, figures, page=lambda path: report.to_html(path, cast("Plan", planned)))
+    outputs.write(planned, figures, page=lambda path: report.to_html(path, planned))
 
 
 def _peak_of(report: Any) -> Any:

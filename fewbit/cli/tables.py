@@ -41,7 +41,8 @@ def list_activations() -> None:
         shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
         errors = [load_table(record, bits).relative_rms for bits in SHIPPED_BITS]
         view.add_row(record.name, record.module, shown, *(f"{error:.4f}" if error else "exact" for error in errors))
-    terminal.console().print("Relative rms error of the derivative's codes, weight student, level coding\n", view, sep="\n")
+    title = "Relative rms error of the derivative's codes, weight student (Student's t, ν = 3), level coding"
+    terminal.show(title, "", view)
 
 
 def table(
@@ -116,7 +117,7 @@ def _print_ladder(found: tuple[CodeTable, ...]) -> None:
         errors = (f"{error:.4f}" for error in np.atleast_1d(each.relative_rms))
         view.add_row(f"{std}".removesuffix(".0"), str(each.codes.size), str(each.levels.shape[1]), *errors)
     title = f"{label(first.activation or 'custom', first.parameters)}: {plural(first.bits, 'bit')}"
-    terminal.console().print(f"{title}, by standard deviation of the input; relative rms errors\n", view, sep="\n")
+    terminal.show(f"{title}, by standard deviation of the input; relative rms errors", "", view)
 
 
 def _print_table(found: CodeTable) -> None:
@@ -134,9 +135,8 @@ def _print_table(found: CodeTable) -> None:
     if len(found.channels) > 1:
         holds.append(f"balance {found.balance:g}")
     title = ", ".join([plural(found.bits, "bit"), *holds, f"weight {found.weight}", f"{found.coding} coding"])
-    console = terminal.console()
-    console.print(f"{label(found.activation or 'custom', found.parameters)}: {title}\n", view, "", sep="\n")
+    terminal.show(f"{label(found.activation or 'custom', found.parameters)}: {title}", "", view, "")
     low, high = found.domain or (float("nan"),) * 2
     for channel, mse, rms in zip(found.channels, np.atleast_1d(found.mse), np.atleast_1d(found.relative_rms), strict=True):
         named = "" if len(found.channels) == 1 else f"{channel}: "
-        console.print(f"{named}mse {mse:.6g}, relative rms {rms:.6g} on [{low:g}, {high:g}]")
+        terminal.show(f"{named}mse {mse:.6g}, relative rms {rms:.6g} on [{low:g}, {high:g}]")

@@ -1,6 +1,8 @@
 """All of matplotlib: functions give a Figure and leave showing to others."""
 
+from fewbit.plots.ratios import RatioPanels, plot_ratios
 from fewbit.plots.style import save
-from fewbit.plots.tables import RatioPanels, plot_errors, plot_gallery, plot_losses, plot_ratios, plot_tables
+from fewbit.plots.tables import plot_errors, plot_gallery, plot_tables
+from fewbit.plots.training import plot_training
 
-__all__ = ["RatioPanels", "plot_errors", "plot_gallery", "plot_losses", "plot_ratios", "plot_tables", "save"]
+__all__ = ["RatioPanels", "plot_errors", "plot_gallery", "plot_ratios", "plot_tables", "plot_training", "save"]

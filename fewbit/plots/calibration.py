@@ -5,63 +5,84 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fewbit.plots.style import literal, styled
+from fewbit.plots.style import DARK, literal, styled
 
-_BEFORE, _AFTER = "0.6", "tab:red"
+_BEFORE = "0.6"
+Pair = tuple[float | None, float | None]
 
 
-def plot_calibration(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float | None, float | None]]]) -> Figure:
+def plot_calibration(names: Sequence[str], bits: Sequence[int], panels: Mapping[str, Sequence[Pair]]) -> Figure:
     """The error of each layer's table before and after, a panel for each channel, layers from top to bottom.
 
     panels  channel -> (before, after) of each layer, relative rms; None where the layer has no such channel
     """
     with styled():
-        figure = Figure(figsize=(1.5 + 3.6 * max(len(panels), 1), 1.3 + 0.22 * max(len(names), 3)), layout="constrained")
+        height = 1.5 + 0.24 * max(len(names), 3)
+        figure = Figure(figsize=(1.5 + 3.8 * max(len(panels), 1), height), layout="constrained")
         axes = figure.subplots(1, max(len(panels), 1), sharey=True, squeeze=False)[0]
-        places = np.arange(len(names))
         for axis, (channel, pairs) in zip(axes, panels.items(), strict=False):
-            before, after = np.array(pairs, float).T
-            axis.hlines(places, after, before, color="0.85", linewidth=2, zorder=1)
-            axis.plot(before, places, "o", color=_BEFORE, markersize=5, label="before")
-            axis.plot(after, places, "o", color=_AFTER, markersize=4, label="after")
-            axis.set_xlim(left=0)
+            _draw_pairs(axis, np.array(pairs, float), "before", "after")
             axis.set_xlabel(f"relative rms error of the {channel}")
-            axis.grid(axis="x", color="0.93")
-            axis.set_axisbelow(True)
-        axes[0].set_yticks(places, [literal(name) for name in names])
-        axes[0].invert_yaxis()
+        _name_layers(axes, [f"{name}, {_bits(number)}" for name, number in zip(names, bits, strict=True)])
         if panels:
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        figure.suptitle("Tables before and after calibration, under each layer's own histogram", fontsize=10)
+        figure.suptitle("Tables before and after calibration,\nunder each layer's own histogram of inputs", fontsize=10)
     return figure
 
 
 def plot_allocation(
-    names: Sequence[str], bits: Sequence[int], errors: Sequence[tuple[float, float]], uniform_bits: int
+    names: Sequence[str],
+    bits: Sequence[int],
+    sizes: Sequence[str],
+    errors: Sequence[tuple[float, float]],
+    uniform_bits: int,
+    title: str,
 ) -> Figure:
     """The bits of each layer, and the error that it adds to the gradient's with uniform bits and with its own.
 
+    sizes   bytes of the codes of each layer, with its bits, as people read them
     errors  (uniform, chosen) of each layer, relative to the gradient's norm
     """
     with styled():
-        figure = Figure(figsize=(7.6, 1.4 + 0.22 * max(len(names), 3)), layout="constrained")
+        figure = Figure(figsize=(8.2, 1.6 + 0.24 * max(len(names), 3)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
-        places = np.arange(len(names))
-        left.barh(places, bits, height=0.7, color=_AFTER, alpha=0.75)
-        left.axvline(uniform_bits, color=_BEFORE, linewidth=1.5)
+        bars = left.barh(np.arange(len(names)), bits, height=0.6, color="#d9a5a0", edgecolor=DARK)
+        left.bar_label(bars, [f"{number}: {literal(size)}" for number, size in zip(bits, sizes, strict=True)], padding=4)
+        left.axvline(uniform_bits, color="0.4", linewidth=1.2, linestyle="--")
         left.set_xticks(range(max(*bits, uniform_bits) + 1))
-        left.set_xlabel("bits")
-        uniform, chosen = np.array(errors, float).T
-        right.hlines(places, chosen, uniform, color="0.85", linewidth=2, zorder=1)
-        right.plot(uniform, places, "o", color=_BEFORE, markersize=5, label=f"{uniform_bits} bits everywhere")
-        right.plot(chosen, places, "o", color=_AFTER, markersize=4, label="as allocated")
-        right.set_xlim(left=0)
-        right.set_xlabel("predicted error of the gradient from this layer")
-        right.grid(axis="x", color="0.93")
-        right.set_axisbelow(True)
-        left.set_yticks(places, [literal(name) for name in names])
-        left.invert_yaxis()
+        left.set_xlim(0, 1.6 * max(*bits, uniform_bits))
+        left.set_xlabel("bits, and bytes of the codes")
+        _draw_pairs(right, np.array(errors, float), f"{_bits(uniform_bits)} everywhere", "as allocated")
+        right.set_xlabel("error of the gradient from this layer alone, predicted,\nrelative to the gradient's norm")
+        _name_layers([left, right], names)
         figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.suptitle(literal(title), fontsize=10)
     return figure
+
+
+def _draw_pairs(axis: Axes, pairs: np.ndarray, before: str, after: str) -> None:
+    """A ring and a dot for each layer, with a line between them, from 0 on."""
+    places, (first, second) = np.arange(len(pairs)), pairs.T
+    axis.hlines(places, second, first, color="0.8", linewidth=2, zorder=1)
+    axis.plot(first, places, "o", color=_BEFORE, markersize=7, fillstyle="none", markeredgewidth=1.6, label=before)
+    axis.plot(second, places, "o", color=DARK, markersize=4, label=after)
+    largest = np.nanmax(pairs, initial=0.0)
+    axis.set_xlim(0, 1.08 * largest or 1.0)
+    axis.grid(axis="x", color="0.93")
+    axis.locator_params(axis="x", nbins=6)
+    axis.set_axisbelow(True)
+
+
+def _name_layers(axes: Sequence[Axes], names: Sequence[str]) -> None:
+    """From top to bottom, clear of the axes' ends."""
+    axes[0].set_yticks(range(len(names)), [literal(name) for name in names])
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    for axis in axes:
+        axis.tick_params(axis="y", length=0)
+
+
+def _bits(number: int) -> str:
+    return "1 bit" if number == 1 else f"{number} bits"

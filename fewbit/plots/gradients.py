@@ -6,81 +6,115 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fewbit.plots.style import literal, styled
+from fewbit.plots.style import DARK, LINES, MARKERS, SHADES, literal, styled
+
+_ZONES = ("white", "0.92", "0.8")  # safe, doubtful, unsafe
 
 
-def plot_fidelity(parts: Sequence[Any], title: str, most: int = 40) -> Figure:
-    """Bars of each group's noise, and on them its error and the part of that which does not average out.
+def plot_fidelity(parts: Sequence[Any], title: str, zones: tuple[float, float], most: int = 40) -> Figure:
+    """The error of each group over its noise, and its systematic part over the mean gradient, in the zones of the verdict.
 
-    parts  objects with `group`, `error`, `noise`, `systematic`; the last is the whole. Of more than `most` groups those with
+    Where no noise is known, the error over the gradient's norm, without zones.
+
+    parts  objects with `group`, `error`, `share`, `systematic`; the last is the whole. Of more than `most` groups those with
            the largest errors are drawn.
+    zones  up to where they are safe, and up to where doubtful
     """
     *groups, whole = parts
     if len(groups) > most:
         largest = {part.group for part in sorted(groups, key=lambda part: -(part.error or 0))[:most]}
         groups = [part for part in groups if part.group in largest]
     shown = [*groups, whole]
+    judged = any(part.share for part in shown)
+    errors = [(part.share if judged else part.error) or np.nan for part in shown]
+    systematic = [(part.systematic if judged else None) or np.nan for part in shown]
     with styled():
-        figure = Figure(figsize=(7.2, 1.5 + 0.24 * len(shown)), layout="constrained")
+        figure = Figure(figsize=(7.4, 1.9 + 0.24 * len(shown)), layout="constrained")
         axis = figure.subplots()
         places = np.arange(len(shown))
-        axis.barh(places, [part.noise or np.nan for part in shown], height=0.7, color="0.87", label="SGD noise")
-        axis.plot(
-            [part.error or np.nan for part in shown], places, "o", color="#c1432e", markersize=5, label="error of the codes"
-        )
-        if any(part.noise for part in shown):
-            tenth = [(part.noise or np.nan) / 10 for part in shown]
-            axis.plot(tenth, places, "|", color="0.35", markersize=10, label="a tenth of the noise")
+        label = "error of the codes over the noise from batch to batch" if judged else "error of the codes"
+        axis.plot(errors, places, "o", color=DARK, markersize=5, label=label)
+        if np.isfinite(systematic).any():
+            label = "what does not average out, over the mean gradient"
+            axis.plot(systematic, places, "D", color="0.3", markersize=5, fillstyle="none", label=label)
         axis.set_xscale("log")
+        _draw_zones(axis, [*errors, *systematic], zones if judged else ())
         _plain_numbers(axis.xaxis)
-        drawn = [value for part in shown for value in (part.error, part.noise) if value]
-        if drawn:
-            axis.set_xlim(min(*drawn, *(value / 10 for value in drawn if value > 0.1)) / 1.5, max(drawn) * 1.5)
         axis.set_yticks(places, [literal(part.group) for part in shown])
         axis.get_yticklabels()[-1].set_fontweight("bold")
-        axis.set_ylim(len(shown) - 0.4, -0.6)
-        axis.set_xlabel("relative to the norm of the gradient")
-        axis.grid(axis="x", color="0.93")
+        axis.set_ylim(len(shown) - 0.4, -1.0)
+        axis.tick_params(axis="y", length=0)
+        axis.set_xlabel("share of the noise, or of the mean gradient" if judged else "share of the gradient's norm")
+        axis.grid(axis="x", color="0.88")
         axis.set_axisbelow(True)
         axis.set_title(literal(title), loc="left", fontsize=9, wrap=True)
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center")
     return figure
+
+
+def _draw_zones(axis: Axes, values: Sequence[float], zones: tuple[float, ...]) -> None:
+    """Bands with their names on top, in limits that show all of the values and a part of each zone."""
+    drawn = [value for value in values if np.isfinite(value)]
+    low, high = min([*drawn, *zones[:1]], default=0.1) / 3, max([*drawn, *(2 * zone for zone in zones[-1:])], default=1.0) * 1.5
+    axis.set_xlim(low, high)
+    if zones:
+        edges = (low, *zones, high)
+        for i, name in enumerate(("safe", "doubtful", "unsafe")):
+            axis.axvspan(edges[i], edges[i + 1], color=_ZONES[i], zorder=0)
+            axis.annotate(name, (np.sqrt(edges[i] * edges[i + 1]), -0.9), ha="center", va="top", size=8, style="italic")
 
 
 def _plain_numbers(axis: Any) -> None:
     """0.1 and 2 for 10⁻¹ and 2 × 10⁰."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def plot_drift(histories: Mapping[str, Sequence[tuple[int, float]]], factor: float, most: int = 10) -> Figure:
+def plot_drift(histories: Mapping[str, Sequence[tuple[int, float]]], factor: float, title: str, most: int = 10) -> Figure:
     """Error over design error against the number of forward passes, a line for each layer, and the factor that warns.
 
-    histories  layer -> (forward pass, ratio) of its checks. Of more than `most` layers those with the largest ratios are in
-               colour, and named.
+    histories  layer -> (forward pass, ratio) of its checks. Of more than `most` layers those with the largest ratios are
+               drawn in their own way, and named.
     """
     with styled():
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        figure = Figure(figsize=(7.4, 3.8), layout="constrained")
         axis = figure.subplots()
         peaks = {name: max((ratio for _, ratio in checks), default=0.0) for name, checks in histories.items()}
         named = sorted(peaks, key=lambda name: -peaks[name])[:most]
         for name, checks in histories.items():
             steps, ratios = np.array(checks, float).reshape(-1, 2).T
-            look: dict[str, Any] = {"label": literal(name)} if name in named else {"color": "0.8", "zorder": 1}
-            axis.plot(steps, ratios, ".-", markersize=4, linewidth=1, **look)
-        axis.axhline(factor, color="0.3", linestyle="--", linewidth=1)
+            axis.plot(steps, ratios, **_look(named.index(name), name) if name in named else {"color": "0.85", "zorder": 1})
+        axis.axhline(factor, color="0.3", linestyle=(0, (6, 3)), linewidth=1)
         axis.annotate(
-            f"warns above {factor:g}", (0.01, factor), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points"
+            f"warns above {factor:g}",
+            (0.99, factor),
+            (0, 3),
+            xycoords=axis.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="right",
         )
+        ratios = [ratio for checks in histories.values() for _, ratio in checks if ratio > 0]
         axis.set_yscale("log")
+        axis.set_ylim(min([0.5, *ratios]) / 1.2, max([2 * factor, *ratios]) * 1.2)
         _plain_numbers(axis.yaxis)
+        last = max((step for checks in histories.values() for step, _ in checks), default=1)
+        axis.set_xlim(0, last + max(1.0, 0.03 * last))
+        axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axis.set_xlabel("forward passes of the layer in training")
-        axis.set_ylabel("error over the design's")
+        axis.set_ylabel("error of the table,\ntimes that of its design")
         axis.grid(color="0.93")
         axis.set_axisbelow(True)
+        axis.set_title(literal(title), loc="left", fontsize=9, wrap=True)
         if named:
             figure.legend(loc="outside right center")
     return figure
+
+
+def _look(i: int, name: str) -> dict[str, Any]:
+    line, marker, colour = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)], SHADES[i % len(SHADES)]
+    return {"linestyle": line, "marker": marker, "color": colour, "markersize": 4, "linewidth": 1, "label": literal(name)}

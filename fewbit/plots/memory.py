@@ -1,12 +1,10 @@
-"""What a model keeps for backward, by module and operation."""
+"""What a model keeps for backward, in all and by module, in the colours of what is kept."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -14,90 +12,119 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fewbit.plots.style import literal, styled
 
-Stack = Mapping[str, int]  # operation -> bytes
+Stack = Mapping[str, int]  # kind of operation -> bytes
 Bars = Mapping[str, Stack]  # label -> what the bar is made of
 
-OTHERS = "others"
-_MOST_MODULES, _MOST_OPERATIONS = 20, 9
+_MOST_MODULES = 20
+_LEAST = 0.004  # of the longest bar: what is shorter would not be seen
 _UNITS = {1024**4: "TiB", 1024**3: "GiB", 1024**2: "MiB", 1024: "KiB", 1: "bytes"}
+_LOOKS = (  # colour and hatch, so that neighbours differ in grey print, too
+    ("#1f4e79", ""),
+    ("#f2b134", "//"),
+    ("#6baed6", ""),
+    ("#c1432e", "xx"),
+    ("#b9d7a8", ".."),
+    ("#5a3d7a", ""),
+    ("0.8", ""),
+)
 
 
-def plot_memory(modules: Mapping[str, Bars], title: str, label_of: Callable[[int], str]) -> Figure:
-    """Stacked bars, one or several below each other for each module, coloured by operation.
+def plot_memory(modules: Mapping[str, Bars], kinds: Mapping[str, str], title: str, label_of: Callable[[int], str]) -> Figure:
+    """Bars of all together, and below them of each module, in a scale of their own; several below each other where there are.
 
-    modules   name of the module -> label of the bar, "" where there is one alone -> operation -> bytes. The largest are drawn,
-              and all others as one.
+    modules   name of the module -> label of the bar, "" where there is one alone -> kind of operation -> bytes. The largest are
+              drawn, and all others as one.
+    kinds     kind of operation -> its words, in the order in which they are drawn
     label_of  a number of bytes, as people read it
     """
+    labels = list(dict.fromkeys(label for bars in modules.values() for label in bars)) or [""]
+    whole = {label: _sum(bars.get(label, {}) for bars in modules.values()) for label in labels}
+    looks = {kind: _LOOKS[i % len(_LOOKS)] for i, kind in enumerate(kinds)}
     shown = _largest(modules)
-    colours = _colours(shown)
-    labels = list(dict.fromkeys(label for bars in shown.values() for label in bars))
-    step = 0.84 / max(1, len(labels))
+    row, longest = 0.2 + 0.13 * len(labels), max(map(len, shown), default=0)
+    heights = len(labels) * 0.26 + 0.2, row * len(shown) + 0.1
     with styled():
-        figure = Figure(figsize=(9, 1.7 + 0.26 * len(shown) * max(1, len(labels))), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(6.5 + 0.075 * longest, sum(heights) + 2.3), layout="constrained")
+        top, bottom = figure.subplots(2, height_ratios=heights)
+        for i, stack in enumerate(whole.values()):
+            _draw(top, i, 0.75, stack, looks)
+            _annotate(top, i, sum(stack.values()), label_of(sum(stack.values())))
+        top.set_yticks(range(len(labels)), [literal(label) or "all modules" for label in labels])
+        step = 0.8 / len(labels)
         for i, bars in enumerate(shown.values()):
+            sums = [sum(bars.get(label, {}).values()) for label in labels]
             for j, label in enumerate(labels):
-                stack = bars.get(label, {})
-                y = i + (j - (len(labels) - 1) / 2) * step
-                _draw(axes, y, 0.9 * step, stack, colours)
-                end, text = sum(stack.values()), f"{label} {label_of(sum(stack.values()))}".strip()
-                axes.annotate(text, (end, y), (3, 0), textcoords="offset points", va="center", size=7)
-        axes.set_yticks(range(len(shown)), [literal(name) for name in shown])
-        axes.invert_yaxis()
-        axes.margins(x=0.16, y=0.01)
-        _label_bytes(axes)
-        axes.set_title(literal(title), loc="left")
-        patches = [Patch(color=colour, label=literal(operation)) for operation, colour in colours.items()]
-        figure.legend(handles=patches, loc="outside lower center", ncols=3)
+                _draw(bottom, i + (j - (len(labels) - 1) / 2) * step, 0.94 * step, bars.get(label, {}), looks)
+            _annotate(bottom, i, max(sums), " → ".join(map(label_of, sums)))
+        bottom.set_yticks(range(len(shown)), [literal(name) for name in shown])
+        top.set_title(literal(title), loc="left")
+        order = f": {labels[0]} above, {labels[1]} below" if len(labels) == 2 else ", repeated layers as one"
+        bottom.set_title(f"by module, in a larger scale{literal(order)}", loc="left")
+        for axes in (top, bottom):
+            _finish(axes)
+        used = {kind for stack in whole.values() for kind, number in stack.items() if number}
+        patches = [
+            Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=literal(kinds[kind]))
+            for kind, (colour, hatch) in looks.items()
+            if kind in used
+        ]
+        figure.legend(handles=patches, loc="outside lower center", ncols=4)
     return figure
 
 
-def plot_counts(counts: Mapping[str, int], what: str) -> Figure:
+def plot_counts(counts: Mapping[str, int], what: str, title: str) -> Figure:
     """A bar for each label, with its number. what: on the axis"""
     with styled():
-        figure = Figure(figsize=(7, 1.0 + 0.4 * len(counts)), layout="constrained")
+        figure = Figure(figsize=(7, 1.2 + 0.4 * len(counts)), layout="constrained")
         axes = figure.subplots()
-        bars = axes.barh([literal(label) for label in counts], list(counts.values()), height=0.6)
-        axes.bar_label(bars, [str(number) if number else "none" for number in counts.values()], padding=3)
+        bars = axes.barh([literal(label) for label in counts], list(counts.values()), height=0.6, color=_LOOKS[0][0])
+        axes.bar_label(bars, [f"{number:,}" if number else "none" for number in counts.values()], padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.1)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel(what)
+        axes.set_title(literal(title), loc="left")
     return figure
 
 
-def _draw(axes: Axes, y: float, height: float, stack: Stack, colours: Mapping[str, Any]) -> None:
+def _draw(axes: Axes, y: float, height: float, stack: Stack, looks: Mapping[str, tuple[str, str]]) -> None:
     left = 0
-    for operation in colours:
-        number = sum(value for name, value in stack.items() if (name if name in colours else OTHERS) == operation)
-        if number:
-            axes.barh(y, number, height, left=left, color=colours[operation])
+    for kind, (colour, hatch) in looks.items():
+        if number := stack.get(kind, 0):
+            axes.barh(y, number, height, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4)
             left += number
 
 
-def _largest(modules: Mapping[str, Bars]) -> dict[str, Bars]:
-    order = sorted(modules, key=lambda name: -max((sum(stack.values()) for stack in modules[name].values()), default=0))
-    shown = {name: modules[name] for name in order[:_MOST_MODULES]}
-    rest: dict[str, Counter[str]] = {}
-    for name in order[_MOST_MODULES:]:
-        for label, stack in modules[name].items():
-            rest.setdefault(label, Counter()).update(stack)
-    return {**shown, f"{len(order) - _MOST_MODULES} others": rest} if rest else shown
+def _annotate(axes: Axes, y: float, end: int, text: str) -> None:
+    axes.annotate(text, (end, y), (4, 0), textcoords="offset points", va="center", size=8)
 
 
-def _colours(modules: Mapping[str, Bars]) -> dict[str, Any]:
-    """Of the operations that keep most, and one for all others."""
+def _sum(stacks: Iterable[Stack]) -> Counter[str]:
     sums: Counter[str] = Counter()
-    for bars in modules.values():
-        for stack in bars.values():
-            sums.update(stack)
-    named = [name for name, _ in sums.most_common(_MOST_OPERATIONS)]
-    found: dict[str, Any] = dict(zip(named, mpl.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
-    return {**found, OTHERS: "0.7"} if len(sums) > len(named) else found
+    for stack in stacks:
+        sums.update(stack)
+    return sums
 
 
-def _label_bytes(axes: Axes) -> None:
-    """Ticks at round numbers of a unit."""
+def _largest(modules: Mapping[str, Bars]) -> dict[str, Bars]:
+    """Those that can be seen, no more than a picture takes, the longest first; and all others as one, if that can be seen."""
+    longest = {name: max((sum(stack.values()) for stack in bars.values()), default=0) for name, bars in modules.items()}
+    order = sorted(modules, key=lambda name: -longest[name])
+    least = _LEAST * max(longest.values(), default=0)
+    shown = {name: modules[name] for name in order[:_MOST_MODULES] if longest[name] > least}
+    others = [modules[name] for name in order if name not in shown]
+    labels = dict.fromkeys(label for bars in others for label in bars)
+    rest = {label: _sum(bars.get(label, {}) for bars in others) for label in labels}
+    visible = max((sum(stack.values()) for stack in rest.values()), default=0) > least
+    return {**shown, f"{len(others)} others": rest} if visible else shown
+
+
+def _finish(axes: Axes) -> None:
+    """From top to bottom, with ticks at round numbers of a unit."""
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.22, y=0.01)
+    axes.autoscale_view()
     unit = next(unit for unit in _UNITS if axes.get_xlim()[1] >= unit or unit == 1)
     low, high = axes.get_xlim()
     ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low / unit, high / unit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ from fewbit import files
 from fewbit.errors import InputError
 from fewbit.text import plain
 
+DARK, LIGHT = "#8c1515", "0.72"  # what is coded, and what is exact: apart in grey print, too
+SHADES = ("0.1", "#c1432e", "#6ba3d6", "#3d6b2f", "0.6")  # of lines beside each other, which LINES and MARKERS tell apart, too
+LINES = ("-", "--", ":", "-.")
+MARKERS = "osD^v"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
     "legend.frameon": False,
+    "hatch.linewidth": 0.8,
 }
 
 
@@ -36,6 +42,22 @@ def literal(name: str) -> str:
     """
     text = plain(name).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text  # legends leave out what begins with an underscore
+
+
+def apart(places: Sequence[float], least: float) -> list[float]:
+    """Descending places for labels, each at least so far from the next, about where they belong.
+
+    >>> apart([3.0, 2.0, 1.9], 0.5)
+    [3.0, 2.2, 1.7]
+    """
+    groups = [([place], place) for place in places]  # labels that touch, and the middle of where they belong
+    done: list[tuple[list[float], float]] = []
+    for members, middle in groups:
+        done.append((members, middle))
+        while len(done) > 1 and done[-2][1] - done[-1][1] < least * (len(done[-2][0]) + len(done[-1][0])) / 2 - 1e-12:
+            joined = done[-2][0] + done[-1][0]
+            done[-2:] = [(joined, sum(joined) / len(joined))]
+    return [middle + least * ((len(members) - 1) / 2 - i) for members, middle in done for i in range(len(members))]
 
 
 def save(figure: Figure, path: str | Path) -> None:

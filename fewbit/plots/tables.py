@@ -1,205 +1,235 @@
-"""Figures of activations and their tables, and of the demo and the benchmark."""
+"""Figures of activations and their tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from fewbit import activations
-from fewbit.constants import DEFAULT_BITS, DEFAULT_DOMAIN, SHIPPED_BITS, SHIPPED_CODINGS
+from fewbit.constants import DEFAULT_BITS, DEFAULT_DOMAIN, DEFAULT_WEIGHT, SHIPPED_BITS, SHIPPED_CODINGS
 from fewbit.design.table import CodeTable
-from fewbit.plots.style import literal, styled
+from fewbit.plots.style import DARK, LIGHT, apart, literal, styled
 from fewbit.record import Activation, plural
 from fewbit.store import load_table
+from fewbit.weights import Normal, Student, Uniform, weight_named
 
-# title of a panel -> label of a line -> points (elements, median, lower, upper end of the spread)
-RatioPanels = dict[str, dict[str, list[tuple[int, float, float, float]]]]
-
-_EXACT, _CODED = "0.15", "tab:red"  # in grey print they differ by width: 2.2 and 1.2 points
 _SYMBOLS = {"derivative": "f'", "value": "f"}
+_CODINGS = {
+    "level": "intervals may share a level",
+    "interval": "each interval has a level of its own",
+    "uniform": "intervals of equal width",
+}
+_DENSITY = "0.92"
 _ERROR_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5)
-_COARSE_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-_FINE_TICKS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 4)
+_COMMON_SCALE = (-0.65, 1.85)  # of f' in the gallery
+_LEAST_SPAN = 0.6  # of f' in the gallery, below which the common scale would hide its steps
 
 
 def plot_tables(record: Activation, tables: Sequence[CodeTable]) -> Figure:
-    """For each channel the exact function with the steps of each table, and the error below, the tables side by side."""
-    channels = tables[0].channels
+    """For each channel the exact function with the steps of each table, and the error below, the tables side by side.
+
+    The density that weights the error is drawn at the foot. Of several tables that are exact the first alone is drawn.
+    """
+    channels, given = tables[0].channels, len(tables)
+    tables = _without_more_exact_ones(tables)
+    rows = 1 if all(map(_is_exact, tables)) else 2  # for each channel; the error of exact tables is 0
     with styled():
-        figure = Figure(figsize=(1.2 + 3.1 * len(tables), 0.9 + 4.7 * len(channels)), layout="constrained")
-        ratios = (2, 1) * len(channels)
-        axes = figure.subplots(2 * len(channels), len(tables), sharex=True, sharey="row", squeeze=False, height_ratios=ratios)
+        size = (max(4.6, 1.2 + 3.1 * len(tables)), 1.3 + (1.4 + 1.6 * rows) * len(channels))
+        figure = Figure(figsize=size, layout="constrained")
+        ratios = (2, 1)[:rows] * len(channels)
+        shape = rows * len(channels), len(tables)
+        axes = figure.subplots(*shape, sharex=True, sharey="row", squeeze=False, height_ratios=ratios)
         span = _span(tables)
         for column, table in zip(axes.T, tables, strict=True):
-            sizes = f"{plural(table.levels.shape[1], 'level')}, {plural(table.codes.size, 'interval')}"
-            for top, bottom, channel, error in zip(
-                column[::2], column[1::2], channels, np.atleast_1d(table.relative_rms), strict=True
-            ):
-                _draw_steps(top, record, table, span, channel)
-                _draw_error(bottom, record, table, span, channel)
-                top.set_title(f"relative rms error {error:.3g}")
-            column[0].set_title(f"{plural(table.bits, 'bit')}: {sizes}\n{column[0].get_title()}")
+            errors = np.atleast_1d(table.relative_rms)
+            for i, (channel, error) in enumerate(zip(channels, errors, strict=True)):
+                _draw_density(column[rows * i], table, span)
+                _draw_steps(column[rows * i], record, table, span, channel)
+                column[rows * i].set_title(f"relative rms error {error:.3g}")
+                if rows == 2:
+                    _draw_error(column[2 * i + 1], record, table, span, channel)
+            column[0].set_title(_heading(table, column[0].get_title(), more=len(tables) < given))
             column[-1].set_xlabel("pre-activation x")
         for row, channel in enumerate(channels):
-            axes[2 * row, 0].set_ylabel(channel)
-            axes[2 * row + 1, 0].set_ylabel("coded − exact")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        between = "\n" if len(tables) == 1 else ", "
-        functions = " and ".join(_SYMBOLS[channel] for channel in channels) + (" and its" if len(channels) == 1 else ": their")
-        figure.suptitle(f"{literal(str(record))}: {functions} {tables[0].coding} codes{between}weight {tables[0].weight}")
+            axes[rows * row, 0].set_ylabel(f"{channel} {_SYMBOLS[channel]}")
+            if rows == 2:
+                axes[2 * row + 1, 0].set_ylabel("coded − exact")
+        figure.align_ylabels()
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.suptitle(_title(record, tables[0], "\n" if len(tables) < 3 else ". "))
     return figure
 
 
 def plot_gallery(bits: int = DEFAULT_BITS) -> Figure:
-    """f' of every registered activation with the steps of its default table."""
+    """f' of the registered activations with the steps of their default tables; those that are exact are named alone."""
     records = [activations.get(name) for name in activations.names()]
+    tables = {record: load_table(record, bits) for record in records}
+    exact = [record.name for record, table in tables.items() if _is_exact(table)]
+    drawn = {record: table for record, table in tables.items() if record.name not in exact}
     with styled():
         columns = 5
-        rows = -(-len(records) // columns)
-        figure = Figure(figsize=(2.6 * columns, 2.0 * rows + 0.4), layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
-        for axis, record in zip(axes.flat, records, strict=False):
-            table = load_table(record, bits)
+        rows = -(-len(drawn) // columns)
+        figure = Figure(figsize=(2.5 * columns, 2.1 * rows + 0.9), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for axis, (record, table) in zip(axes.flat, drawn.items(), strict=False):
+            axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+            axis.axhline(1, color="0.85", linewidth=0.8, zorder=0)
             _draw_steps(axis, record, table, (-7.0, 7.0))
-            error = "exact" if table.mse == 0 else f"{table.relative_rms:.3f}"
-            axis.set_title(f"{literal(record.name)}  ({error})")
-        for axis in axes.flat[len(records) :]:
+            _set_common_scale(axis)
+            axis.set_title(f"{literal(record.name)}: {table.relative_rms:.3f}")
+            axis.set_xticks([-5, 0, 5])
+        for axis in axes.flat[len(drawn) :]:
             axis.set_axis_off()
-        last = len(records) - (rows - 1) * columns
-        for axis in axes[-2, last:]:
-            axis.tick_params(labelbottom=True)
-        for axis in [*axes[-1, :last], *axes[-2, last:]]:
-            axis.set_xlabel("pre-activation x")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower right", fontsize=9)
-        figure.suptitle(f"Derivatives and their {bits}-bit codes; in brackets the relative rms error, weight student")
+        figure.supxlabel("pre-activation x", fontsize=9)
+        figure.supylabel("derivative f'", fontsize=9)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
+        title = f"Derivatives and their codes of {plural(bits, 'bit')}; beside each name the relative rms error"
+        also = f"\nexact, and so not drawn: {literal(', '.join(exact))}" if exact else ""
+        figure.suptitle(f"{title}, x weighted by {weight_words(DEFAULT_WEIGHT)}{also}", fontsize=10)
     return figure
 
 
 def plot_errors() -> Figure:
-    """Relative rms error against bits for every built-in activation, both optimal codings, at the default weight."""
+    """Relative rms error against bits: the median of both optimal codings over the built-in activations, and each of them."""
     errors = {name: {coding: _errors(name, coding) for coding in SHIPPED_CODINGS} for name in activations.BUILT_IN}
     exact = [name for name, by_coding in errors.items() if max(by_coding["level"]) == 0]
-    coded = sorted((name for name in errors if name not in exact), key=lambda name: -errors[name]["level"][-1])
+    coded = {name: by_coding for name, by_coding in errors.items() if name not in exact}
+    looks = {"level": ("-", "o", DARK), "interval": ("--", "s", "0.5")}
     with styled():
-        columns = 5
-        rows = -(-len(coded) // columns)
-        figure = Figure(figsize=(2.4 * columns, 2.2 * rows + 0.9), layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axis, name in zip(axes.flat, coded, strict=False):
-            axis.semilogy(SHIPPED_BITS, errors[name]["interval"], "s--", color="0.55", label="interval coding", markersize=4)
-            axis.semilogy(SHIPPED_BITS, errors[name]["level"], "o-", color="0.1", label="level coding", markersize=4)
-            axis.set_title(name)
-            axis.set_xticks(SHIPPED_BITS)
-            axis.set_yticks(_ERROR_TICKS, [f"{tick:g}" for tick in _ERROR_TICKS])
-            axis.minorticks_off()
-            axis.grid(axis="y", color="0.9", which="major")
-        for axis in axes.flat[len(coded) :]:
-            axis.set_axis_off()
-        figure.supxlabel("bits of one code")
-        figure.supylabel("relative rms error of the derivative")
-        axes[0, 0].legend(loc="upper right", fontsize=7)
-        listed = ", ".join(exact)
-        figure.suptitle(f"Error against bits, weight student. Exact with 1 bit in level coding: {listed}", fontsize=9)
+        figure = Figure(figsize=(7.6, 5.4), layout="constrained")
+        axis = figure.subplots()
+        for coding, (line, marker, colour) in reversed(looks.items()):
+            curves = np.array([by_coding[coding] for by_coding in coded.values()])
+            axis.semilogy(SHIPPED_BITS, curves.T, line, color=colour, linewidth=0.7, alpha=0.5)
+            label = f"{coding} coding: {_CODINGS[coding]}"
+            axis.semilogy(SHIPPED_BITS, np.median(curves, 0), line, marker=marker, color=colour, linewidth=2.4, label=label)
+        axis.set_xticks(SHIPPED_BITS)
+        axis.set_yticks(_ERROR_TICKS, [f"{tick:g}" for tick in _ERROR_TICKS])
+        axis.minorticks_off()
+        axis.grid(axis="y", color="0.9")
+        axis.set_xlabel("bits of a code")
+        axis.set_ylabel("relative rms error of the derivative")
+        _name_ends(axis, SHIPPED_BITS[-1], {name: by_coding["level"][-1] for name, by_coding in coded.items()})
+        handles, labels = axis.get_legend_handles_labels()
+        single = Line2D([], [], color="0.5", linewidth=0.7)
+        axis.legend(
+            [*handles[::-1], single], [*(f"{label}, median" for label in labels[::-1]), "one activation, either coding"]
+        )
+        title = f"Error against bits, x weighted by {weight_words(DEFAULT_WEIGHT)}"
+        axis.set_title(f"{title}\nexact with 1 bit in level coding: {_in_lines(exact, 5)}", loc="left")
     return figure
 
 
-def plot_losses(curves: dict[str, Sequence[float]], smoothing: int = 10) -> Figure:
-    """Training loss against steps, a line for each run, and below how far each is from the first.
+def weight_words(weight: str | None) -> str:
+    """How pictures speak of a weight.
 
-    Lines are moving means over `smoothing` steps, drawn at the last of them.
+    >>> weight_words("student"), weight_words("normal(std=2)"), weight_words("uniform")
+    ("Student's t, ν = 3", 'normal(std=2)', 'the uniform density')
     """
-    styles = ("-", "--", ":", "-.")
-    window = max(1, min(smoothing, *(len(losses) for losses in curves.values())))
-    smooth = {label: np.convolve(losses, np.full(window, 1 / window), "valid") for label, losses in curves.items()}
-    first, *others = smooth
-    with styled():
-        figure = Figure(figsize=(6.4, 5.2), layout="constrained")
-        top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-        for i, (label, losses) in enumerate(smooth.items()):
-            steps = np.arange(window, window + len(losses))
-            top.plot(steps, losses, styles[i % 4], label=label, linewidth=1.6, color=f"C{i}")
-            if label in others:
-                bottom.plot(steps, losses - smooth[first], styles[i % 4], linewidth=1.6, color=f"C{i}")
-        bottom.axhline(0.0, color="0.8", linewidth=0.8, zorder=0)
-        bottom.set_xlabel("step")
-        bottom.set_ylabel(f"difference from {first}")
-        top.set_ylabel("training loss, nats per byte")
-        top.set_title(f"A small GPT on the Python standard library, mean of {window} steps")
-        top.legend()
-    return figure
+    known = weight_named(weight or "")
+    if isinstance(known, Student) and known == Student(df=known.df):
+        return f"Student's t, ν = {known.df:g}"
+    if known == Normal():
+        return "the standard normal density"
+    if (weight or "").startswith("histogram("):
+        return "a histogram of samples"
+    return "the uniform density" if isinstance(known, Uniform) else literal(weight or "no density")
 
 
-def plot_ratios(panels: RatioPanels, columns: int, subtitle: str) -> Figure:
-    """Time over the exact activation's against size, both axes logarithmic: medians, with bars for their spread.
-
-    panels    drawn row by row, `columns` in each
-    subtitle  where and how often it was timed
-    """
-    rows = -(-len(panels) // columns)
-    with styled():
-        figure = Figure(figsize=(max(5.4, 0.8 + 3.0 * columns), 1.1 + 2.3 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-            _draw_ratios(axis, lines)
-            axis.set_title(literal(title))
-        for axis in axes.flat[len(panels) :]:
-            axis.set_axis_off()
-        _label_ratio_ticks(axes[0, 0], panels)
-        for i, axis in enumerate(axes.flat[: len(panels)]):
-            if i + columns >= len(panels):  # the lowest of its column
-                axis.set_xlabel("elements")
-                axis.tick_params(labelbottom=True)
-        for axis in axes[:, 0]:
-            axis.set_ylabel("time over exact's")
-        figure.suptitle(f"Coded against exact activations, forward and backward\n{subtitle}", fontsize=10)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    return figure
+def _title(record: Activation, table: CodeTable, between: str) -> str:
+    functions = " and ".join(f"its {channel} {_SYMBOLS[channel]}" for channel in table.channels)
+    parts = [f"{literal(str(record))}: {functions}, and what codes stand for"]
+    if table.coding in _CODINGS:
+        parts.append(f"{table.coding} coding: {_CODINGS[table.coding]}".capitalize())
+    shaded = ", shaded" if weight_named(table.weight or "") else ""
+    return between.join([*parts, f"Error weighted by {weight_words(table.weight)}{shaded}"])
 
 
-def _draw_ratios(axis: Axes, lines: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> None:
-    axis.axhline(1.0, color=_EXACT, linewidth=1.0, zorder=1)
-    for i, (label, points) in enumerate(lines.items()):
-        sizes, medians, low, high = np.array(sorted(points), float).T
-        aside = 2.0 ** (0.25 * (i - (len(lines) - 1) / 2))  # so that bars at one size lie side by side
-        spread = (medians - low, high - medians)
-        marker = "osD^v"[i % 5]
-        axis.errorbar(sizes * aside, medians, spread, fmt=f"{marker}-", label=label, markersize=4, linewidth=1.2, capsize=3)
+def _is_exact(table: CodeTable) -> bool:
+    return bool(np.all(np.atleast_1d(table.mse) == 0))
 
 
-def _label_ratio_ticks(axis: Axes, panels: RatioPanels) -> None:
-    """Ticks at the sizes measured, and at round ratios: few where they span much."""
-    points = [point for lines in panels.values() for line in lines.values() for point in line]
-    sizes = sorted({point[0] for point in points})
-    low, high = min([0.9, *(point[2] for point in points)]) / 1.05, max([1.1, *(point[3] for point in points)]) * 1.05
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xlim(sizes[0] / 2, sizes[-1] * 2)
-    axis.set_ylim(low, high)
-    ticks = [tick for tick in (_FINE_TICKS if high < 6 * low else _COARSE_TICKS) if low <= tick <= high]
-    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    powers = all(size & (size - 1) == 0 for size in sizes)
-    axis.set_xticks(sizes, [f"$2^{{{size.bit_length() - 1}}}$" if powers else f"{size:,}" for size in sizes])
-    axis.minorticks_off()
+def _without_more_exact_ones(tables: Sequence[CodeTable]) -> list[CodeTable]:
+    exact = [table for table in tables if _is_exact(table)]
+    return [table for table in tables if table not in exact[1:]]
+
+
+def _heading(table: CodeTable, error: str, more: bool) -> str:
+    """more: whether tables of more bits are left out, being exact like this one"""
+    levels, intervals = plural(table.levels.shape[1], "level"), plural(table.codes.size, "interval")
+    if not _is_exact(table):
+        return f"{plural(table.bits, 'bit')}: {levels}, {intervals}\n{error}"
+    return f"exact with {plural(table.bits, 'bit')}: {levels}, {intervals}" + "\nand so with more bits, not drawn" * more
+
+
+def _set_common_scale(axis: Axes) -> None:
+    """That of the gallery, where it fits; or else one of its own, which is said."""
+    y = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.get_lines()[2:]])
+    low, high = np.nanmin(y), np.nanmax(y)
+    if _COMMON_SCALE[0] <= low and high <= _COMMON_SCALE[1] and high - low >= _LEAST_SPAN:
+        axis.set_ylim(_COMMON_SCALE)
+        axis.set_yticks([0, 1])
+        return
+    margin = 0.1 * (high - low)
+    axis.set_ylim(low - margin, high + margin)
+    axis.yaxis.set_major_locator(MaxNLocator(3))
+    axis.text(0.03, 0.97, "another scale", transform=axis.transAxes, va="top", size=8, style="italic")
+
+
+def _name_ends(axis: Axes, x: float, ends: dict[str, float]) -> None:
+    """The names at the right ends of the lines, those of one end together, moved apart with a line to where each belongs."""
+    together: dict[str, list[str]] = {}
+    for name, end in sorted(ends.items(), key=lambda item: -item[1]):
+        together.setdefault(f"{end:.3g}", []).append(name)
+    heights = [np.log(float(end)) for end in together]
+    places = np.exp(apart(heights, 0.13))
+    axis.set_xlim(right=x + 0.2)
+    axis.spines.bottom.set_bounds(axis.get_xlim()[0], x)
+    for names, end, place in zip(together.values(), together, places, strict=True):
+        style = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
+        axis.annotate(", ".join(names), (x, float(end)), (x + 0.2, place), va="center", size=8, arrowprops=style)
+
+
+def _in_lines(names: Sequence[str], most: int) -> str:
+    return ",\n".join(", ".join(names[i : i + most]) for i in range(0, len(names), most))
+
+
+def _draw_density(axis: Axes, table: CodeTable, span: tuple[float, float]) -> None:
+    """At the foot of the panel, in a scale of its own; nothing where the table's text does not tell it."""
+    weight = weight_named(table.weight or "")
+    if weight is not None:
+        x = np.linspace(*span, 501)
+        heights = weight.density(x)
+        axis.fill_between(
+            x,
+            0.3 * heights / heights.max(),
+            transform=axis.get_xaxis_transform(),
+            facecolor=_DENSITY,
+            edgecolor="0.75",
+            linewidth=0.6,
+            label="density of x",
+            zorder=0,
+        )
 
 
 def _draw_steps(
     axis: Axes, record: Activation, table: CodeTable, span: tuple[float, float], channel: str = "derivative"
 ) -> None:
     x = _dense(table, span)
-    axis.plot(x, _broken(record, x, channel), color=_EXACT, linewidth=2.2, alpha=0.55, label="exact")
-    axis.plot(x, _coded(table, x, channel), color=_CODED, linewidth=1.2, label="coded")
+    axis.plot(x, _broken(record, x, channel), color=LIGHT, linewidth=3.6, label="exact")
+    axis.plot(x, _coded(table, x, channel), color=DARK, linewidth=1.1, label="coded")
     axis.set_xlim(span)
 
 
 def _draw_error(axis: Axes, record: Activation, table: CodeTable, span: tuple[float, float], channel: str) -> None:
     x = _dense(table, span)
-    axis.axhline(0.0, color="0.8", linewidth=0.8)
-    axis.plot(x, _coded(table, x, channel) - _exact(record, x, channel), color=_CODED, linewidth=1.0)
+    axis.axhline(0.0, color=LIGHT, linewidth=0.8)
+    axis.plot(x, _coded(table, x, channel) - _exact(record, x, channel), color=DARK, linewidth=1.0)
 
 
 def _exact(record: Activation, x: np.ndarray, channel: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from fewbit.models.calibration.knapsack import Choices
 from fewbit.models.grouping import shortened
 from fewbit.models.report import Report
 from fewbit.record import plural
+from fewbit.terminal import bytes_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,8 +117,9 @@ class Allocation(Report):
     def figure(self) -> Figure:
         from fewbit.plots.calibration import plot_allocation
 
-        bits, errors = [], []
-        for layer in self.layers:
-            bits.append(layer.bits)
-            errors.append((layer.error(self.uniform_bits), layer.error(layer.bits)))
-        return plot_allocation([layer.name for layer in self.layers], bits, errors, self.uniform_bits)
+        bits, sizes = [layer.bits for layer in self.layers], [bytes_label(layer.bytes) for layer in self.layers]
+        errors = [(layer.error(self.uniform_bits), layer.error(layer.bits)) for layer in self.layers]
+        taken, budget, exact = map(bytes_label, (self.outcome.bytes, self.budget, self.exact_bytes))
+        measured = f"error of the gradient {self.outcome.measured:.3f}, at {plural(self.uniform_bits, 'bit')} everywhere"
+        title = f"Bits of each layer: {taken} of the budget of {budget}, exact {exact}\n{measured} {self.uniform.measured:.3f}"
+        return plot_allocation([layer.name for layer in self.layers], bits, sizes, errors, self.uniform_bits, title)

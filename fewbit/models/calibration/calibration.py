@@ -201,7 +201,7 @@ class Calibration(Report):
             for channel in CHANNELS
             if any(channel in layer.table.channels for layer in seen)
         }
-        return plot_calibration([layer.name for layer in seen], panels)
+        return plot_calibration([layer.name for layer in seen], [layer.table.bits for layer in seen], panels)
 
 
 def _install(layer: CalibratedLayer, coded: CodedModule | None) -> None:

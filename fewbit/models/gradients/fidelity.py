@@ -100,8 +100,10 @@ def fidelity(
                 after.restore()
     if not found.batches:
         raise no_batch("fidelity")
-    coded = any(isinstance(module, CodedActivation | CodedLayer) for module in model.modules())
-    return found.report(coded)
+    coded = [module for module in model.modules() if isinstance(module, CodedActivation | CodedLayer)]
+    report = found.report(bool(coded))
+    report.bits = tuple(sorted({bits for module in coded if (bits := _bits_of(module))}))
+    return report
 
 
 def _check(model: nn.Module) -> None:
@@ -110,6 +112,10 @@ def _check(model: nn.Module) -> None:
         raise InputError(f"fidelity takes the model that {type(model).__name__} wraps; pass model.module")
     if exact_mode.is_active():
         raise InputError("fidelity compares with codes, and within fewbit.exact() there are none; call it outside")
+
+
+def _bits_of(module: CodedActivation | CodedLayer) -> int | None:
+    return module.bits or (module.table.bits if module.table is not None else None)
 
 
 def _grouping(by: str | Callable[[str], str]) -> Callable[[str], str]:
@@ -185,6 +191,7 @@ class Fidelity(Report):
     not_finite_coded: int = 0  # batches whose coded gradient alone is not: left out
     losses_differ: float = 0.0  # the largest relative difference between the losses of the two passes
     without_gradient: list[str] = field(default_factory=list)  # parameters that no batch gave one
+    bits: tuple[int, ...] = ()  # of the codes of the model's modules, all that there are
 
     @property
     def level(self) -> str:
@@ -263,7 +270,8 @@ class Fidelity(Report):
         """Verdict, level, the figures of the whole gradient, and the numbers of batches."""
         own = {name: getattr(self, name) for name in ("batches", "not_finite_exact", "not_finite_coded", "losses_differ")}
         whole = {name: value for name, value in asdict(self.whole).items() if name not in ("group", "weight")}
-        return {"verdict": self.verdict, "level": self.level, **whole, **own, "without_gradient": list(self.without_gradient)}
+        lists = {"bits": list(self.bits), "without_gradient": list(self.without_gradient)}
+        return {"verdict": self.verdict, "level": self.level, **whole, **own, **lists}
 
     def view(self) -> RenderableType:
         """The verdict, the groups that hold most of the error, and what the columns mean."""
@@ -290,10 +298,11 @@ class Fidelity(Report):
         return Group(self.verdict, "", table, "", *lines)
 
     def figure(self) -> Figure:
-        """Error beside noise, by group, on a logarithmic scale."""
+        """Error over noise, by group, in the zones of the verdict, on a logarithmic scale."""
         from fewbit.plots.gradients import plot_fidelity
 
-        return plot_fidelity([*self.parts, self.whole], self.verdict)
+        bits = f"codes of {', '.join(map(str, self.bits))} bit{'s' * (self.bits != (1,))}: " if self.bits else ""
+        return plot_fidelity([*self.parts, self.whole], f"{bits}{self.verdict}", (SAFE, DOUBTFUL))
 
 
 _LEVELS = ("safe", "doubtful", "unsafe")

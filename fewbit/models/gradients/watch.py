@@ -327,7 +327,7 @@ class Drift(Report):
         from fewbit.plots.gradients import plot_drift
 
         courses = {name or "(model)": [(each.call, each.ratio) for each in checks] for name, checks in self._checks.items()}
-        return plot_drift(courses, self.factor)
+        return plot_drift(courses, self.factor, self.verdict)
 
 
 def _cell(value: float | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fewbit.models.grouping import pattern
+from fewbit.models.memory.operations import plain_operation
 from fewbit.models.memory.saved import ACTIVATIONS, Storage
 from fewbit.models.memory.storages import kept_by
 from fewbit.models.memory.trials import Outcome
@@ -127,14 +128,18 @@ def _of_other(name: str, convertible: bool, seen: _Sight) -> tuple[str, str]:
         return LEAVE, "stays exact with these bits"
     if not kept:
         return LEAVE, "keeps nothing once its neighbours are coded"
-    operations = ", ".join(dict.fromkeys(saver.operation for each in kept for saver in each.savers if saver.module == name))
+    operations = ", ".join(
+        dict.fromkeys(plain_operation(saver.operation) for each in kept for saver in each.savers if saver.module == name)
+    )
     return LEAVE, f"{operations}: not coded"
 
 
 def _partners(name: str, storages: Iterable[Storage], classes: Mapping[str, str]) -> str:
-    """Who else saves these tensors: "down (Addmm)"."""
+    """Who else saves these tensors: "down (matrix product)"."""
     found = {saver for each in storages for saver in each.savers if saver.module != name}
-    return ", ".join(sorted({f"{_seen_from(name, saver.module, classes)} ({saver.operation})" for saver in found}))
+    return ", ".join(
+        sorted({f"{_seen_from(name, saver.module, classes)} ({plain_operation(saver.operation)})" for saver in found})
+    )
 
 
 def _seen_from(name: str, other: str, classes: Mapping[str, str]) -> str:

@@ -76,16 +76,20 @@ class LargestBatch(Report):
         for way, found in self.ways.items():
             times = f"{found.samples / exact:.1f} ×" if exact and way != EXACT else ""
             view.add_row(way, str(found.samples or "none"), times, bytes_label(found.bytes), found.moment)
-        what = "largest batch" if self.grows == "batch" else "longest sequence"
         unseen = ["", _UNSEEN] if self.grows == "sequence" else []
-        title = f"The {what} of {self.model} whose training step fits {bytes_label(self.budget)}"
-        return Group(f"{title}; coded: {self.setting}", "", view, *unseen)
+        return Group(f"{self.title}; coded: {self.setting}", "", view, *unseen)
+
+    @property
+    def title(self) -> str:
+        """What it is the largest of, and of which budget."""
+        what = "largest batch" if self.grows == "batch" else "longest sequence"
+        return f"The {what} of {self.model} whose training step fits {bytes_label(self.budget)}"
 
     def figure(self) -> Figure:
         from fewbit.plots.memory import plot_counts
 
         what = "samples in the largest batch" if self.grows == "batch" else "the longest sequence"
-        return plot_counts({way: found.samples for way, found in self.ways.items()}, what)
+        return plot_counts({way: found.samples for way, found in self.ways.items()}, what, self.title)
 
 
 def largest(

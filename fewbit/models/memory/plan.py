@@ -19,9 +19,10 @@ from fewbit.models.conversion.setting import Setting
 from fewbit.models.grouping import label
 from fewbit.models.memory import advice, trials
 from fewbit.models.memory.forward import Forward
+from fewbit.models.memory.operations import KIND_WORDS
 from fewbit.models.memory.peak import MakeOptimizer, Peak, peak_of
 from fewbit.models.memory.saved import Storage
-from fewbit.models.memory.storages import bars_of, kept_by, most_kept, note_on_workspaces, total
+from fewbit.models.memory.storages import kept_by, most_kept, note_on_workspaces, picture_of, total
 from fewbit.models.preserve import preserved_structure
 from fewbit.models.report import Report
 from fewbit.terminal import bytes_label
@@ -162,8 +163,8 @@ class Plan(Report):
         from fewbit.plots.memory import plot_memory
 
         name = type(self.forward.model).__name__
-        title = f"{name}: {bytes_label(self.before_bytes)} → {bytes_label(self.after_bytes)}"
-        return plot_memory(bars_of({"exact": self.before, "converted": self.after}), title, bytes_label)
+        title = f"{name}: kept for backward, exact and converted with {self.setting}"
+        return plot_memory(picture_of({"exact": self.before, "converted": self.after}), KIND_WORDS, title, bytes_label)
 
 
 def plan(

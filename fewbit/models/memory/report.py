@@ -20,18 +20,19 @@ from fewbit.models.conversion.setting import Bits, Setting
 from fewbit.models.memory.budget import BudgetPlan
 from fewbit.models.memory.forward import Forward
 from fewbit.models.memory.largest import LargestBatch, largest
+from fewbit.models.memory.operations import KIND_WORDS, plain_operation
 from fewbit.models.memory.page import page
 from fewbit.models.memory.peak import MakeOptimizer, Optimizer, Peak, optimizer_of, peak_of
 from fewbit.models.memory.plan import Plan, plan
-from fewbit.models.memory.saved import ACTIVATIONS, Storage, plain_operation
+from fewbit.models.memory.saved import ACTIVATIONS, Storage
 from fewbit.models.memory.search import Searches
 from fewbit.models.memory.storages import (
     NOTE,
     ROLES,
-    bars_of,
     kept_by,
     most_kept,
     note_on_workspaces,
+    picture_of,
     repeated,
     saver_label,
     total,
@@ -143,20 +144,24 @@ class MemoryReport(Report):
     def view(self, most: int = 20) -> RenderableType:
         """The `most` largest rows, repeated layers as one, and the totals."""
         found = self.totals()
-        how = f"{found['mode']} mode" + (", on fake tensors" if self.fake else "")
-        most_of_it = most_kept(self.storages)
-        title = f"{found['model']} keeps {bytes_label(self.activation_bytes)} for backward, in {how}"
-        title += f"; most of it for {most_of_it}" if most_of_it else ""
         others = ", ".join(f"{bytes_label(found[role])} of {role}" for role in ROLES[1:] if found[role])
         notes = [f"saved besides: {others}"] if others else []
-        parts = [title, f"  {self.forward.words}", "", _table(self.storages, most), "", *notes, NOTE]
+        parts = [self.verdict, f"  {self.forward.words}", "", _table(self.storages, most), "", *notes, NOTE]
         return Group(*parts, *([self.note] if self.note else []))
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what is kept, and what keeps most of it."""
+        model, most_of_it = self.forward.model, most_kept(self.storages)
+        how = f"{'training' if model.training else 'evaluation'} mode" + (", on fake tensors" if self.fake else "")
+        kept = f"{type(model).__name__} keeps {bytes_label(self.activation_bytes)} for backward, in {how}"
+        return f"{kept}; most of it for {most_of_it}" if most_of_it else kept
 
     def figure(self) -> Figure:
         from fewbit.plots.memory import plot_memory
 
         title = f"{type(self.forward.model).__name__}: {bytes_label(self.activation_bytes)} kept for backward"
-        return plot_memory(bars_of({"": self.storages}), title, bytes_label)
+        return plot_memory(picture_of({"": self.storages}), KIND_WORDS, title, bytes_label)
 
     @overload
     def plan(
@@ -238,12 +243,15 @@ class MemoryReport(Report):
         check_filter(filter_fn)
         return largest(self.forward, self.make_optimizer, budget, setting, filter_fn, dimension=1)
 
-    def to_html(self, path: str | Path | None = None, plan: Plan | None = None) -> str:
-        """One self-contained page of the report, and of the plan if one is given.
-
-        It is also written to `path`, if that is given.
-        """
-        text = page(self.totals(), self.storages, plan)
+    def to_html(
+        self,
+        path: str | Path | None = None,
+        plan: Plan | BudgetPlan | None = None,
+        largest_batch: LargestBatch | None = None,
+    ) -> str:
+        """One self-contained page of the report, with the peak of a step; and of the plan and the largest batch, if they are
+        given. Also written to the file, if one is named."""
+        text = page(self, plan, largest_batch)
         if path is not None:
             files.write(path, text)
         return text

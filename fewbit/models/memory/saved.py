@@ -20,7 +20,6 @@ from fewbit.torch_internals import dynamo_is_loaded, parts_of, raw_saved, storag
 Tensor = torch.Tensor
 ACTIVATIONS = "activations"
 UNKNOWN = "unknown"
-_PRODUCTS = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Addmv", "Mv", "Dot", "Linear")
 Slot = tuple[str, int]
 
 
@@ -177,20 +176,6 @@ def shape_label(tensor: Tensor) -> str:
 def dtype_and_shape(dtype: str, shape: tuple[int, ...]) -> str:
     """The same of both."""
     return f"{dtype} {'×'.join(map(str, shape)) or 'scalar'}"
-
-
-def plain_operation(name: str) -> str:
-    """Plain words for the operation of an autograd node.
-
-    >>> [plain_operation(each) for each in ("Addmm", "ScaledDotProductFlashAttentionForCpu", "NativeLayerNorm", "LogSoftmax")]
-    ['matrix product', 'attention', 'layer norm', 'log softmax']
-    """
-    if re.search("(?i)attention", name):
-        return "attention"
-    if name in _PRODUCTS:
-        return "matrix product"
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", re.sub(r"^(Native|Cudnn|Mkldnn)|^_|0$", "", name))
-    return " ".join(each if each.isupper() and len(each) > 1 else each.lower() for each in words) or name
 
 
 def operation_name(node: Any) -> str:

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fewbit.models.grouping import label, pattern, shortened, some
-from fewbit.models.memory.saved import ACTIVATIONS, Saver, Storage, dtype_and_shape, plain_operation
+from fewbit.models.memory.operations import kind_of, plain_operation
+from fewbit.models.memory.saved import ACTIVATIONS, Saver, Storage, dtype_and_shape
 
 ROLES = (ACTIVATIONS, "parameters", "buffers", "inputs", "tables")
+_LONGEST_NAME = 70  # in a picture
 NOTE = (
     "Each storage counts once, for the first that saved it. Parameters, buffers and inputs are there anyway; gradients of "
     "parameters and the optimizer's state are not counted."
@@ -59,7 +61,20 @@ def bars_of(runs: Mapping[str, Iterable[Storage]]) -> dict[str, dict[str, dict[s
                 names.setdefault(pattern(first.module), {})[first.module] = None
                 bars = sums.setdefault(pattern(first.module), {each: Counter() for each in runs})
                 bars[run][first.operation] += storage.bytes
-    return {shortened(label(names[key]), 40): {run: dict(stack) for run, stack in bars.items()} for key, bars in sums.items()}
+    return {label(names[key]): {run: dict(stack) for run, stack in bars.items()} for key, bars in sums.items()}
+
+
+def picture_of(runs: Mapping[str, Iterable[Storage]]) -> dict[str, dict[str, dict[str, int]]]:
+    """The same by kind of operation; names no longer than a picture has room for."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for name, bars in bars_of(runs).items():
+        rows = found.setdefault(shortened(name, _LONGEST_NAME), {})
+        for run, stack in bars.items():
+            kinds = Counter(rows.get(run, {}))
+            for operation, number in stack.items():
+                kinds[kind_of(operation)] += number
+            rows[run] = dict(kinds)
+    return found
 
 
 @dataclass(frozen=True)

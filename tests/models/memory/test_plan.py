@@ -126,7 +126,7 @@ def test_a_relu_before_an_exact_linear_is_left():
     assert advice == "leave"
     saved = plan.outcome.saved["1"]
     assert saved == pytest.approx(-ROWS * HIDDEN // 8 * 3, abs=4)  # on fake tensors a table of one number counts
-    assert reason.startswith("2 (Addmm) keeps that tensor anyway, and codes would add")
+    assert reason.startswith("2 (matrix product) keeps that tensor anyway, and codes would add")
     assert plan.best_bytes == plan.before_bytes < plan.after_bytes
 
 
@@ -134,7 +134,7 @@ def test_what_pays_only_together():
     plan = fewbit.memory(mlp(nn.Tanh()), batch()).plan(bits=4)
     found = advice_of(plan)
     assert found["1"][0] == found["2"][0] == "code"
-    assert "together with 2 (Addmm)" in found["1"][1]
+    assert "together with 2 (matrix product)" in found["1"][1]
     assert found["0"] == ("leave", "reads the model's input, which is there anyway")
     assert plan.outcome.saved["2"] == ROWS * HIDDEN * 4  # alone left exact, it keeps the tensor and the tanh its code
 
@@ -151,7 +151,7 @@ def test_frozen_layers_and_products():
 def test_few_rows_are_not_worth_coding():
     plan = fewbit.memory(mlp(nn.Tanh()), batch(rows=1)).plan(bits=4)
     assert not plan.outcome.chosen
-    assert advice_of(plan)["1"] == ("leave", "2 (Addmm) keeps that tensor anyway, and codes would add 513 B")
+    assert advice_of(plan)["1"] == ("leave", "2 (matrix product) keeps that tensor anyway, and codes would add 513 B")
     plan = fewbit.memory(mlp(nn.GELU()), batch(rows=1)).plan(bits={"activation": 4})
     assert not plan.outcome.chosen
     assert advice_of(plan)["1"][1].startswith("the tensor is small beside its scales and padding: coding would add ")
@@ -179,9 +179,9 @@ class TestConvert:
         assert type(model[1]) is nn.ReLU
         told = [each.getMessage() for each in caplog.records]
         saved = "codes would add 1.50 KiB"
-        assert [line.startswith("1 stays exact: 2 (Addmm) keeps that tensor anyway") and saved in line for line in told] == [
-            True
-        ]
+        assert [
+            line.startswith("1 stays exact: 2 (matrix product) keeps that tensor anyway") and saved in line for line in told
+        ] == [True]
         fewbit.convert(model, bits={"activation": 3})
         assert type(model[1]) is fewbit.ReLU
         fewbit.revert(model)
