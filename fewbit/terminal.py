@@ -133,7 +133,7 @@ def table(left: tuple[str, ...], right: tuple[str, ...], wrapped: tuple[str, ...
 def text(view: RenderableType, width: int) -> str:
     """What a console so many columns wide would show, as plain text without trailing spaces."""
     shown = io.StringIO()
-    _Console(file=shown, width=width, color_system=None).print(view)
+    _Console(file=shown, width=width, color_system=None, force_jupyter=False).print(view)  # in a notebook, too
     return "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
 
 
