@@ -180,17 +180,20 @@ def source_of(tensor: Tensor) -> Source | None:
 
 
 def note_made(result: Any, operands: Iterable[Any]) -> Any:
-    """Tell of what an operation of a converted model gives without a graph, as where the first layers are frozen, that it was
-    made of these operands: nobody holds it anyway, as the caller holds a batch. Returns the result.
+    """Tell of what an operation of a converted model gives without a graph that it was made of these operands, one of them a
+    frozen parameter, or made of one: nobody holds it anyway, as the caller holds a batch. Returns the result.
 
-    What lies in the memory of an operand is not made.
+    What lies in the memory of an operand is not made. What is computed of the batch alone is taken for a part of it, in eager
+    code as in compiled code.
     """
     if not isinstance(result, Tensor) or result.requires_grad or not result.is_floating_point() or not torch.is_grad_enabled():
         return result
     if is_transformed() or in_forward_mode() or is_legacy_batch(result):
         return result
     given = [each for each in leaves(operands) if isinstance(each, Tensor)]
-    if given and all(map(_has_memory, (result, *given))):
+    if not any(isinstance(each, torch.nn.Parameter) or is_made(each) for each in given):
+        return result
+    if all(map(_has_memory, (result, *given))):
         place = storage_key(result.untyped_storage())
         if all(storage_key(each.untyped_storage()) != place for each in given):
             _made.note(result, True)

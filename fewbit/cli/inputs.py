@@ -151,9 +151,10 @@ def cut(arrays: Mapping[str, np.ndarray], place: Place, number: int, samples: in
 
 
 def _batch(names: Sequence[str], tensors: Sequence[Tensor]) -> Any:
-    """By name, or by position without names, or with those that numpy.savez gives to arrays without names."""
+    """By name, or by position without names, or with those that numpy.savez gives to arrays without names. One tensor without a
+    name is the batch itself."""
     if all(not name or name == f"arr_{i}" for i, name in enumerate(names)):
-        return tuple(tensors)
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
     return dict(zip(names, tensors, strict=True))
 
 

@@ -236,7 +236,7 @@ def test_defaults(monkeypatch, capsys):
         ("--model some_factories:torch", 1, "cannot make a model of some_factories:torch: TypeError"),
         ("--model some_factories:model_alone", 1, "a factory returns (model, batch) or (model, batch, loss_fn), got (Linear)"),
         ("--model some_factories:frozen", 1, "the model returns no tensor that needs a gradient"),
-        ("--model some_factories:pair --blocks 2", 2, "--blocks is for gpt, llama, conv; some_factories:pair makes"),
+        ("--model some_factories:pair --blocks 2", 2, "--blocks is for gpt, llama, conv; leave it out for some_factories:pair"),
         ("--model gpt --blocks 0", 2, "--blocks"),
         ("--model gpt --bits 9", 2, "bits must be an integer from 1 to 8"),
         ("--model gpt --bits colour=4", 2, "bits has an unknown kind 'colour'"),

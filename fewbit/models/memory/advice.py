@@ -82,6 +82,12 @@ def saves_label(group: Sequence[Advice]) -> str:
     return f"−{bytes_label(-number)}" if number < 0 else bytes_label(number)
 
 
+def reason_label(group: Sequence[Advice]) -> str:
+    """Why, of a group whose figures are sums: the bytes in the reason are those of each."""
+    reason = group[0].reason
+    return f"each {reason}" if len(group) > 1 and reason.startswith("keeps ") else reason
+
+
 class _Sight(NamedTuple):
     """The classes of modules; by module, the activations and inputs that it saves, now and with what pays converted."""
 

@@ -129,9 +129,10 @@ def _faked(tensor: Tensor, mode: Any) -> Tensor:
     if tensor.device.type != "meta":
         return mode.from_tensor(tensor)
     with mode:
-        return torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad
-        )
+        found = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(found, tensor.requires_grad)
+        return found.requires_grad_(tensor.requires_grad)
 
 
 def _tables() -> list[Tensor]:

@@ -202,7 +202,7 @@ def _advice(plan: Plan) -> dict[str, Any]:
             first, count = group[0], len(group)
             name = label(each.module for each in group) + (f" ({count})" if count > 1 else "")
             saves = _cell(advice.saves_label(group), sum(each.saves or 0 for each in group))
-            yield _cell(name, tip=first.type), saves, _cell(first.advice), _cell(first.reason)
+            yield _cell(name, tip=first.type), saves, _cell(first.advice), _cell(advice.reason_label(group))
 
     caption = "saves: what its conversion saves beside the others that pay; negative where it adds some"
     return _table("module", caption, ("module", "saves", "advice", "because"), rows())

@@ -151,8 +151,7 @@ class Plan(Report):
             first, count = group[0], len(group)
             name = label(each.module for each in group) + (f" ({count})" if count > 1 else "")
             sums = [sum(each.before for each in group), sum(each.after for each in group)]
-            reason = f"each {first.reason}" if count > 1 and first.reason.startswith("keeps ") else first.reason
-            view.add_row(name, *map(bytes_label, sums), first.advice, reason)
+            view.add_row(name, *map(bytes_label, sums), first.advice, advice.reason_label(group))
         rest = [each for group in groups[most:] for each in group]
         if rest:
             sums = [sum(each.before for each in rest), sum(each.after for each in rest)]

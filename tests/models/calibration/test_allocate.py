@@ -205,7 +205,7 @@ class TestAllocate:
                 "finite and not zero",
                 lambda: fewbit.allocate(net, batches(), lambda m, x: 0 * m(x).sum(), choices=(2,)),
             ),
-            (InputError, "coded or can be", lambda: fewbit.allocate(nn.Flatten(), batches())),
+            (InputError, "that is coded, or that these bits could code", lambda: fewbit.allocate(nn.Flatten(), batches())),
             (RuntimeError, "half way", lambda: fewbit.allocate(net, batches(), _failing(4), choices=(2,))),
         ):
             with pytest.raises(error, match=message):
