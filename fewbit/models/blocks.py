@@ -15,11 +15,10 @@ def checkpoint_blocks(model: nn.Module, level: int = 0) -> nn.Module:
     return model
 
 
-def names_of_blocks(model: nn.Module, level: int = 0) -> list[str]:
-    """The dotted names of the blocks of that level, empty where there are none; see `blocks`."""
-    found = blocks(model)[level : level + 1]
+def names_of_blocks(model: nn.Module) -> list[list[str]]:
+    """The dotted names of the blocks of each level; see `blocks`."""
     names = {module: name for name, module in model.named_modules()}
-    return [names[block] for block in found[0]] if found else []
+    return [[names[block] for block in level] for level in blocks(model)]
 
 
 def blocks(model: nn.Module) -> list[list[nn.Module]]:

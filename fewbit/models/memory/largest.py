@@ -104,7 +104,8 @@ def largest(
     forward.check_unchanged()
     limit, model, size = parse_bytes(budget), forward.model, size_of(forward.batch, dimension)
     ways: dict[str, Callable[[], Any]] = {EXACT: lambda: None, CODED: lambda: convert_modules(model, setting, filter_fn)}
-    if names := names_of_blocks(model):
+    if levels := names_of_blocks(model):
+        names = levels[0]
         ways[CHECKPOINTED] = lambda: convert_modules(model, setting, lambda module, name: False, recompute=names)
         ways[BOTH] = lambda: convert_modules(model, setting, filter_fn, recompute=names)
     found: dict[str, Fitting] = {}

@@ -12,7 +12,7 @@ import torch
 
 from fewbit import terminal
 from fewbit.models.arguments import Filter, roots_of
-from fewbit.models.blocks import blocks
+from fewbit.models.blocks import names_of_blocks
 from fewbit.models.conversion.setting import Setting
 from fewbit.models.memory.budget import BudgetPlan, Cost
 from fewbit.models.memory.choices import Point, frontier
@@ -40,7 +40,7 @@ class Searches:
     def plan(self, budget: int | str, setting: Setting, filter_fn: Filter | None) -> BudgetPlan:
         """See `MemoryReport.plan`."""
         self._forward.check_unchanged()
-        limit, key = terminal.parse_bytes(budget), (setting, id(filter_fn))
+        limit, key = terminal.parse_bytes(budget), (setting, id(filter_fn))  # the search holds the filter, so its id stays its
         with terminal.progress("weighing what to keep, code and recompute") as advance:
             if key not in self._known:
                 self._known[key] = [self._search(level, setting, filter_fn, advance) for level in self._levels()]
@@ -49,8 +49,7 @@ class Searches:
 
     def _levels(self) -> list[list[str]]:
         """Names of the blocks to choose for: those outside, and those inside of these if they are more."""
-        names = {module: name for name, module in self._forward.model.named_modules()}
-        outer, *inner = [[names[module] for module in level] for level in blocks(self._forward.model)] or [[]]
+        outer, *inner = names_of_blocks(self._forward.model) or [[]]
         return [outer, *(level for level in inner[:1] if len(outer) < len(level) <= _MOST_BLOCKS)]
 
     def _search(self, names: Sequence[str], setting: Setting, filter_fn: Filter | None, advance: Callable[[], None]) -> _Search:
