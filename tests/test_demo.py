@@ -16,27 +16,29 @@ def finished(tmp_path_factory):
 
 
 def test_runs_start_from_the_same_weights_and_see_the_same_batches(finished):
-    exact, three, one = finished[0]
-    assert [run.label for run in finished[0]] == ["exact", "3 bits", "1 bit"]
-    assert exact.losses[0] == three.losses[0] == one.losses[0]  # forward is exact
-    assert exact.losses[-1] != three.losses[-1]
-    assert exact.losses[-1] == pytest.approx(three.losses[-1], rel=0.01)
+    exact, *coded = finished[0]
+    assert [run.label for run in finished[0]] == ["exact", "3-bit GELUs", "1-bit GELUs", "all at 5 bits"]
+    for each in coded:
+        assert exact.losses[0] == each.losses[0]  # forward is exact
+        assert exact.losses[-1] != each.losses[-1]
+        assert exact.losses[-1] == pytest.approx(each.losses[-1], rel=0.01)
 
 
 def test_bytes(finished):
-    exact, three, one = finished[0]
+    exact, three, one, everything = finished[0]
     elements = demo.LAYERS * demo.BATCH * demo.CONTEXT * 4 * demo.WIDTH
     assert exact.gelu_bytes == 4 * elements
     rungs = demo.LAYERS  # a byte for each code
     assert three.gelu_bytes == 3 * elements // 8 + rungs
     assert one.gelu_bytes == elements // 8 + rungs
     assert exact.total_bytes - three.total_bytes == exact.gelu_bytes - three.gelu_bytes
+    assert everything.total_bytes < 0.25 * exact.total_bytes
 
 
 def test_what_is_shown(finished):
     _, output, text = finished
     assert output.read_bytes().startswith(b"\x89PNG")
-    for part in ("3 bits", "0.09375", "16.00", "step 3 of 3", f"wrote {output}"[:20]):
+    for part in ("3-bit GELUs", "0.094", "16.00", "step 3 of 3", f"wrote {output}"[:20]):
         assert part in text
     assert max(map(len, text.splitlines())) <= 80
 

@@ -13,14 +13,14 @@ from fewbit.cli.options import check_picture, file_option
 def demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 150,
     bits: Annotated[
-        list[int] | None, typer.Option(help="Bits of the coded runs, beside the exact run: --bits 3 1. By default 3 1.")
+        list[int] | None, typer.Option(help="Bits of the runs with coded GELUs: --bits 3 1. By default 3 1.")
     ] = None,
     device: Annotated[str, typer.Option(help="Device to train on: cpu, cuda, mps, …")] = "cpu",
     output: Annotated[Path, file_option("--output", "-o", help="Write the picture of the loss curves to this file.")] = Path(
         "fewbit-demo.png"
     ),
 ) -> None:
-    """Train a small GPT on the source of the Python standard library, with exact GELU and with coded GELU, and compare."""
+    """Train a small GPT on the Python standard library's source: exact, with coded GELUs, and with everything coded."""
     from fewbit import terminal
 
     check_picture(output)
