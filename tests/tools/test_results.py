@@ -335,8 +335,9 @@ QUOTED = [
     # the table of README
     *(
         (
-            f"{name} {{:.2f}} s {{:.2f}} {{:.2f}} {{:.2f}} {{:.2f}} ",
+            f"{name} {{:.0f}} MiB {{:.2f}} s {{:.2f}} {{:.2f}} {{:.2f}} {{:.2f}} ",
             "working_sizes",
+            ratio(f"{name}/exact peak bytes", 1 << 20),
             f"{name}/exact seconds/median",
             *(f"{name}/{way}/{column}" for way in ("coded", "checkpoint") for column in ("peak", "time")),
         )
@@ -344,10 +345,10 @@ QUOTED = [
     ),
     *(
         (
-            f"{name}, H200 {{:.2f}} s, {{:.0f}} GiB {{:.2f}} {{:.2f}} {{:.2f}} {{:.2f}} ",
+            f"{name}, H200 {{:.1f}} GiB {{:.2f}} s {{:.2f}} {{:.2f}} {{:.2f}} {{:.2f}} ",
             "working_sizes-cuda",
-            f"models/{name}/exact seconds/median",
             ratio(f"models/{name}/exact peak bytes", 1 << 30),
+            f"models/{name}/exact seconds/median",
             *(f"models/{name}/{way}/{column}" for way in ("coded", "checkpoint") for column in ("peak", "time")),
         )
         for name in read("working_sizes-cuda")["results"]["models"]
@@ -362,11 +363,17 @@ QUOTED = [
         for name, task in (("GPT-2", "gpt"), ("BERT", "bert"), ("ViT", "vit"), ("ResNet-18", "resnet"))
     ),
     (
-        "GPT-2 training step to {:.2f} of the exact one on two CPU cores",
+        "On two CPU cores it is {:.2f} of the peak, at {:.2f} of the time",
         "working_sizes",
         "GPT-2/coded/peak",
+        "GPT-2/coded/time",
     ),
-    ("and to {:.2f} on an H200 GPU", "working_sizes-cuda", "models/GPT-2/coded/peak"),
+    (
+        "of GPT-2 to {:.2f} of the exact peak on an H200 GPU, at {:.2f} of the time",
+        "working_sizes-cuda",
+        "models/GPT-2/coded/peak",
+        "models/GPT-2/coded/time",
+    ),
     (
         "of GPT-2 takes {:.2f} of its exact peak memory on two CPU cores, at {:.2f} of the time",
         "working_sizes",
