@@ -84,7 +84,7 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
     place = find_device(device)
     training, held_out = read_text(place)
     runs = [_start("exact", None, place), *(_start(f"{b}-bit GELUs", b, place) for b in bits)]
-    runs.append(_start(f"all at {EVERYTHING} bits", None, place))
+    runs.append(_start(f"{EVERYTHING}-bit model", None, place))
     fewbit.convert(runs[-1].model, bits=EVERYTHING)
     sampler = torch.Generator().manual_seed(SEED)
     with Live(_progress(runs, 0, steps), console=console, refresh_per_second=4) as live:
@@ -179,12 +179,12 @@ def _kept_bytes(model: GPT, batch: Tensor) -> tuple[int, int]:
 def _progress(runs: list[Run], step: int, steps: int) -> str:
     losses = ", ".join(f"{each.label} {statistics.fmean(each.losses[-20:]):.3f}" for each in runs if each.losses)
     filled = 30 * step // steps
-    return f"{'━' * filled}{'╌' * (30 - filled)} step {step} of {steps}\ntraining loss: {losses or '–'}\n"
+    return f"{'━' * filled}{'╌' * (30 - filled)} step {step} of {steps}\nloss: {losses or '–'}\n"
 
 
 def _outcome(runs: list[Run]) -> Table:
-    measured = ("held-out\nloss", "against\nexact", "GELUs keep\nMiB", "share of\nexact", "all keep\nMiB", "share of\nexact")
-    view = terminal.table(("\ncoded",), (*measured, "time over\nexact"))
+    measured = ("held-out\nloss", "against\nexact", "GELUs\nkeep MiB", "share of\nexact", "all\nkeep MiB", "share of\nexact")
+    view = terminal.table(("\ncoded",), (*measured, "time of\nexact"))
     exact = runs[0]
     for each in runs:
         ratios = [own / base for own, base in zip(each.seconds, exact.seconds, strict=True)]
