@@ -18,6 +18,7 @@ import fewbit
 from fewbit import terminal
 from fewbit.errors import FewbitError
 from fewbit.measuring import find_device, saved_storages
+from fewbit.models.conversion.convert import convert
 
 Tensor = torch.Tensor
 
@@ -85,7 +86,7 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
     training, held_out = read_text(place)
     runs = [_start("exact", None, place), *(_start(f"{b}-bit GELUs", b, place) for b in bits)]
     runs.append(_start(f"{EVERYTHING}-bit model", None, place))
-    fewbit.convert(runs[-1].model, bits=EVERYTHING)
+    convert(runs[-1].model, bits=EVERYTHING)
     sampler = torch.Generator().manual_seed(SEED)
     with Live(_progress(runs, 0, steps), console=console, refresh_per_second=4) as live:
         for step in range(steps):

@@ -173,6 +173,18 @@ def test_build_writes_only_what_differs(tmp_path, monkeypatch):
     assert list(store.build_tables(tmp_path / "new")) == [("relu", True), ("threshold", False)]
 
 
+def test_a_mirror_image_is_as_good_as_the_table_and_a_damaged_one_is_not():
+    request = Request.rung(activations.get("silu"), 4, ("derivative",), 16)
+    table = store._load(request)
+    mirrored = replace(
+        table, thresholds=-table.thresholds[::-1], codes=table.codes[::-1], levels=1 - table.levels
+    )  # SiLU's f'(-x) = 1 - f'(x)
+    assert store._as_good(request, mirrored, table)
+    moved = replace(table, thresholds=table.thresholds + 1e-4 * np.eye(table.thresholds.size)[2])
+    assert not store._as_good(request, moved, table)
+    assert not store._as_good(request, fewbit.load_table("silu", bits=3), table)
+
+
 def test_designed_on_a_miss_and_found_again(empty_cache, monkeypatch):
     table = fewbit.load_table(**REQUEST)
     assert table == fewbit.design(**REQUEST)

@@ -12,11 +12,16 @@ the same for both codings. A threshold at a jump of g that parts the two codes s
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from scipy import sparse
+from scipy.sparse.linalg import splu
 
 from fewbit.design.grid import Grid
 
 Array = np.ndarray
+Sparse = Any  # scipy's sparse arrays, of whose shapes type checkers know nothing
 _STEPS = 30
 _TOLERANCE = 1e-12
 
@@ -32,8 +37,8 @@ def polish(grid: Grid, thresholds: Array, codes: Array, count: int) -> Array:
     s = thresholds.copy()
     width = np.interp(s, grid.edges[:-1], np.diff(grid.edges))
     for _ in range(_STEPS):
-        residual, jacobian = _stationarity(grid, s, codes, count, low, high)
-        step = _solve(jacobian[np.ix_(free, free)], -residual[free])
+        residual, slopes, by_level, moves = _stationarity(grid, s, codes, count, low, high)
+        step = _solve(slopes[free], by_level[free], moves[:, free], -residual[free])
         moved = np.clip(s[free] + np.clip(step, -width[free], width[free]), low[free], high[free])
         done = np.abs(moved - s[free]).max() <= _TOLERANCE * np.abs(grid.edges[[0, -1]]).max()
         s[free] = moved
@@ -44,12 +49,18 @@ def polish(grid: Grid, thresholds: Array, codes: Array, count: int) -> Array:
     return s if _error(grid, s, codes, count) <= _error(grid, thresholds, codes, count) else thresholds
 
 
-def _solve(matrix: Array, right: Array) -> Array:
-    """The Newton step; the shortest one where the Jacobian is singular, as on a stretch of constant g."""
+def _solve(slopes: Array, by_level: Sparse, moves: Sparse, right: Array) -> Array:
+    """The Newton step x of (diag(slopes) + by_level moves) x = right; the shortest one where that matrix is singular.
+
+    With y = moves x for what the levels do, this is a sparse system in x and y, of a few entries for each threshold.
+    The matrix is singular on a stretch of constant g, for example.
+    """
+    still = np.zeros(moves.shape[0])
+    blocks = [[sparse.diags_array(slopes), by_level], [-moves, sparse.eye_array(still.size)]]
     try:
-        return np.linalg.solve(matrix, right)
-    except np.linalg.LinAlgError:
-        return np.linalg.lstsq(matrix, right, rcond=None)[0]
+        return splu(sparse.block_array(blocks, format="csc")).solve(np.concatenate([right, still]))[: right.size]
+    except RuntimeError:  # exactly singular
+        return np.linalg.lstsq(np.diag(slopes) + by_level.toarray() @ moves.toarray(), right, rcond=None)[0]
 
 
 def _error(grid: Grid, thresholds: Array, codes: Array, count: int) -> float:
@@ -82,32 +93,35 @@ def _preference(grid: Grid, x: float, levels: Array, codes: Array, i: int) -> fl
     return float(grid.scale**2 @ ((right - left) * (2 * grid.g(np.array([x]))[:, 0] - left - right)))
 
 
-def _stationarity(grid: Grid, s: Array, codes: Array, count: int, low: Array, high: Array) -> tuple[Array, Array]:
-    """F (m,) and its Jacobian (m, m).
+def _stationarity(
+    grid: Grid, s: Array, codes: Array, count: int, low: Array, high: Array
+) -> tuple[Array, Array, Sparse, Sparse]:
+    """F (m,), and its Jacobian diag(slopes) + by_level moves: slopes (m,), by_level (m, n), moves (n, m).
 
-    Besides the direct slope of g at s_i, F_i depends on every s_j through the levels: as s_j grows, the mass w(s_j) ds
-    enters the code on its left and leaves the one on its right, and moves each mean by (g(s_j) - mean) / mass of the code.
+    n is the number of levels of all channels. F_i depends on s_i by the slope of g, and on every s_j through the levels: as
+    s_j grows, the mass w(s_j) ds enters the code on its left and leaves the one on its right. It moves each mean by
+    (g(s_j) - mean) / mass of the code.
     """
-    m = s.size
+    m, channels = s.size, grid.scale.size
     mass, first = grid.integrate_by(s, codes, count)
     total = np.where(mass > 0, mass, np.inf)
     left, right = codes[:-1].astype(np.int64), codes[1:].astype(np.int64)
     g, density = grid.g(s), grid.w(s)
     h = 1e-6 * np.maximum(1.0, np.abs(s))
     ahead, behind = np.minimum(s + h, high), np.maximum(s - h, low)
-    slope = (grid.g(ahead) - grid.g(behind)) / (ahead - behind)
-    residual, jacobian = np.zeros(m), np.zeros((m, m))
-    rows = np.arange(m)
-    for c, factor in enumerate(grid.scale**2):
-        levels = first[c] / total
-        to_left, to_right = g[c] - levels[left], g[c] - levels[right]
-        residual += factor * (levels[right] - levels[left]) * (to_left + to_right)
-        jacobian[rows, rows] += 2 * factor * (levels[right] - levels[left]) * slope[c]
-        by_level = np.zeros((m, count))
-        by_level[rows, right] += 2 * factor * to_right
-        by_level[rows, left] -= 2 * factor * to_left
-        level_moves = np.zeros((count, m))
-        level_moves[left, rows] += density * to_left / total[left]
-        level_moves[right, rows] -= density * to_right / total[right]
-        jacobian += by_level @ level_moves
-    return residual, jacobian
+    factors, levels = grid.scale[:, None] ** 2, first / total
+    to_left, to_right, rise = g - levels[:, left], g - levels[:, right], levels[:, right] - levels[:, left]
+    residual = (factors * rise * (to_left + to_right)).sum(0)
+    slopes = (2 * factors * rise * (grid.g(ahead) - grid.g(behind)) / (ahead - behind)).sum(0)
+    offsets = count * np.arange(channels)[:, None]
+    of_levels = np.concatenate([left + offsets, right + offsets]).ravel()
+    of_thresholds = np.tile(np.arange(m), 2 * channels)
+    by_level = np.concatenate([-2 * factors * to_left, 2 * factors * to_right]).ravel()
+    moves = np.concatenate([density * to_left / total[left], -density * to_right / total[right]]).ravel()
+    shape = (m, channels * count)
+    return (
+        residual,
+        slopes,
+        sparse.csr_array((by_level, (of_thresholds, of_levels)), shape=shape),
+        sparse.csc_array((moves, (of_levels, of_thresholds)), shape=shape[::-1]),
+    )

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+from scipy import sparse
 
 from fewbit import activations
 from fewbit.design.grid import Grid
-from fewbit.design.polish import polish
+from fewbit.design.polish import _solve, _stationarity, polish
 from fewbit.design.search import _interval_search, _level_search
 from fewbit.weights import as_weight
 
@@ -69,3 +70,26 @@ def test_never_worse_from_any_start(rng):
             start = np.sort(rng.choice(grid.edges[1:-1], count - 1, replace=False))
             codes = np.arange(count)
             assert error(grid, polish(grid, start, codes, count), codes) <= error(grid, start, codes)
+
+
+@pytest.mark.parametrize("channels", [("derivative",), ("derivative", "value")])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_newton_step_solves_with_the_jacobian(channels, shared, rng):
+    grid = grid_of("gelu", channels, balance=2.0, cells=4096)
+    s = np.sort(rng.uniform(-4, 4, 12))
+    codes = np.append(np.arange(7), np.arange(6)) if shared else np.arange(13)
+    count, ends = int(codes.max()) + 1, (np.full(12, -10.0), np.full(12, 10.0))
+
+    def residual(at):
+        return _stationarity(grid, at, codes, count, *ends)[0]
+
+    jacobian = np.stack([(residual(s + step) - residual(s - step)) / 2e-4 for step in 1e-4 * np.eye(12)], axis=1)
+    force, slopes, by_level, moves = _stationarity(grid, s, codes, count, *ends)
+    dense = np.diag(slopes) + by_level.toarray() @ moves.toarray()
+    np.testing.assert_allclose(dense, jacobian, atol=2e-3 * np.abs(jacobian).max())
+    np.testing.assert_allclose(_solve(slopes, by_level, moves, -force), np.linalg.solve(dense, -force), rtol=1e-8)
+
+
+def test_a_singular_step_is_the_shortest():
+    slopes, nothing = np.array([2.0, 0.0]), np.zeros((2, 1))
+    assert _solve(slopes, sparse.csr_array(nothing), sparse.csc_array(nothing.T), np.array([4.0, 0.0])).tolist() == [2.0, 0.0]
