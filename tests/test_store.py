@@ -164,6 +164,7 @@ def test_joint_tables_that_are_not_shipped_are_designed_and_cached(other, empty_
     assert cached_file(empty_cache).name.startswith(f"gelu-{request['bits']}bit-")
 
 
+@pytest.mark.slow
 def test_build_writes_only_what_differs(tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "SHIPPED", {name: activations.get(name) for name in ("relu", "threshold")})
     assert list(store.build_tables(tmp_path / "new")) == [("relu", True), ("threshold", True)]

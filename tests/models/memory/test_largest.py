@@ -42,6 +42,7 @@ def test_where_nothing_fits():
     assert "checkpointed" not in found.ways  # it has no blocks
 
 
+@pytest.mark.slow
 def test_the_table_and_what_is_exported():
     subject = gpt(2, 64, 2, 16)
     report = fewbit.memory(subject.model, subject.batch, optimizer="adamw")
