@@ -125,9 +125,9 @@ def recipe_of(
 def scaled(x: Tensor, quantizer: Quantizer, channel: int, marks: bool = True, sample: int = LARGE_SAMPLE) -> Recipe | None:
     """The recipe of codes of x, standardized by channel and scaled by row; None if x is seen not to be finite.
 
-    x        floating-point, any shape and strides, without a graph channel  The dimension of the channels: -1 for linear
-    layers, 1 for convolutions. Each index of the dimensions before it is a
-             row: a token, or an image.
+    x        floating-point, any shape and strides, without a graph
+    channel  The dimension of the channels: -1 for linear layers, 1 for convolutions. Each index of the dimensions before it is
+             a row: a token, or an image.
     marks    whether a channel that is not finite is rebuilt as NaN, in case this is not seen here
     sample   Number of places from which statistics are taken. A weight's gradient sums over all rows and needs a large sample.
 
