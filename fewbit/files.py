@@ -73,7 +73,7 @@ def _write(path: str, data: bytes) -> None:
 
 def _open_file(path: str) -> int | None:
     """The number of the open file that a path stands for, such as 1 for /dev/stdout; None for all other paths."""
-    for _ in range(40):  # systems follow as many links
+    for _ in range(40):  # systems follow about this many links
         folder, name = os.path.split(path)
         folder = os.path.realpath(folder)
         if folder in (f"/proc/{os.getpid()}/fd", "/dev/fd") and name.isdecimal():

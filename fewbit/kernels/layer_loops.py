@@ -190,7 +190,7 @@ def rebuilder(wide: str) -> Any:
         grid, view, largest = grid_of(block), view_of(block), values(block.largest)
         packed = _array(pointer(block.packed), bits * words, np.uint8)
         levels = _array(pointer(block.levels), 1 << bits, values)
-        row = _array(pointer(block.row), n // block.inner if block.row else 0, values)  # at least as many as there are
+        row = _array(pointer(block.row), n // block.inner if block.row else 0, values)  # an upper bound of their number
         gate_words, gate_bits = block.gate_words, block.gate_bits
         packed_gate = _array(pointer(block.packed_gate), gate_bits * gate_words, np.uint8)
         slopes = _array(pointer(block.slopes), 1 << gate_bits, values)

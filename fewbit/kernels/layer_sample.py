@@ -83,7 +83,7 @@ def sampler(wide: str) -> Any:
         piece = advance(address, _CLAIMED, 1)
         if piece >= block.pieces:
             return
-        of_first = block.n // block.inner if block.by_row else channels  # at least as many as there are
+        of_first = block.n // block.inner if block.by_row else channels  # an upper bound of their number
         shift = _array(pointer(block.shift), of_first if block.shift else 0, values)
         scale = _array(pointer(block.scale), of_first if block.scale else 0, values)
         row_weight = _array(pointer(block.row_weight), block.n // block.inner if block.row_weight else 0, values)

@@ -432,8 +432,8 @@ def _with_zero_on_a_threshold(
     """middle, onto, spread and center, such that y = weight * u + bias = 0 lies on a threshold.
 
     z = (u - middle) / spread + onto, which equals (u - center) / spread. The shift to the nearest threshold is less than half
-    an interval. If y = 0 lies beyond the outermost threshold, but not more than twice as far out, the channel is shrunk until it
-    lies on that threshold.
+    an interval. If y = 0 lies beyond the outermost threshold, but not more than twice as far out, the channel is shrunk until
+    it lies on that threshold.
     """
     factor = spread if weight is None else spread * weight.to(spread.dtype)
     offset = center if weight is None else center * weight.to(spread.dtype)
