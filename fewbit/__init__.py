@@ -1,12 +1,12 @@
-"""fewbit: train PyTorch models with a few bits per tensor that backward reads. Forward stays exact; backward reads codes."""
+"""fewbit trains PyTorch models in less memory. The forward pass is exact. Backward reads codes of a few bits per element."""
 
 from importlib import import_module
 from typing import Any
 
-from fewbit.design import design  # now, not on first use: importing the package fewbit.design must not take the name
+from fewbit.design import design  # imported at once, or importing the package fewbit.design would take the name
 
 __version__ = "0.1.0"
-_HOMES = {  # all public names but `design`, and where they come from on first use, so that `import fewbit` is quick
+_HOMES = {  # public names other than `design`, and their modules; these are imported on first use, to keep `import fewbit` fast
     "ActivationError": "fewbit.errors",
     "Allocation": "fewbit.models.calibration.allocation",
     "Calibration": "fewbit.models.calibration.calibration",
@@ -48,7 +48,7 @@ __all__ = ["design", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the names above, and modules such as `fewbit.GELU`, which are those of `fewbit.nn`."""
+    """Import a public name on first use. Names of modules, such as `fewbit.GELU`, come from `fewbit.nn`."""
     home = _HOMES.get(name, "fewbit.nn" if name[:1].isupper() else None)
     if home is None:
         raise AttributeError(f"module 'fewbit' has no attribute {name!r}")

@@ -8,7 +8,8 @@ from fewbit import interrupt
 
 
 def main() -> int:
-    """Run the command line of this process; its exit status, `interrupt.STATUS` after an interrupt, whatever became of that."""
+    """Run the command line and return its exit status. After an interrupt that is `interrupt.STATUS`, even if the interrupt
+    surfaced as another exception."""
     with interrupt.remembered():
         try:
             from fewbit.cli import main as run

@@ -1,8 +1,8 @@
-"""The registry: one frozen record per activation, the single place where facts about it stand.
+"""The registry holds one frozen record per activation, with all facts about it.
 
 The functional API, the modules, the command line, the shipped tables and the tests all derive from `names()` and `get()`.
-`get()` also knows `IDENTITY`, f(x) = x, which is no activation and has no drop-in: its value tables quantize x itself; and
-`UNLISTED`, which torch lacks and models hold: no drop-ins, no shipped tables, but `convert` finds them.
+`get()` also knows two kinds of records without functions or modules in fewbit. `IDENTITY` is f(x) = x; its value tables
+quantize x itself. `UNLISTED` are activations that torch lacks but models use; `convert` finds them, and no tables are shipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def names() -> list[str]:
-    """Names of all registered activations, in order of registration: those with drop-ins."""
+    """Names of all registered activations, in order of registration. Each has a function and a module in fewbit."""
     return list(_REGISTRY)
 
 
@@ -36,7 +36,7 @@ def get(activation: str | Activation | Callable[..., Any], /, **parameters: floa
     Raises ActivationError for an unknown name (it suggests the nearest), an unknown parameter, or a parameter that is
     not a finite number.
     """
-    record = getattr(activation, "record", activation)  # the drop-ins carry theirs
+    record = getattr(activation, "record", activation)  # functions of fewbit.functional carry their record
     if callable(record) and not isinstance(record, Activation):
         return from_callable(record, parameters=parameters)  # type: ignore[arg-type]
     elif not isinstance(record, Activation):
@@ -54,7 +54,7 @@ def _look_up(name: str) -> Activation:
 
 
 def built_in(name: str) -> Activation | None:
-    """The built-in record of a name; None for other names, and where users registered another function under it."""
+    """The built-in record of a name; None for other names, and if a user registered another function under the name."""
     record = SHIPPED.get(name)
     return record if record is not None and _look_up(name) == record else None
 
@@ -75,9 +75,9 @@ def register(
 
     name        a Python identifier; "identity" is always taken
     function    A pointwise function on tensors: function(x, **parameters) returns a tensor of x's shape. In compiled code it
-                must not hold other tensors than x. Numbers are parameters.
+                must use no other tensors than x. Its parameters are numbers.
     derivative  f'(x, **parameters) on float64 arrays. Without it, torch differentiates `function` in float64.
-    parameters  names and default values of numeric parameters; by default the function's own numeric defaults
+    parameters  names and default values of numeric parameters; by default the arguments of `function` with numeric defaults
     jumps       points where f' jumps
     kinks       points where f' has a corner
     even        whether f'(-x) = f'(x)
@@ -100,7 +100,7 @@ def register(
     if not _is_name(name):
         raise ActivationError(f"the name of an activation must be a Python identifier without leading underscore, got {name!r}")
     if name in TAKEN:
-        raise ActivationError(f"fewbit.functional.{name} is there already, and no activation; choose another name")
+        raise ActivationError(f"fewbit.functional.{name} exists and is not an activation; choose another name")
     _check_names(name, parameters or {})
     record = from_callable(function, derivative, parameters=parameters, name=name)
     _check_parameters(record)
@@ -134,10 +134,10 @@ def _check_names(activation: str, parameters: Mapping[str, float]) -> None:
 
 
 def _check_parameters(record: Activation) -> None:
-    """Raise ActivationError for parameters with names that functions, designs or modules have another use for."""
+    """Raise ActivationError for parameters whose names have another use in functions, designs or modules."""
     import torch
 
-    _check_names(record.name, record.parameters)  # also of those that are the function's own
+    _check_names(record.name, record.parameters)  # these include the function's own parameters
     used = RESERVED | {*dir(torch.nn.Module()), *torch.nn.Module.__annotations__}  # modules hold parameters as attributes
     if taken := sorted(used & {*record.parameters}):
         raise ActivationError(
@@ -147,7 +147,7 @@ def _check_parameters(record: Activation) -> None:
 
 
 def _check_module(name: str, module: Any) -> None:
-    """Raise ActivationError for a name that no class can have, or that another one of fewbit's has."""
+    """Raise ActivationError for a name that no class can have, or that another class of fewbit has."""
     if not _is_name(module):
         raise ActivationError(
             f"{name}: the name of a module must be a Python identifier without leading underscore, got {module!r}; give "
@@ -159,7 +159,7 @@ def _check_module(name: str, module: Any) -> None:
         raise ActivationError(f"{name}: fewbit.nn.{module} is {whose}; give another name as module=")
 
 
-# The records. At a jump each derivative takes the side that torch's backward takes: `x > 0` where torch tests `x > 0`.
+# The records. At a jump each derivative takes the side that torch's backward takes: if torch tests `x > 0`, so does the record.
 
 _SIXTH = float(np.float32(1 / 6))  # torch's hardsigmoid backward uses the single-precision sixth, in float64 too
 _SELU_ALPHA = 1.6732632423543772848170429916717
@@ -169,7 +169,7 @@ _TANH_GELU = 0.7978845608028654  # sqrt(2 / pi), as in torch's tanh approximatio
 
 
 def _cdf(x: Array) -> Array:
-    from scipy.special import ndtr  # imported on use: scipy.special costs 0.3 s, which `fewbit --help` need not pay
+    from scipy.special import ndtr  # imported here because scipy.special takes 0.3 s, and `fewbit --help` does not need it
 
     return ndtr(x)
 
@@ -223,7 +223,7 @@ def _torch_softplus(x: torch.Tensor) -> torch.Tensor:
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * (1.702 * x).sigmoid()  # torch has no such function: this is the form that CLIP and its ports compute
+    return x * (1.702 * x).sigmoid()  # torch has no such function; CLIP and its ports compute this form
 
 
 def _clipped_gelu(x: Array, min: float, max: float) -> Array:
@@ -236,7 +236,8 @@ def _clipped_gelu_derivative(x: Array, min: float, max: float) -> Array:
 
 
 def _clipped_gelu_shape(min: float, max: float) -> DerivativeShape:
-    """f' jumps where gelu crosses a bound: gelu falls from 0 to its least value, and rises from there."""
+    """f' jumps where gelu crosses a bound. gelu falls from 0 to its least value and rises from there, so both parts are
+    searched."""
     from scipy.optimize import brentq
 
     jumps = []
@@ -273,14 +274,14 @@ def _record(
 
 _GELU = "torch.nn.functional.gelu"
 
-# Names that `register` refuses; the tests compare the lists with what there is.
-# For parameters:
+# Names that `register` refuses. Tests compare these lists with the names in use.
+# Names that parameters cannot have:
 RESERVED = frozenset(
     {"input", "inplace", "bits", "table", "shared"}  # what drop-ins take
     | {"activation", "weight", "coding", "channels", "balance", "levels", "domain", "cells"}  # what designs take
     | {"name", "record", "record_at", "record_of", "table_channels", "coded_kind"}  # what modules of activations have
 )
-# For activations, since functions and modules of fewbit.functional have them:
+# Names that activations cannot have, because functions and modules of fewbit.functional have them:
 _CONVOLUTIONS = tuple(f"{name}{dims}d" for name in ("conv", "conv_transpose") for dims in (1, 2, 3))
 _NORMS = "layer_norm", "rms_norm", "group_norm", "batch_norm"
 _RECURRENT = "lstm", "gru", "rnn_tanh", "rnn_relu"
@@ -302,7 +303,7 @@ TAKEN = frozenset(
         "recurrent",
     }
 )
-# For modules of activations, since layers have them:
+# Names that modules of activations cannot have, because layers have them:
 TAKEN_MODULES = frozenset(
     {"Linear", *(f"{name}{dims}d" for name in ("Conv", "ConvTranspose", "BatchNorm") for dims in (1, 2, 3))}
     | {"LayerNorm", "RMSNorm", "GroupNorm", "GLU", "SwiGLU", "GEGLU", "ReGLU"}
@@ -473,6 +474,6 @@ UNLISTED: Mapping[str, Activation] = MappingProxyType(
         )
     }
 )
-BUILT_IN: Mapping[str, Activation] = MappingProxyType(dict(_REGISTRY))  # whatever users register over them
+BUILT_IN: Mapping[str, Activation] = MappingProxyType(dict(_REGISTRY))  # does not change when users replace activations
 IDENTITY = _record("identity", "Identity", np.positive, np.ones_like, _EVEN, torch_function="torch.positive")
 SHIPPED: Mapping[str, Activation] = MappingProxyType({**BUILT_IN, IDENTITY.name: IDENTITY})  # one table file each

@@ -1,7 +1,7 @@
-"""Callbacks of trainers: convert the model when training starts, tell what came of it, and save it with checkpoints.
+"""Callbacks for trainers. They convert the model when training starts, report its memory, and save it with checkpoints.
 
-A run that is resumed from a checkpoint gets the conversion that lies in it, so that it goes on as it would have. The packages
-are not among fewbit's requirements: each is imported when its callback is made.
+A run that is resumed from a checkpoint gets the conversion in that checkpoint. The trainers' packages are not among fewbit's
+requirements: each is imported when its callback is made.
 """
 
 from __future__ import annotations
@@ -36,21 +36,23 @@ KEY = "fewbit"  # in a checkpoint of Lightning
 def trainer_callback(
     bits: Bits = DEFAULT_MODEL_BITS, filter_fn: Filter | None = None, *, coding: str | None = None, check: int = 0
 ) -> Any:
-    """Make a callback for `transformers.Trainer`, and for trainers made from it, such as TRL's.
+    """Make a callback for `transformers.Trainer`, and for trainers derived from it, such as TRL's.
 
-    When training starts, the callback converts the model with these settings, as `fewbit.convert` does. It leaves a model that
-    is converted already. If the run is resumed from a checkpoint folder that holds a conversion, it loads that one. It writes
-    the conversion to each checkpoint, as fewbit.json.
+    When training starts, the callback converts the model with these settings, as `fewbit.convert` does. A model that is
+    converted already stays as it is. If the run is resumed from a checkpoint folder with a conversion, the callback loads that
+    one. It writes the conversion to each checkpoint, as fewbit.json.
 
-    The logger "fewbit" and the trainer's `state.log_history` get what the model keeps of the first batch, coded and exact. Each
-    time the trainer logs, they also get how many layers have drifted from their tables (`fewbit.watch`).
+    After the first batch, the logger "fewbit" and the trainer's `state.log_history` get the bytes that the model keeps for
+    backward, coded and exact. Whenever the trainer logs, `state.log_history` also gets the number of layers that have drifted
+    from their tables (`fewbit.watch`).
 
     bits, filter_fn, coding  as in `fewbit.convert`
-    check  Number of batches at the start of the run on which `fewbit.fidelity` compares gradients. This takes exact steps,
-           which need the memory that codes save, and two gradients. Use it where exact steps fit, or with a smaller batch.
+    check  Number of batches at the start of the run on which `fewbit.fidelity` compares gradients. The comparison runs exact
+           steps, which need the memory that codes save, and holds two gradients. Use it if exact steps fit into memory, or with
+           a smaller batch.
 
-    Raises InputError if transformers is missing, and for settings as `fewbit.convert`. It raises here, not when training
-    starts.
+    Raises InputError if transformers is missing, and the errors of `fewbit.convert` for wrong settings. It raises at this call,
+    not when training starts.
     """
     base = _package("transformers", "Trainer").TrainerCallback
     make, figures = _Conversion(bits, filter_fn, coding), _Figures(check)
@@ -94,7 +96,7 @@ def lightning_callback(
     Checkpoints hold the conversion under "fewbit". Lightning's loggers get the figures.
 
     bits, filter_fn, coding  as in `fewbit.convert`
-    check  As in `trainer_callback`. For these batches `training_step` is called without logging.
+    check  as in `trainer_callback`; `training_step` is called for these batches without logging
     """
     base = import_module(f"{_package('lightning', 'Trainer').__name__}.pytorch.callbacks").Callback
     make, figures = _Conversion(bits, filter_fn, coding), _Figures(check)
@@ -146,12 +148,12 @@ class _Conversion:
 
 
 class _Figures:
-    """What the first batches of a run tell of its conversion, and whether layers drift."""
+    """Figures about a conversion: bytes kept and gradient errors on the first batches, and drift of layers later on."""
 
     def __init__(self, check: int):
-        """check: batches to compare gradients on; none with 0"""
+        """check: number of batches on which gradients are compared"""
         if isinstance(check, bool) or not isinstance(check, int) or check < 0 or check == 1:
-            raise InputError(f"check is a number of batches, 0 or two and more, to tell noise from error; got {check!r}")
+            raise InputError(f"check must be 0 or a number of batches of at least 2, to tell noise from error; got {check!r}")
         self._check, self._batches, self._waiting = check, list[Any](), False
         self._watch: Watch | None = None
         self._hook: Any = None
@@ -160,7 +162,7 @@ class _Figures:
         """A run starts."""
         self.end()
         self._batches, self._waiting = [], True
-        with suppress(InputError):  # where there is nothing to watch
+        with suppress(InputError):  # there may be nothing to watch
             self._watch = watch(model)
 
     def end(self) -> None:
@@ -177,7 +179,7 @@ class _Figures:
             self._batches.append(batch)
 
     def take_from(self, model: nn.Module) -> None:
-        """Take what the model is called with in training, as (arguments, named ones)."""
+        """Keep the first arguments with which the model is called in training, as (args, kwargs)."""
 
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if module.training and torch.is_grad_enabled():
@@ -186,7 +188,8 @@ class _Figures:
         self._hook = model.register_forward_pre_hook(see, with_kwargs=True)
 
     def when_ready(self, model: nn.Module, loss_fn: LossFunction) -> dict[str, Any] | None:
-        """Once there are enough batches, what they tell; of gradients too, if that is asked for and no others train along."""
+        """The figures, once there are enough batches; None before that and afterwards. They include gradient errors if the user
+        asked for a check and training is not distributed."""
         if not self._waiting or len(self._batches) < max(1, self._check):
             return None
         self._waiting, batches, self._batches = False, self._batches, []
@@ -201,14 +204,16 @@ class _Figures:
         return found
 
     def drift(self) -> dict[str, Any]:
-        """How many layers have drifted, of those that are watched."""
+        """The number of watched layers that have drifted."""
         return {} if self._watch is None else {"fewbit_drifted": sum(layer.drifted for layer in self._watch.layers)}
 
 
 def _kept(model: nn.Module, batch: Any, loss_fn: LossFunction, may_run: bool) -> dict[str, Any]:
-    """Bytes that are kept of a batch, coded and exactly, on fake tensors; or on real ones, if exact steps may run.
+    """Bytes that the model keeps for backward on a batch, coded and exact.
 
-    Nothing where the model does not run on such as it may.
+    may_run  whether exact steps may run; else the model runs on fake tensors
+
+    Empty if the model does not run that way.
     """
     try:
         coded = memory(model, batch, fake=not may_run, loss_fn=loss_fn).activation_bytes
@@ -216,7 +221,7 @@ def _kept(model: nn.Module, batch: Any, loss_fn: LossFunction, may_run: bool) ->
             revert_modules(model)
             exact = memory(model, batch, fake=not may_run, loss_fn=loss_fn).activation_bytes
     except Exception as error:  # whatever the model does
-        _log.info("what is kept is not known: %s: %s", type(error).__name__, error)
+        _log.info("cannot tell what the model keeps for backward: %s: %s", type(error).__name__, error)
         return {}
     share = coded / exact if exact else 1.0
     text = f"keeps {bytes_label(coded)} for backward, {share:.0%} of the {bytes_label(exact)} that exact training keeps"
@@ -227,7 +232,7 @@ def _kept(model: nn.Module, batch: Any, loss_fn: LossFunction, may_run: bool) ->
 def _loss_of_call(model: nn.Module, call: tuple[tuple, dict[str, Any]]) -> torch.Tensor:
     loss = loss_in(model(*call[0], **call[1]))
     if loss is None:
-        raise InputError("what the model returns has no `loss`, which the trainer makes itself: use fewbit.fidelity with it")
+        raise InputError("the model's output has no `loss`, the trainer computes its own; call fewbit.fidelity with that loss")
     return loss
 
 

@@ -1,7 +1,8 @@
-"""How functions are compiled by numba: once on a machine, in its cache, and where that is not to be had, once in a process.
+"""Compiles functions with numba and caches them, so that each is compiled once per machine; without a cache, once per process.
 
-numba itself raises where its cache cannot be written, or where a file of it is damaged, in every later process. It also writes
-an index before the data that it names: killed in between, or beside another process, it may find another function's code.
+This guards against three faults of numba's own cache. numba raises if the cache cannot be written. It raises in every later
+process if a file of the cache is damaged. It writes an index before the data that the index names, so a killed process, or two
+processes at once, can leave an index that leads to another function's code.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ def callback(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], C
 def _cache_of(function: Callable[..., Any]) -> FunctionCache | NullCache:
     try:
         return _Cache(function)
-    except Exception as error:  # there is no folder to keep it in
+    except Exception as error:  # there is no folder for the cache
         _not_kept(str(error))
         return NullCache()
 
 
 class _Cache(FunctionCache):
-    """numba's, which gives up where it cannot load or save, and removes what is damaged."""
+    """numba's cache, except that it does without files that it cannot load or save, and removes damaged ones."""
 
     def __init__(self, function: Callable[..., Any]):
         super().__init__(function)
@@ -69,7 +70,7 @@ class _Cache(FunctionCache):
         except Exception as error:  # damaged files raise whatever pickle raises
             removed = self._cache_file.remove()
             how = "removed it, and compile the function anew" if removed else "compile the function anew; delete that file"
-            what = f"{self._cache_file.index}, an index of compiled functions, or what it names is damaged"
+            what = f"{self._cache_file.index}, an index of compiled functions, or a file that it names is damaged"
             warnings.warn(plain(f"{what} ({type(error).__name__}: {error}): {how}"), stacklevel=2)
             return None
 
@@ -81,14 +82,15 @@ class _Cache(FunctionCache):
 
 
 class _CacheFile(IndexDataCacheFile):
-    """numba's, whose data say whose they are and are checked, and whose files are written whole or not at all."""
+    """numba's cache file with checked data: they name their function and have a digest. Files are written completely or not at
+    all."""
 
     @property
     def index(self) -> str:
         return self._index_path
 
     def remove(self) -> bool:
-        """Forget all; whether that was possible."""
+        """Remove the index, and with it all that is cached. Returns whether that was possible."""
         with contextlib.suppress(OSError):
             os.unlink(self._index_path)
             return True
@@ -115,7 +117,7 @@ class _CacheFile(IndexDataCacheFile):
         files.write(filepath, content.getvalue())
 
 
-_told: list[str] = []  # the first reason for which nothing is kept: others would be like it
+_told: list[str] = []  # the first reason why nothing is cached; later ones are not reported
 
 
 def _not_kept(reason: str) -> None:

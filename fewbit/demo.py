@@ -1,4 +1,4 @@
-"""`fewbit demo`: a small GPT on the text of the Python standard library: exact, with coded GELUs, and with everything coded."""
+"""`fewbit demo` trains a small GPT on the source of the Python standard library: exact, with coded GELUs, and fully coded."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes (batch, tokens) int64 to logits (batch, tokens, 256) of the next byte. `bits` None: torch's exact GELU."""
+    """Maps bytes (batch, tokens) int64 to logits (batch, tokens, 256) of the next byte. bits=None gives torch's exact GELU."""
 
     def __init__(self, bits: int | None):
         super().__init__()
@@ -64,7 +64,7 @@ class GPT(nn.Module):
 
 @dataclass
 class Run:
-    """One model in training, and what was seen of it."""
+    """One model in training, with its measurements."""
 
     label: str
     model: GPT
@@ -77,10 +77,11 @@ class Run:
 
 
 def run(steps: int, bits: list[int], device: str, output: Path, console: Console) -> list[Run]:
-    """Train models in turn, step by step on the same batches, and print the outcome.
+    """Train several models side by side, on the same batches, and print the outcome.
 
-    The first is exact. The next ones have GELUs of so many `bits`. The last is converted as a whole, at EVERYTHING bits.
-    Writes a picture of the losses and of what is kept to `output`. Raises InputError for a device that torch does not have.
+    The first model is exact. One model for each of `bits` has GELUs with codes of that many bits. The last is converted as a
+    whole, at EVERYTHING bits. A picture of the losses and of the memory kept for backward goes to `output`. Raises InputError
+    for a device that torch does not have.
     """
     place = find_device(device)
     training, held_out = read_text(place)
@@ -95,7 +96,7 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
                 _train_step(each, batch)
             live.update(_progress(runs, step + 1, steps))
             if not console.is_terminal and (step + 1) % max(1, steps // 5) == 0 and step + 1 < steps:
-                console.print(_progress(runs, step + 1, steps))  # where nothing can be drawn over, now and then a line
+                console.print(_progress(runs, step + 1, steps))  # print lines if the display cannot be redrawn
     for each in runs:
         each.held_out = held_out_loss(each.model, held_out)
     console.print(_outcome(runs))
@@ -105,7 +106,7 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
 
 
 def read_text(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Bytes of the standard library's modules, uint8: those to train on, and a last twentieth held out."""
+    """Bytes of the standard library's modules, uint8: the part to train on, and the last twentieth, which is held out."""
     library = Path(sysconfig.get_paths()["stdlib"])
     content, files = bytearray(), sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py"))
     for path in files:
@@ -134,7 +135,7 @@ def batch_loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, data: Tensor) -> float:
-    """Mean loss over HELD_OUT_BATCHES of the data, the same ones at every call."""
+    """Mean loss over HELD_OUT_BATCHES batches of the data. They are the same at every call."""
     sampler = torch.Generator().manual_seed(SEED)
     return statistics.fmean(batch_loss(model, sample_batch(data, sampler)).item() for _ in range(HELD_OUT_BATCHES))
 
@@ -158,10 +159,10 @@ def _train_step(each: Run, batch: Tensor) -> None:
 
 
 def _kept_bytes(model: GPT, batch: Tensor) -> tuple[int, int]:
-    """Bytes that a forward pass keeps for backward: by the GELUs themselves, and in all, parameters apart.
+    """Bytes that a forward pass keeps for backward: those kept by the GELUs, and all. Parameters are not counted.
 
-    Counted as torch sees them: the storages of all saved tensors, each once. What a GELU keeps and another operation
-    keeps too counts for both, but once in the total.
+    These are the storages of all tensors that torch saves, each counted once. A storage that a GELU and another operation
+    keep counts for the GELUs, and once in the total.
     """
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     total: dict[int, int] = {}
@@ -170,7 +171,7 @@ def _kept_bytes(model: GPT, batch: Tensor) -> tuple[int, int]:
     handles = [gelu.register_forward_pre_hook(lambda *_: inner.__enter__()) for gelu in model.gelus]
     handles += [gelu.register_forward_hook(lambda *_: inner.__exit__()) for gelu in model.gelus]
     with saved_storages(total, leave_out=parameters):
-        loss = batch_loss(model, batch)  # held until the count is read: no storage is freed and its address used again
+        loss = batch_loss(model, batch)  # held until the count is read, so that no address of a storage is used twice
     for handle in handles:
         handle.remove()
     del loss

@@ -1,10 +1,10 @@
-"""The exceptions that fewbit raises on purpose: each message states the rule, what was got, and the remedy."""
+"""The exceptions that fewbit raises on purpose. Each message states the rule, what was got, and the remedy."""
 
 from fewbit.text import cut, plain
 
 
 class _Plain(Exception):
-    """No name or value in its message commands a terminal, or fills it."""
+    """Its message is safe to print: control characters in names and values are escaped, and long texts are cut."""
 
     def __str__(self) -> str:
         return cut(plain(super().__str__()), 2000)
@@ -38,7 +38,7 @@ class InputError(FewbitError, TypeError):
 
 
 class OverwriteError(InputError, RuntimeError):
-    """An operation in place on a tensor that torch does not let overwrite, for which torch itself raises a RuntimeError."""
+    """An in-place operation on a tensor that torch does not allow to be overwritten. torch itself raises a RuntimeError."""
 
 
 class ConversionWarning(_Plain, UserWarning):
@@ -48,5 +48,5 @@ class ConversionWarning(_Plain, UserWarning):
 class DriftWarning(_Plain, UserWarning):
     """The inputs of a layer have drifted away from the inputs that its table was designed for.
 
-    Its derivative or value errs more.
+    The derivative or value that backward reads has a larger error.
     """

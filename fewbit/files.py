@@ -1,4 +1,4 @@
-"""How files are written, whole or not at all, and how those of others are read: in bounds."""
+"""Writes files completely or not at all, and reads files up to a limit of size."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\.fewbit-[0-9a-f]{16}\.tmp")
-_ABANDONED = 3600.0  # seconds: no write takes as long, so that the process of an older temporary file is gone
+_ABANDONED = 3600.0  # seconds; no write takes this long, so the process of an older temporary file is gone
 
 
 def write(path: str | Path, content: str | bytes) -> None:
-    """Write a file, which has its new content or, after an error, an interrupt or a kill, its old one. OSError, naming `path`.
+    """Write a file completely or not at all: after an error, an interrupt or a kill it has its old content.
 
-    A link stays, and what it points to is written; an existing file keeps its mode and, where the system lets it, its owner,
-    though not its other hard links; a file that may not be written is not replaced. What is no regular file (a device, a
-    pipe, /dev/stdout) is written through.
+    Through a link, the file that it points to is written. An existing file keeps its mode and, if the system allows it, its
+    owner, but not its other hard links. A read-only file is not replaced. Devices, pipes and open files such as /dev/stdout are
+    written to directly. Raises OSError with `path`.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     try:
@@ -31,12 +31,13 @@ def write(path: str | Path, content: str | bytes) -> None:
 
 
 def is_special(path: str | Path) -> bool:
-    """Whether a path is that of a device, a pipe or an open file, which is written through; its suffix tells no format."""
+    """Whether a path is a device, a pipe or an open file. Such a path is written to directly, and its suffix says nothing about
+    the format."""
     return _open_file(os.path.abspath(path)) is not None or (os.path.exists(path) and not os.path.isfile(path))
 
 
 def read(path: str | Path, most: int) -> bytes:
-    """The content of a regular file of at most so many bytes. OSError, naming `path`, for any other."""
+    """The content of a regular file of at most `most` bytes. Raises OSError with `path` for anything else."""
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(number, "rb") as file:
@@ -44,7 +45,7 @@ def read(path: str | Path, most: int) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "it is not a regular file")
             if status.st_size > most or len(data := file.read(most + 1)) > most:  # some files state no size
-                raise OSError(errno.EFBIG, f"it is larger than the {most >> 20} MiB that are read of such a file")
+                raise OSError(errno.EFBIG, f"it is larger than the limit of {most >> 20} MiB")
             return data
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -72,7 +73,7 @@ def _write(path: str, data: bytes) -> None:
 
 def _open_file(path: str) -> int | None:
     """The number of the open file that a path stands for, such as 1 for /dev/stdout; None for all other paths."""
-    for _ in range(40):  # as many links as systems follow
+    for _ in range(40):  # systems follow about this many links
         folder, name = os.path.split(path)
         folder = os.path.realpath(folder)
         if folder in (f"/proc/{os.getpid()}/fd", "/dev/fd") and name.isdecimal():
@@ -109,16 +110,16 @@ def _take_over(number: int, old: os.stat_result) -> None:
         with contextlib.suppress(OSError):  # the owner first: a change of owner clears bits of the mode
             os.fchown(number, old.st_uid, old.st_gid)
     if hasattr(os, "fchmod"):
-        with contextlib.suppress(OSError):  # where files have no modes; the new one is private then
+        with contextlib.suppress(OSError):  # some file systems have no modes; the new file is then private
             os.fchmod(number, stat.S_IMODE(old.st_mode))
 
 
 def _sync(number: int) -> None:
-    """Else a power cut may leave the new name with nothing in it."""
+    """Write the file to disk. Without this a power cut may leave an empty file under the new name."""
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # of file systems that know no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # file systems without fsync raise these
             raise
 
 

@@ -1,4 +1,4 @@
-"""Interrupts of the command: remembered, since what is interrupted may make another exception of them, or lose them."""
+"""Remembers interrupts of the command, because interrupted code may lose them or turn them into other exceptions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-STATUS = 130  # the exit status after one, as shells have it
+STATUS = 130  # exit status after an interrupt, as in shells
 _came = False
 
 
@@ -21,7 +21,8 @@ def came() -> bool:
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Around all that a process does: interrupts raise KeyboardInterrupt and are remembered; after this context they kill."""
+    """A context around all work of a process. In it interrupts raise KeyboardInterrupt and are remembered. After it they end
+    the process at once."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _remember)
         sys.unraisablehook = _pass_on
@@ -39,7 +40,7 @@ def _remember(number: int, frame: Any) -> None:
 
 
 def _pass_on(lost: Any) -> None:
-    """An interrupt in a callback, such as that of a weak reference, from which nothing can be raised, comes once more."""
+    """Repeat an interrupt that came in a callback from which nothing can be raised, such as that of a weak reference."""
     if lost.exc_type is KeyboardInterrupt:
         _thread.interrupt_main()
     else:

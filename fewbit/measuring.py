@@ -1,4 +1,4 @@
-"""How to measure: the device asked for, what a forward pass keeps for backward, and times of several tasks round by round."""
+"""Measures bytes that a forward pass keeps for backward, peaks of memory, and times of several tasks round by round."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Key = tuple[str, str]  # (phase, label)
 Quantiles = dict[str, float]
 
 QUANTILES = {"p10": 0.1, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9}
-LEAST_SECONDS = 200e-6  # of one sample; shorter calls are repeated in it
+LEAST_SECONDS = 200e-6  # least length of one sample; shorter calls are repeated within it
 _WARM_UPS = 3
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; InputError where torch has none that computes."""
+    """The device of that name. Raises InputError if torch has no such device, or it cannot compute."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -36,9 +36,9 @@ def find_device(name: str) -> torch.device:
 
 
 def saved_storages(*seen: dict[int, int], leave_out: Collection[int] = ()) -> torch.autograd.graph.saved_tensors_hooks:
-    """Within this context, the storages that autograd saves are entered in each of `seen`: address -> bytes, each once.
+    """Within this context, each storage that autograd saves is entered once in each of `seen`: address -> bytes.
 
-    seen       filled; hold the outputs until it is read, so that no storage is freed and its address used again
+    seen       dictionaries to fill. Hold the outputs until they are read, so that no address of a storage is used twice.
     leave_out  addresses not to enter, such as those of parameters
     """
 
@@ -47,13 +47,13 @@ def saved_storages(*seen: dict[int, int], leave_out: Collection[int] = ()) -> to
         if storage.data_ptr() not in leave_out:
             for each in seen:
                 each[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # the tensor itself, if it is an output, would hold its own graph for good
+        return tensor.detach()  # an output that is saved as itself would hold its own graph forever
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def kept_bytes(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, int]:
-    """What function(x) keeps for backward, as bytes of distinct storages: all, and those that are neither x's nor the output's.
+    """Bytes of distinct storages that function(x) keeps for backward: all, and those without x's and the output's.
 
     x requires a gradient.
     """
@@ -82,17 +82,18 @@ def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """What is timed: `action`, on an argument that `prepare` makes anew for each call, before the clock starts."""
+    """The timed call is `action(argument)`. `prepare` makes a new argument for each call, before the clock starts."""
 
     prepare: Callable[[], Any]
     action: Callable[[Any], Any]
 
 
 def time_rounds(tasks: dict[Key, Task], repeats: int, device: torch.device) -> dict[Key, np.ndarray]:
-    """Mean seconds of a call of every task in each sample, (repeats,) each, after a warm-up.
+    """Mean seconds per call in each sample, (repeats,) for each task, after a warm-up.
 
-    A round runs phase by phase, and the tasks of a phase in an order shuffled anew: element i of every array is of round i, so
-    that their ratio is of times close together. A sample lasts at least LEAST_SECONDS, by as many calls as that takes.
+    Each round takes one sample of every task, phase by phase. The order of the tasks in a phase is shuffled in every round.
+    Element i of every array is from round i, so ratios compare times taken close together. A sample repeats calls until it
+    lasts at least LEAST_SECONDS.
     """
     phases = [[key for key in tasks if key[0] == phase] for phase in dict.fromkeys(phase for phase, _ in tasks)]
     calls = {key: _calls(task, device) for key, task in tasks.items()}
@@ -106,7 +107,7 @@ def time_rounds(tasks: dict[Key, Task], repeats: int, device: torch.device) -> d
 
 
 def seconds(task: Task, calls: int, device: torch.device) -> float:
-    """Seconds of so many calls one after another: of the device where it is a CUDA one, of the clock on the wall elsewhere."""
+    """Seconds of `calls` calls one after another, by CUDA events on a CUDA device, else by wall-clock time."""
     arguments = [task.prepare() for _ in range(calls)]
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -138,7 +139,7 @@ def quantiles(samples: np.ndarray) -> Quantiles:
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """torch with so many threads, within this context."""
+    """torch uses this number of threads within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -148,7 +149,7 @@ def torch_threads(number: int) -> Iterator[None]:
 
 
 def _calls(task: Task, device: torch.device) -> int:
-    """The power of two of calls that make a sample long enough."""
+    """The least power of two of calls that makes a sample long enough."""
     seconds(task, _WARM_UPS, device)
     calls = 1
     while seconds(task, calls, device) < LEAST_SECONDS:

@@ -1,13 +1,13 @@
-"""The layout of packed codes: the one specification, which every kernel backend follows to the byte.
+"""The layout of packed codes. Every kernel backend follows this specification to the byte.
 
-n elements of b bits are packed into W words of eight lanes, W = ceil(n / 8) rounded up to a whole number of granules.
-Lane j of word i holds element j·W + i, so that each lane is one contiguous stretch of the input. The eight codes of a
-word, lane 0 in the lowest bits, make a number of 8b bits; its b bytes, lowest first, go to b planes of W bytes each:
+n elements of b bits are packed into W words of eight lanes. W is ceil(n / 8) rounded up to a whole number of granules.
+Lane j of word i holds element j·W + i, so each lane is one contiguous stretch of the input. The eight codes of a word make a
+number of 8b bits, with lane 0 in the lowest bits. Its b bytes, lowest first, go to b planes of W bytes each:
 
     byte p·W + i  =  bits 8p to 8p + 7 of  sum over j of  code(j·W + i) << (j·b)
 
-Lanes past the end of the input hold code 0. The granule is 128 words up to 4 bits and 64 beyond, so that lanes and planes
-start on vector boundaries while the padding stays below 512 bytes.
+Lanes past the end of the input hold code 0. The granule is 128 words up to 4 bits, and 64 words for more bits. Lanes and
+planes thus start on vector boundaries, and the padding stays below 512 bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LANES = 8
 
 
 class Field(NamedTuple):
-    """Where a part of a lane's code lies: in byte plane `plane`, the code shifted left by `shift` bits (right if negative)."""
+    """Place of a part of a lane's code: byte plane `plane` holds the code shifted left by `shift` bits (right if negative)."""
 
     plane: int
     shift: int
@@ -45,7 +45,7 @@ def packed_bytes(n: int, bits: int) -> int:
 
 
 def lane_span(n: int, lane: int, word_count: int) -> tuple[int, int]:
-    """First and past-the-last element of a lane; an empty span for lanes past the end.
+    """First and past-the-last element of a lane. The span is empty for lanes past the end.
 
     >>> [lane_span(300, lane, 128) for lane in (0, 2, 3)]
     [(0, 128), (256, 300), (300, 300)]

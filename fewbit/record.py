@@ -1,6 +1,6 @@
-"""The record of one activation: f, f', where f' is not smooth, its parameters, and torch's function and module.
+"""The record of one activation: f, f', the points where f' is not smooth, its parameters, and torch's function and module.
 
-Records compute in float64 numpy; torch is only named, and imported when a record is first applied to a tensor.
+Records compute in float64 numpy. They only name torch's functions; torch is imported when a record is applied to a tensor.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ Array = np.ndarray
 class DerivativeShape:
     """Where a derivative f' is not smooth, and whether it is even.
 
-    `jumps` are the points where f' itself jumps (there f has a corner or a step), `kinks` those where f' is continuous
-    but has a corner, `even` says that f'(-x) = f'(x).
+    jumps  points where f' jumps; f has a corner or a step there
+    kinks  points where f' is continuous but has a corner
+    even   whether f'(-x) = f'(x)
     """
 
     jumps: tuple[float, ...] = ()
@@ -73,7 +74,8 @@ class Activation:
         return np.asarray(self.derivative(np.asarray(x, np.float64), **self.parameters))
 
     def with_parameters(self, /, **parameters: float) -> Activation:
-        """The same activation at other parameters; ActivationError for an unknown name or a value that is no finite number."""
+        """The same activation with other parameters. Raises ActivationError for an unknown name or a value that is not a finite
+        number."""
         values = dict(self.parameters)
         for name, value in parameters.items():
             if name not in values:
@@ -84,10 +86,10 @@ class Activation:
 
     @cached_property
     def derivative_shape(self) -> DerivativeShape:
-        """Jumps, kinks and evenness of f' at these parameters; jumps and kinks ascend, each point once."""
+        """Jumps, kinks and evenness of f' for these parameters. Jumps and kinks ascend, and each point occurs once."""
         try:
             shape = self.shape if isinstance(self.shape, DerivativeShape) else self.shape(**self.parameters)
-        except ArithmeticError:  # parameters at which there is no derivative either, which a design then reports
+        except ArithmeticError:  # f' does not exist for these parameters; a design reports that
             shape = DerivativeShape()
         return replace(shape, jumps=tuple(sorted(set(shape.jumps))), kinks=tuple(sorted(set(shape.kinks))))
 
@@ -98,13 +100,13 @@ class Activation:
 
     @cached_property
     def forward(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """torch's own operation at these parameters, a function of one tensor."""
+        """torch's own operation with these parameters, as a function of one tensor."""
         call, arguments = self._torch_call, {**self.parameters, **self.options}
         return partial(call, **arguments) if arguments else call
 
     @cached_property
     def forward_inplace(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The same, written into its argument, which it returns: torch's own in-place form where there is one."""
+        """The same, but it writes into its argument and returns it. It is torch's own in-place form if there is one."""
         call, arguments = self._torch_call, {**self.parameters, **self.options}
         if _takes_inplace(call):
             return partial(call, **arguments, inplace=True)
@@ -139,7 +141,7 @@ class Activation:
 
 
 def label(name: str, parameters: Mapping[str, float]) -> str:
-    """How messages and titles name an activation.
+    """The name of an activation in messages and titles.
 
     >>> label("hardtanh", {"min_val": -1.0, "max_val": 1.0})
     'hardtanh min_val=-1 max_val=1'
@@ -148,7 +150,7 @@ def label(name: str, parameters: Mapping[str, float]) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """How messages and titles count.
+    """A number with its noun, for messages and titles.
 
     >>> plural(1, "bit"), plural(3, "bit")
     ('1 bit', '3 bits')
@@ -161,7 +163,7 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 
 def _numeric_defaults(function: Callable[..., Any]) -> dict[str, float]:
-    """Arguments of a function that have a number as default: its parameters."""
+    """The parameters of a function: its arguments that have a number as default."""
     try:
         arguments = list(inspect.signature(function).parameters.values())[1:]
     except ValueError:  # a builtin
@@ -226,7 +228,7 @@ def _check_pointwise(record: Activation) -> None:
 
 
 def as_float(value: Any) -> float:
-    """The value as a float; NaN where it is no number, or one too large for a float."""
+    """The value as a float; NaN if it is not a number, or too large for a float."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
@@ -234,7 +236,7 @@ def as_float(value: Any) -> float:
 
 
 def finite_number(activation: str, name: str, value: Any) -> float:
-    """The value of a parameter as a float; ActivationError, naming both, if it is none or not finite."""
+    """The value of a parameter as a float. Raises ActivationError with both names if it is not a finite number."""
     number = as_float(value)
     if not np.isfinite(number):
         raise ActivationError(f"{plain(activation)}: parameter {name} must be a finite number, got {shown(value)}")

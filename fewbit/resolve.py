@@ -1,4 +1,4 @@
-"""Bits or a table -> device tables: what the kernels read, on the device and for the dtype of an input."""
+"""Turns bits or a table into device tables: what the kernels read, on the device and for the dtype of an input."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fewbit.store import load_ladder, load_table
 from fewbit.torch_internals import unwatched
 
 Array = np.ndarray
-JOINT = CHANNELS  # the channels of a code that serves an activation and the layers that read its output
-in_use: WeakSet[DeviceTable] = WeakSet()  # what they hold is read by backward, but no forward pass made it
+JOINT = CHANNELS  # channels of a code that serves an activation and the layers that read its output
+in_use: WeakSet[DeviceTable] = WeakSet()  # device tables in use: backward reads their tensors, which no forward pass made
 
 
 def check(name: str, record: Activation, channels: tuple[str, ...], bits: int | None, table: CodeTable | None) -> None:
-    """Raise DesignError for bad bits, TableError for a table of another activation, with other channels, or of other bits.
+    """Raise DesignError for bad bits, and TableError for a table of another activation, with other channels, or of other bits.
 
-    name  of the function that was called
+    name  name of the function that was called
     """
     if bits is not None:
         check_bits(bits, DesignError)
@@ -52,8 +52,11 @@ def _check_table(name: str, record: Activation, channels: tuple[str, ...], bits:
 def shipped_tables(
     record: Activation, channels: tuple[str, ...], bits: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[DeviceTable, ...]:
-    """The device tables that are used where no table is given, one for each channel: of the ladder that `fewbit.load_ladder`
-    gives for these bits, or, for values alone, which layers standardize, of the table that `fewbit.load_table` gives."""
+    """The default device tables, one for each channel.
+
+    They come from the ladder of `fewbit.load_ladder` for these bits. Layers standardize values, so codes of values alone take
+    the single table of `fewbit.load_table`.
+    """
     load = load_ladder if "derivative" in channels else load_table
     return device_tables(load(record, bits, channels=channels), dtype, device)
 
@@ -62,10 +65,10 @@ def shipped_tables(
 def device_tables(
     table: CodeTable | tuple[CodeTable, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[DeviceTable, ...]:
-    """One DeviceTable for each channel of a table or a ladder, with the same thresholds and codes, for inputs of a dtype.
+    """One DeviceTable for each channel of a table or a ladder, for inputs of a dtype. They share thresholds and codes.
 
-    Thresholds are rounded down to float32: for a float32 x, x <= t holds for both or neither. Whatever mode or transform is
-    active when they are first asked for, they outlast it.
+    Thresholds are rounded down to float32. For a float32 x this does not change the result of x <= t. The tensors outlast any
+    mode or transform that is active when they are made.
     """
     rungs = (table,) if isinstance(table, CodeTable) else table
     m, count = max(each.thresholds.size for each in rungs), max(each.levels.shape[1] for each in rungs)
@@ -79,7 +82,7 @@ def device_tables(
 
 
 def _padded(thresholds: Array, codes: Array, levels: Array, m: int, count: int) -> tuple[Array, Array, Array]:
-    """The same table with m thresholds and `count` levels: infinite thresholds, at which the code does not change."""
+    """The table padded to m thresholds and `count` levels. Added thresholds are infinite and do not change the code."""
     return (
         np.pad(thresholds, (0, m - thresholds.size), constant_values=np.inf),
         np.pad(codes, (0, m + 1 - codes.size), "edge"),
@@ -91,7 +94,7 @@ def _arrays(table: CodeTable, dtype: torch.dtype) -> tuple[Array, Array, Array]:
     """Thresholds (m,), codes (m+1,) and levels (channels, K) in the dtype of comparisons."""
     thresholds, levels = table.thresholds, table.levels
     if dtype != torch.float64:
-        with np.errstate(over="ignore"):  # a threshold beyond float32 is infinite, and compares as well
+        with np.errstate(over="ignore"):  # a threshold beyond float32 becomes infinite, which compares the same
             single, levels = thresholds.astype(np.float32), levels.astype(np.float32)
         thresholds = np.where(single > thresholds, np.nextafter(single, np.float32(-np.inf)), single)
         if not np.all(np.isfinite(levels)):

@@ -1,7 +1,7 @@
-"""Where tables and ladders of tables come from: the shipped files, then the user's cache, then a design.
+"""Finds tables and ladders of tables: in the shipped files, then in the user's cache, else by a new design.
 
-`shipped_requests` says what the shipped files hold: every built-in activation at its default parameters, and the identity. The
-cache lies in `FEWBIT_CACHE_DIR`, or where the platform keeps a user's caches.
+`shipped_requests` lists what the shipped files hold: tables of every built-in activation with its default parameters, and of
+the identity. The cache is in `FEWBIT_CACHE_DIR`, or where the platform keeps a user's caches.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load_table(
 ) -> CodeTable:
     """Get the table that `fewbit.design` makes with the same arguments: a shipped one, a cached one, or a new design.
 
-    A new design goes to the cache. The arguments are those of `fewbit.design`. Parameters belong to what is looked up:
+    A new design goes to the cache. The arguments are those of `fewbit.design`. Parameters of the activation count too, as in
     `load_table("elu", 3, alpha=0.5)`. A weight given as a function has no lasting name, so its table is designed at each call
     and not cached.
 
@@ -65,11 +65,11 @@ def load_ladder(
     channels: str | tuple[str, ...] = ("derivative",),
     **parameters: Any,
 ) -> tuple[CodeTable, ...]:
-    """Get the tables among which the spread of an input chooses. Each is best for normal inputs of one standard deviation.
+    """Get the tables of a ladder. Each is best for normal inputs of one standard deviation. The input's spread selects one.
 
-    The tables are in the order of `fewbit.constants.RUNGS`. Each one is found as `load_table` finds it. If one table is exact,
-    as for ReLU's derivative, the ladder is that table. If the activation is not finite, or beyond float32, at the inputs of a
-    rung, the next rung towards 1 stands in for it.
+    The tables are in the order of `fewbit.constants.RUNGS`. Each one is found as `load_table` finds it. If a single table is
+    exact, as for ReLU's derivative, the ladder is that table alone. If the activation is not finite at the inputs of a rung, or
+    its levels are beyond float32, the next rung towards 1 takes its place.
 
     Raises what `load_table` raises.
 
@@ -91,7 +91,8 @@ def load_ladder(
 
 
 def rung_for(ladder: tuple[CodeTable, ...], spread: float) -> CodeTable:
-    """The table of a ladder for inputs of this spread: the standard deviation of normal numbers of the same fourth moment."""
+    """The table of a ladder for inputs of this spread. The spread is the standard deviation of normal numbers with the same
+    fourth moment."""
     first, *others = ladder
     return ladder[bisect_left(_BETWEEN, spread)] if others else first
 
@@ -104,7 +105,7 @@ def _is_exact(table: CodeTable) -> bool:
 
 
 def _rung(record: Activation, bits: int, channels: tuple[str, ...], std: float) -> CodeTable | None:
-    """The table of a rung, if there is one."""
+    """The table of a rung; None if there is none."""
     try:
         table = _load(Request.rung(record, bits, channels, std))
     except DesignError:
@@ -128,13 +129,13 @@ def _shipped(name: str) -> tuple[CodeTable, ...]:
 
 
 def tables_directory() -> Path:
-    """The folder of the shipped tables: inside the package once installed, beside it in a source tree."""
+    """The folder of the shipped tables: inside the installed package, or beside the package in a source tree."""
     inside = Path(__file__).parent / "tables"
     return inside if inside.is_dir() else Path(__file__).parents[1] / "tables"
 
 
 def cache_directory() -> Path:
-    """The folder of tables designed on this machine; it need not exist."""
+    """The folder of tables designed on this machine. It need not exist."""
     if chosen := os.environ.get("FEWBIT_CACHE_DIR"):
         return Path(os.path.expanduser(chosen))
     import platformdirs
@@ -143,9 +144,11 @@ def cache_directory() -> Path:
 
 
 def cache_path(request: Request) -> Path:
-    """The cache file of a request. Its name carries a digest of all that shapes the table: also of f and f' themselves,
-    sampled, so that a user's activation that changed under its old name is designed anew. Raises DesignError where
-    they are not finite."""
+    """The cache file of a request. Its name has a digest of all that determines the table.
+
+    The digest includes samples of f and f'. If a user changes an activation but not its name, its table is thus designed anew.
+    Raises DesignError if f or f' is not finite.
+    """
     request.check_finite()
     x, shape = np.linspace(*request.domain, 129), dataclasses.astuple(request.activation.derivative_shape)
     with np.errstate(all="ignore"):
@@ -157,7 +160,7 @@ def cache_path(request: Request) -> Path:
 
 def _from_cache(request: Request) -> CodeTable:
     path = cache_path(request)
-    if os.path.exists(path):  # unlike path.exists(), False for a folder that may not be searched
+    if os.path.exists(path):  # unlike path.exists(), this is False for a folder that may not be searched
         try:
             table, *others = read_tables(path) or [None]
             if table is None or others or not request.answered_by(table):
@@ -173,7 +176,7 @@ def _from_cache(request: Request) -> CodeTable:
 
 
 def _search(request: Request) -> CodeTable:
-    from fewbit.design.search import search  # here, since shipped tables need no numba
+    from fewbit.design.search import search  # imported here because shipped tables need no numba
 
     return search(request)
 
@@ -195,10 +198,11 @@ def _warn_once(message: str) -> None:
 
 
 def shipped_requests(name: str) -> Iterator[Request]:
-    """What the shipped file of a name answers, in the file's order.
+    """The requests whose tables are in the shipped file of a name, in the file's order.
 
-    For an activation: tables of the derivative under every named weight, in both optimal codings, then the joint tables, then
-    the other rungs of the ladders of both. For the identity: the quantizers of a unit normal. All else at its default.
+    For an activation these are tables of the derivative under every named weight, in both optimal codings, then the joint
+    tables, then the other rungs of the ladders of both. For the identity they are the quantizers of a unit normal. All other
+    arguments have their defaults.
     """
     record = activations.SHIPPED[name]
     if record == activations.IDENTITY:
@@ -210,12 +214,12 @@ def shipped_requests(name: str) -> Iterator[Request]:
     yield from (Request.of(record, bits, channels=CHANNELS) for bits in SHIPPED_BITS)
     for channels in (("derivative",), CHANNELS):
         for bits in SHIPPED_BITS:
-            if not _is_exact(_search(Request.of(record, bits, channels=channels))):  # else it is the ladder
+            if not _is_exact(_search(Request.of(record, bits, channels=channels))):  # an exact table is the whole ladder
                 yield from (Request.rung(record, bits, channels, std) for std in RUNGS if std != 1)
 
 
 def shipped_text(name: str) -> str:
-    """The text of the shipped file of a name, designed anew."""
+    """The text of the shipped file of a name, from new designs."""
     return dump_tables(_designed(name))
 
 
@@ -224,7 +228,7 @@ def _designed(name: str) -> list[CodeTable]:
 
 
 def build_tables(directory: Path, *, check: bool = False) -> Iterator[tuple[str, bool]]:
-    """Design every shipped file anew, one a step: yields its name and whether its file differed.
+    """Design every shipped file anew. After each, yields its name and whether the file on disk differs.
 
     A file stands if its tables are the new ones, or have the same errors to ten digits: where two tables are best, as a table
     and its mirror image may be, the last bit of a processor's arithmetic chooses. With `check` nothing is written.

@@ -1,4 +1,4 @@
-"""How tables look in the terminal: one style, narrow enough for 80 columns where they can be."""
+"""Shows tables, texts and progress in the terminal: one style, within 80 columns if possible."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rich.text import Text
 from fewbit.errors import InputError
 from fewbit.text import plain, shown
 
-WIDTH = 120  # columns of what is printed where there is no terminal
-_SENTENCE = 24  # columns that a table leaves to texts which may be wrapped
+WIDTH = 120  # columns of output that does not go to a terminal
+_SENTENCE = 24  # columns that a table gives to texts that may be wrapped
 _displays: list[Progress] = []
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(i)?B?", re.IGNORECASE)
 
 
 class _Console(Console):
-    """A console on which texts mean what they say: none colours, moves or clears anything, whatever names are in them."""
+    """A console that prints texts literally: nothing in a name can colour, move or clear anything."""
 
     def __init__(self, **options: Any):
         super().__init__(highlight=False, markup=False, emoji=False, **options)
@@ -36,7 +36,7 @@ class _Console(Console):
 
 
 def console(stderr: bool = False, at_least: int = 0) -> Console:
-    """A console that colours nothing by itself; `at_least` so many columns wide, in a narrower window too."""
+    """A console that colours nothing by itself. It has `at_least` this many columns, even in a narrower window."""
     found = _Console(stderr=stderr)
     if found.width < at_least:
         found.width = at_least
@@ -44,7 +44,7 @@ def console(stderr: bool = False, at_least: int = 0) -> Console:
 
 
 def show(*views: RenderableType) -> None:
-    """Print each on stdout: texts as wide as the terminal, tables wider where they must be: no name or number is cut."""
+    """Print each view on stdout. Texts are as wide as the terminal. Tables may be wider, so no name or number is cut."""
     screen = console()
     width = screen.width if screen.is_terminal else max(screen.width, WIDTH)
     for view in views:
@@ -54,7 +54,7 @@ def show(*views: RenderableType) -> None:
 
 
 def _parts(view: RenderableType) -> Iterator[RenderableType]:
-    """What a view consists of, line by line: where a line is indented, so is what is wrapped of it."""
+    """The parts of a view, texts line by line. If a line is indented, its wrapped parts are indented too."""
     if isinstance(view, Group):
         for each in view.renderables:
             yield from _parts(each)
@@ -67,7 +67,7 @@ def _parts(view: RenderableType) -> Iterator[RenderableType]:
 
 
 def _least_width(table: Table) -> int:
-    """The columns that a table takes when only its longest sentences are wrapped."""
+    """The width of a table if only its longest sentences are wrapped."""
     wide = _Console(width=10_000)
     longest = [max(cell_len(str(cell)) for cell in (each.header, *each.cells)) for each in table.columns if not each.no_wrap]
     return wide.measure(table).maximum - sum(max(0, each - _SENTENCE) for each in longest)
@@ -80,8 +80,10 @@ def say_written(path: Any) -> None:
 
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """Show on stderr, if that is a terminal, that something takes long, as long as this context lasts; gives what to call after
-    each step. Within another such context it is one more line."""
+    """While this context lasts, show progress on stderr, if that is a terminal. Gives a function to call after each step.
+
+    A context within another one adds a line to its display.
+    """
     with _display() as shown:
         task, done = shown.add_task(plain(description), total=total, steps=""), 0
 
@@ -93,13 +95,13 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[]
         try:
             yield advance
         finally:
-            if len(shown.tasks) > 1:  # the last one is there until all of it goes
+            if len(shown.tasks) > 1:  # the last task stays until the whole display is removed
                 shown.remove_task(task)
 
 
 @contextmanager
 def _display() -> Iterator[Progress]:
-    """What is shown now, or a new one; two would write over each other."""
+    """The current display, or a new one. Two displays would overwrite each other."""
     if _displays:
         yield _displays[-1]
         return
@@ -121,7 +123,7 @@ def _display() -> Iterator[Progress]:
 def table(left: tuple[str, ...], right: tuple[str, ...], wrapped: tuple[str, ...] = ()) -> Table:
     """An empty table with columns aligned left, then columns aligned right.
 
-    wrapped  those that are broken where the terminal is narrow, at any character; the others take what they need
+    wrapped  columns that are wrapped, at any character, if the terminal is narrow; the others keep their full width
     """
     view = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     for names, side in ((left, "left"), (right, "right")):
@@ -131,14 +133,15 @@ def table(left: tuple[str, ...], right: tuple[str, ...], wrapped: tuple[str, ...
 
 
 def text(view: RenderableType, width: int) -> str:
-    """What a console so many columns wide would show, as plain text without trailing spaces."""
+    """What a console of this width would show, as plain text without trailing spaces."""
     shown = io.StringIO()
     _Console(file=shown, width=width, color_system=None, force_jupyter=False).print(view)  # in a notebook, too
     return "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
 
 
 def bytes_label(number: int) -> str:
-    """
+    """A number of bytes with its unit.
+
     >>> bytes_label(384), bytes_label(1536), bytes_label(16 * 2**20), bytes_label(2**20 - 1)
     ('384 B', '1.50 KiB', '16.0 MiB', '1024 KiB')
     """
@@ -152,7 +155,7 @@ def bytes_label(number: int) -> str:
 
 
 def parse_bytes(given: int | str) -> int:
-    """A number of bytes, or a text such as "24 GiB", "8GB" or "512 MiB". InputError for anything else.
+    """The number of bytes in an integer or a text such as "24 GiB", "8GB" or "512 MiB". InputError for anything else.
 
     >>> parse_bytes("1.5 KiB"), parse_bytes("2GB"), parse_bytes(100)
     (1536, 2000000000, 100)
@@ -168,7 +171,7 @@ def parse_bytes(given: int | str) -> int:
 
 
 def three_figures(number: float) -> str:
-    """At most two decimals.
+    """A number with three significant figures, or more before the point, and at most two decimals.
 
     >>> three_figures(1.0), three_figures(12.345), three_figures(123.45)
     ('1.00', '12.3', '123')

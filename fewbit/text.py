@@ -1,4 +1,4 @@
-"""Names and values that come from outside, as messages, pages and file names may show them."""
+"""Makes names and values from outside safe to show in messages, pages and file names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def plain(text: str) -> str:
-    r"""The text with all that a terminal would obey, or not show, written as its escape; line breaks stay.
+    r"""The text with escapes in place of characters that a terminal would obey or not show. Line breaks stay.
 
     >>> plain("a\x1b[31mb\n\u202ec")
     'a\\x1b[31mb\n\\u202ec'
@@ -19,7 +19,7 @@ def plain(text: str) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """The text without its middle where it is longer than that.
+    """The text, without its middle if it is longer than `most` characters.
 
     >>> cut("a" * 20, 9)
     'aaa … aaa'
@@ -29,19 +29,19 @@ def cut(text: str, most: int) -> str:
 
 
 def shown(value: Any) -> str:
-    """What messages show of a value: its repr, cut where it is long.
+    """A value as messages show it: its repr, which is cut if it is long.
 
     >>> shown([1] * 1000), shown(10**400)
     ('[1, 1, 1, 1, 1, 1, ...]', '100000000000000000000000000...0000000000000000000000000000')
     """
     try:
         return _SHORT.repr(value)
-    except Exception:  # whatever the repr of a user's class does; and Python shows no integer of many thousand digits
+    except Exception:  # a user's repr may raise anything, and Python's raises for integers of many thousand digits
         return f"<{type(value).__name__}>"
 
 
 def file_name(text: str) -> str:
-    """A text as a part of a file's name, on any system.
+    """A text in a form that can be part of a file name on any system.
 
     >>> file_name("../../outside"), file_name("elu")
     ('outside', 'elu')

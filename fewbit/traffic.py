@@ -1,7 +1,8 @@
-"""Which operators run, and how many bytes they move: a count that needs no clock and no GPU.
+"""Counts the operators that run and the bytes that they move. This needs no clock and no GPU.
 
-What operators outside of matrix products, convolutions and attention cost on a GPU are the bytes that they read and write, and
-their calls. A CPU counts the same, but for the few operators that torch has for one of both alone.
+On a GPU, the cost of operators other than matrix products, convolutions and attention is their number of calls and the bytes
+that they read and write. A count on a CPU gives the same figures, except for the few operators that torch has for only one of
+the two.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Tensor = torch.Tensor
 
 
 class Use(NamedTuple):
-    """Calls of an operator, and the bytes of all that they read and wrote."""
+    """The number of calls of an operator, and the bytes that they read and wrote."""
 
     calls: int = 0
     bytes: int = 0
@@ -29,10 +30,10 @@ class Use(NamedTuple):
 
 @dataclass
 class Traffic:
-    """What ran, by the operator's name without its overload, such as "aten.add".
+    """The operators that ran, by name without overload, such as "aten.add".
 
     products  matrix products, convolutions and attention
-    others    all the rest that moves bytes: neither views nor allocations
+    others    all others that move bytes, so no views and no allocations
     """
 
     products: dict[str, Use] = field(default_factory=dict)
@@ -40,15 +41,15 @@ class Traffic:
 
     @property
     def total(self) -> Use:
-        """Of all operators that are no products."""
+        """The sum over all operators in `others`."""
         return Use(sum(use.calls for use in self.others.values()), sum(use.bytes for use in self.others.values()))
 
 
 def traffic(function: Callable[[], Any]) -> Traffic:
-    """The operators that function() runs, backward passes in it included, as eager code runs them.
+    """The operators that function() runs in eager code. Backward passes in it count too.
 
-    A tensor counts with its elements, not with the memory it lies in: an expanded one is read as often as it has elements. One
-    that an operator is given twice counts once; one that it changes in place counts as read and as written.
+    A tensor counts by its number of elements, also if it is expanded and takes less memory. A tensor that an operator gets
+    twice counts once. A tensor that is changed in place counts as read and as written.
 
     >>> x = torch.ones(4)
     >>> traffic(lambda: x.view(2, 2).t().add(1).mul_(x[:2])).others
@@ -70,7 +71,7 @@ def traffic(function: Callable[[], Any]) -> Traffic:
 
 
 def moved_bytes(operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> int | None:
-    """The bytes that a call of an operator reads and writes; None of a call that looks at no numbers."""
+    """The bytes that a call of an operator reads and writes; None if the call reads and writes no elements."""
     given, returned = _tensors((args, kwargs)), _tensors(output)
     if _moves_nothing(operator, given, returned):
         return None
@@ -79,10 +80,10 @@ def moved_bytes(operator: Any, args: tuple, kwargs: dict[str, Any], output: Any)
 
 
 def flops(operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> int:
-    """The multiplications and additions of a matrix product, convolution or attention, each as one; 0 of all others.
+    """The multiplications and additions of a matrix product, convolution or attention, each counted as one; 0 for all others.
 
-    torch's flop counter tells them. Of attention it knows some variants; the others have their query, key and value first, or
-    behind the gradient of their output.
+    They come from torch's flop counter, which knows only some variants of attention. For the others, the query, key and value
+    are taken to be the first arguments, or in backward those after the output's gradient.
     """
     packet = operator.overloadpacket
     if not _is_product(packet):
@@ -107,7 +108,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _moves_nothing(operator: Any, given: list[Tensor], returned: list[Tensor]) -> bool:
-    """Whether a call looked at no numbers: it allocated, or made views, or answered from sizes and dtypes alone."""
+    """Whether a call read and wrote no elements: it allocated, made views, or answered from sizes and dtypes alone."""
     if torch.Tag.inplace_view in operator.tags or "empty" in operator.overloadpacket.__name__.split("_"):
         return True
     if writes_into_arguments(operator):
@@ -116,7 +117,7 @@ def _moves_nothing(operator: Any, given: list[Tensor], returned: list[Tensor]) -
 
 
 def _memory(tensors: Iterable[Tensor]) -> set[int]:
-    """Where they lie."""
+    """The storages of the tensors."""
     return {storage_key(part.untyped_storage()) for each in tensors for part in parts_of(each)}
 
 
@@ -126,10 +127,10 @@ def _is_in(tensor: Tensor, others: list[Tensor]) -> bool:
 
 @lru_cache(maxsize=1024)
 def _is_product(operator: Any) -> bool:
-    """Whether torch counts the operator's flops, or those of one whose name is in its name.
+    """Whether torch's flop counter lists the operator, or one whose name is part of the operator's name.
 
-    The registry of torch's flop counter lists matrix products, convolutions and attention, but not all their variants, such as
-    attention's `_scaled_dot_product_flash_attention_for_cpu`.
+    The counter lists matrix products, convolutions and attention, but not all their variants, such as attention's
+    `_scaled_dot_product_flash_attention_for_cpu`.
     """
     if operator in flop_registry:
         return True

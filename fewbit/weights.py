@@ -1,4 +1,4 @@
-"""Weights: probability densities of the pre-activation x, under which a table's error is minimised.
+"""Weights are probability densities of the pre-activation x. A design minimises a table's error under its weight.
 
 A weight has one textual form, the same in `design(weight=...)`, on the command line and in table files:
 `uniform`, `normal`, `normal(mean=1, std=2)`, `student`, `student(df=5)`. Densities need not be normalised:
@@ -24,10 +24,10 @@ Array = np.ndarray
 
 
 class Weight:
-    """A density over the pre-activation; subclasses say which."""
+    """A density over the pre-activation. Subclasses define it."""
 
     domain: tuple[float, float] = DEFAULT_DOMAIN
-    reusable: bool = False  # whether str(self) names the density completely, so that its tables can be stored and found again
+    reusable: bool = False  # whether str(self) describes the density completely; its tables can then be stored and found again
 
     def density(self, x: Array) -> Array:
         """The density at x, up to a constant factor; same shape as x."""
@@ -36,8 +36,8 @@ class Weight:
     def edges(self, domain: tuple[float, float], cells: int) -> Array:
         """Ascending edges of the cells into which a design divides `domain`.
 
-        (cells + 1,) equally spaced; where such cells are too wide for the features of activations, around 0, or for
-        those of the weight, edges that are dense there and spread outwards join them.
+        There are (cells + 1,) equally spaced edges. If such cells are too wide for the features of activations around 0, or for
+        those of the weight, more edges are added. These are dense at the features and spread outwards.
         """
         edges = np.linspace(*domain, cells + 1)
         for center, scale in {(0.0, 1.0), self.feature}:
@@ -49,7 +49,7 @@ class Weight:
 
     @property
     def feature(self) -> tuple[float, float]:
-        """Where the density varies most, and over which distance: its centre and scale."""
+        """The centre and the scale of the density: where it varies most, and over which distance."""
         return 0.0, 1.0
 
 
@@ -90,7 +90,7 @@ class Normal(_Parametric):
 
 @dataclass(frozen=True)
 class Student(_Parametric):
-    """Student's t density with `df` degrees of freedom: the default, since its heavy tails serve many input scales."""
+    """Student's t density with `df` degrees of freedom. It is the default because its heavy tails serve many input scales."""
 
     df: float = 3.0
     mean: float = 0.0
@@ -132,7 +132,7 @@ class Histogram(Weight):
     def of(cls, samples: Any, bins: int = 4096) -> Histogram:
         """The histogram of an array of pre-activations of any shape.
 
-        Bins are equally wide in arcsinh(x), so that they stay narrow around zero however far the outliers lie.
+        Bins are equally wide in arcsinh(x), so they stay narrow around zero even if outliers are far away.
         """
         try:
             x = np.asarray(samples)
@@ -195,7 +195,7 @@ class Custom(Weight):
 
 
 _NAMED = {"student": Student, "normal": Normal, "uniform": Uniform}
-assert tuple(_NAMED) == WEIGHTS  # the command line names them without importing this module
+assert tuple(_NAMED) == WEIGHTS  # the command line takes the names from there, without importing this module
 
 
 def _name(kind: type[Weight]) -> str:
@@ -203,7 +203,7 @@ def _name(kind: type[Weight]) -> str:
 
 
 def as_weight(weight: Any) -> Weight:
-    """A Weight from what users write: a Weight, its text, a density function, or an array of samples.
+    """The Weight for an argument of a user: a Weight, its text, a density function, or an array of samples.
 
     >>> str(as_weight("normal(std=2)"))
     'normal(std=2)'
@@ -230,7 +230,7 @@ def as_weight(weight: Any) -> Weight:
 
 
 def weight_named(text: str) -> Weight | None:
-    """The weight of a text; None for texts that do not name one completely, as those of histograms and functions do not."""
+    """The weight of a text; None if the text does not describe a weight completely, as for histograms and functions."""
     try:
         return _parse(text)
     except DesignError:

@@ -209,7 +209,7 @@ class TestRegister:
 
     @pytest.mark.parametrize("name", ["linear", "swiglu", "layers"])
     def test_names_of_other_functions(self, name):
-        with pytest.raises(ActivationError, match=f"fewbit.functional.{name} is there already"):
+        with pytest.raises(ActivationError, match=f"fewbit.functional.{name} exists and is not an activation"):
             activations.register(name, torch.sin)
 
     @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ class TestReading:
         (tmp_path / "a").write_bytes(bytes(1 << 20))
         assert files.read(tmp_path / "a", 1 << 20) == bytes(1 << 20)
         (tmp_path / "a").write_bytes(bytes((1 << 20) + 1))
-        with pytest.raises(OSError, match="larger than the 1 MiB") as caught:
+        with pytest.raises(OSError, match="larger than the limit of 1 MiB") as caught:
             files.read(tmp_path / "a", 1 << 20)
         assert caught.value.filename == str(tmp_path / "a")
 

@@ -1,1 +1,1 @@
-"""autograd functions, one file for each operation. They take plain tensors and know no registry."""
+"""Autograd functions, one file for each operation. They take plain tensors and do not depend on the registry."""

@@ -1,4 +1,4 @@
-"""A pointwise activation that keeps packed codes for backward, and nothing else."""
+"""A pointwise activation that keeps only packed codes for backward."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def coded_activation(
     formula: Formula | None = None,
     keeps_zeros: bool = False,
 ) -> Tensor:
-    """forward(x), whose backward multiplies by the level of each x's code instead of by f'(x).
+    """forward(x). Backward multiplies by the level of x's code instead of f'(x).
 
     x            floating-point, any shape and strides
-    table        of f'
-    value_table  the same codes with the levels of f: given, layers that read the result find its recipe
+    table        table of f'
+    value_table  The same codes with the levels of f. If given, layers that read the result find its recipe.
     forward      the exact operation
-    formula      the operation's, where it has one, so that a backend may compute it and the codes in one pass
-    keeps_zeros  whether f(0) = 0: then zeros are rebuilt as zeros where there are many
-    Returns      what the operation returns. Kept for backward: packed codes of ceil(n·bits/8) bytes plus at most 512.
+    formula      closed form of the operation, if it has one; a backend may then compute it and the codes in one pass
+    keeps_zeros  whether f(0) = 0; if there are many zeros, they are then rebuilt as zeros
+    Returns      What the operation returns. Packed codes of ceil(n·bits/8) bytes plus at most 512 are kept for backward.
 
-    The gradient can be taken once: differentiating it again raises InputError, since codes carry no second derivative.
+    The gradient can be taken once. Differentiating it again raises InputError, because codes carry no second derivative.
     """
     backend, layout = kernels.backend(x), None if x.is_contiguous() else Layout.of(x)
     if formula is not None and layout is None and backend.has_formula(formula[0]):
@@ -63,7 +63,7 @@ def overwriting_activation(
     forward_inplace: Forward,
     keeps_zeros: bool = False,
 ) -> Tensor:
-    """The same, written into x, which backward does not need.
+    """The same, but the result is written into x, which backward does not need.
 
     forward_inplace  overwrites its argument and returns it
     """
@@ -82,7 +82,7 @@ def overwriting_activation(
 
 
 def watched_activation(x: Tensor, table: DeviceTable, value_table: DeviceTable | None = None, *, forward: Forward) -> Tensor:
-    """As `coded_activation`, where something looks on."""
+    """`coded_activation` for watched code (see `fewbit.torch_internals`)."""
     y, packed = watched.activation(x, forward, table)
     if value_table is None or torch_internals.is_transformed():
         return y
@@ -90,8 +90,10 @@ def watched_activation(x: Tensor, table: DeviceTable, value_table: DeviceTable |
 
 
 def value_recipe(packed: Tensor, layout: Layout, table: DeviceTable, keeps_zeros: bool = False) -> Recipe:
-    """The recipe of a tensor whose values are the levels of packed codes; keeps_zeros as in `coded_activation`, on the CPU
-    alone, since for other devices the process would wait."""
+    """The recipe of a tensor whose values are the levels of packed codes.
+
+    keeps_zeros  as in `coded_activation`; ignored on other devices than the CPU, for which the process would have to wait
+    """
     recipe = Recipe((packed,), lambda kept, dtype: values(kept[0], layout, dtype, table), hides=True)
     if not keeps_zeros or packed.device.type != "cpu" or torch_internals.is_watched(packed) or table.with_zeros is table:
         return recipe
@@ -99,14 +101,14 @@ def value_recipe(packed: Tensor, layout: Layout, table: DeviceTable, keeps_zeros
 
 
 def overwritten(x: Tensor, y: Tensor) -> Tensor:
-    """x, after y was written into it; it then has y's recipe."""
+    """Write y into x and return x, which gets y's recipe."""
     recipe = None if torch_internals.is_transformed() else sharing.find(y)
     x = x.copy_(y)
     return x if recipe is None else sharing.attach(x, recipe)
 
 
 def check_overwritable(name: str, x: Tensor) -> None:
-    """Raise OverwriteError where torch forbids to overwrite x; torch checks too, but after it has written."""
+    """Raise OverwriteError if torch forbids overwriting x. torch checks this too, but only after it has written."""
     if any(tensor.is_leaf for tensor in (x, torch_internals.base_of(x)) if tensor is not None):
         raise OverwriteError(f"{name} cannot overwrite a leaf that requires a gradient, nor a view of one; pass inplace=False")
     if torch_internals.is_view_of_several(x):
@@ -117,11 +119,11 @@ def check_overwritable(name: str, x: Tensor) -> None:
 
 
 def activation_by_sign(x: Tensor, forward: Forward, slopes: tuple[float, float]) -> Tensor | None:
-    """forward(x), for an f of two straight lines that meet in 0, of an x that has a recipe which keeps its sign; else None.
+    """forward(x) for an f of two straight lines that meet at 0, if x has a recipe that keeps its sign; else None.
 
     slopes  f' below and above 0
 
-    Keeps what the recipe keeps and no more: one code for what made x, for f and for the readers of f(x).
+    It keeps only what the recipe keeps. One code thus serves the operation that made x, f, and the layers that read f(x).
     """
     recipe = None if torch_internals.is_transformed() else sharing.find(x)
     if recipe is None or recipe.by_sign is None:
@@ -137,7 +139,7 @@ def activation_by_sign(x: Tensor, forward: Forward, slopes: tuple[float, float])
 
 
 class _CodedActivation(EagerFunction):
-    """Its second output, the anchor, is empty: it ties a second backward to this node, for `differentiable_once`."""
+    """The second output is an empty anchor. It ties a second backward to this node, for `differentiable_once`."""
 
     @staticmethod
     def forward(

@@ -1,8 +1,8 @@
-"""Attention that keeps codes of query, key and value, and neither its output nor anything between.
+"""Attention that keeps codes of query, key and value, and no output or intermediate results.
 
-Backward rebuilds the three, runs torch's own operation again on what was rebuilt, and differentiates that. The probabilities of
-rebuilt queries and keys then add up to one, as they do in a forward pass; with the exact log-sum-exp in their place gradients
-would err twice as much. Whatever kernel torch chooses, masks, grouped queries and dropout stay torch's.
+Backward rebuilds query, key and value, runs torch's own operation on them again, and differentiates that. The probabilities of
+the rebuilt queries and keys then add up to one, as in a forward pass. If backward used the exact log-sum-exp instead, gradients
+would have twice the error. torch chooses the kernel, and handles masks, grouped queries and dropout.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def coded_attention(
     is_random: bool,
     stochastic: bool = False,
 ) -> Tensor:
-    """exact(query, key, value, mask), differentiated at what codes of the first three stand for.
+    """exact(query, key, value, mask), differentiated at the tensors that codes of query, key and value give.
 
-    The codes are those that a tensor brings along, or its own, as for a linear layer: standardized by head and channel, scaled
-    by token. A mask is kept as it is, or as bits. What is seen not to be finite is left to torch, and so are random numbers
-    where something looks on, which would draw them once more.
+    A tensor that already has codes keeps them. Other tensors get codes as in a linear layer, standardized by head and channel
+    and scaled by token. A mask is kept as it is, or as bits. The call is torch's own if a tensor is seen not to be finite. It
+    is also torch's own if it draws random numbers in watched code, where they would be drawn a second time.
 
     query, key, value  (batch, …, tokens, channels) or (tokens, channels), floating-point
     mask               what torch's operation takes, or None
-    fine, table        of a standard normal number: for query and key, and for value
+    fine, table        tables of a standard normal number: `fine` for query and key, `table` for value
     exact              torch's operation
-    is_random          whether it draws random numbers, for a dropout
+    is_random          whether it draws random numbers for a dropout
     stochastic         as in `fewbit.autograd.quantize.Quantizer`
     """
     if (is_random and is_watched(query) and not is_rehearsal(query)) or key.numel() == 0:
@@ -66,8 +66,8 @@ def coded_attention(
 
 
 def _by_token(x: Tensor, quantizer: Quantizer) -> Recipe | None:
-    """The recipe of codes of x (batch, …, tokens, channels), in which all that belongs to a token is a row; None where x is
-    seen not to be finite. What was expanded is kept once."""
+    """The recipe of codes of x (batch, …, tokens, channels), with one row for each token; None if x is seen not to be finite.
+    Elements of expanded dimensions are kept once."""
     once = x
     for dim, stride in enumerate(x.stride()):
         if stride == 0 and x.shape[dim] > 1:
@@ -87,4 +87,4 @@ def _by_token(x: Tensor, quantizer: Quantizer) -> Recipe | None:
 
 
 class _CodedAttention(Recomputed):
-    """Under a name that reports show."""
+    """A class of its own, because reports show its name."""

@@ -1,19 +1,19 @@
-"""What an operation is to torch.compile: constants found while it traces, and one call that it does not look into.
+"""The form of an operation for torch.compile: constants that are computed while it traces, and one call that it does not trace.
 
-Dynamo would trace an autograd Function of ours too, but then forgets its rules for vmap, and drops the refusal of second
-derivatives: compiled, `grad(grad(f))` gave zeros. Left whole in the graph, `call` runs as Python when AOTAutograd traces the
-graph, under the very transforms that are active, and leaves `fewbit::encode`, the exact operation and `fewbit::decode`.
+Dynamo could trace an autograd Function of ours. It would then lose the Function's vmap rules, and the error for second
+derivatives: compiled, `grad(grad(f))` gave zeros. So the graph holds `call` as a whole. `call` runs as Python when AOTAutograd
+traces the graph, under the transforms that are active. It leaves `fewbit::encode`, the exact operation and `fewbit::decode`.
 
-Those two stay opaque operators, where torch operations would be possible. With inductor the partitioner keeps the same bytes in
-both forms (`tools/compile_bytes.py` prints them), since it may move an `encode`, which no output needs, into backward where its
-input is kept anyway. Only where that input is cheap to recompute, after a norm, would torch operations save the codes; against
-that, their code took five to eight times as long as the kernels on a CPU (65,536 to 1,048,576 elements).
+`encode` and `decode` are opaque operators. torch operations would be possible too, but the bytes kept with inductor are the
+same (`tools/compile_bytes.py` prints them): no output needs an `encode`, so the partitioner may move it into backward if its
+input is kept anyway. torch operations would save the codes only if that input is cheap to recompute, as after a norm. Their
+compiled code took five to eight times as long as the kernels on a CPU (65,536 to 1,048,576 elements).
 
-A limit, torch's more than ours: second derivatives through a compiled region raise in `backward()`, but `torch.autograd.grad`
-with chosen inputs passes the region by if the loss also depends on these inputs directly and the region saved none of them. An
-exact operation saves its input and so raises; codes do not.
+There is a limit, which lies in torch. Second derivatives through a compiled region raise in `backward()`. But
+`torch.autograd.grad` with chosen inputs bypasses the region, and does not raise, if the loss also depends on these inputs
+directly and the region saved none of them. An exact operation saves its input and so raises. Codes do not.
 
-Imported while tracing, since it loads dynamo.
+This file is imported while tracing, because it loads dynamo.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
-# What graphs call, for as long as graphs may live: one entry for each operation that compiled code has used, whatever its
-# tables and bits.
+# Functions that graphs call: one entry for each operation in compiled code. Tables and bits are not part of the key. Entries
+# stay forever, because graphs may.
 _keys: dict[Any, str] = {}
 _functions: dict[str, Callable[..., Tensor]] = {}
 
 
 def remember(content: Any, label: str, function: Callable[..., Tensor]) -> str:
-    """A key by which a graph finds the function; the same for equal content."""
+    """The key by which a graph finds the function. Equal content gives the same key."""
     if content not in _keys:
         _keys[content] = f"{label} #{len(_keys)}"
         _functions[_keys[content]] = function
@@ -40,11 +40,11 @@ def remember(content: Any, label: str, function: Callable[..., Tensor]) -> str:
 
 @torch.compiler.assume_constant_result
 def constant(function: Callable[..., Any], /, *args: Any) -> Any:
-    """function(*args), called once while the code is traced and not looked into."""
+    """function(*args), called once while the code is traced. The call itself is not traced."""
     return function(*args)
 
 
 @torch.compiler.allow_in_graph
 def call(key: str, operands: list, tensors: list[Tensor], bits: int, exact: bool, by_name: bool) -> Tensor:
-    """The function of that key, on the other arguments."""
+    """Call the function of that key with the other arguments."""
     return _functions[key](operands, tensors, bits, exact, by_name)

@@ -1,4 +1,4 @@
-"""Gradients from codes can be taken once: codes carry no second derivative."""
+"""Lets gradients from codes be taken only once, because codes carry no second derivative."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ with unwatched():
 
 
 def new_anchor() -> Tensor:
-    """An output without elements of an operation in plain eager code, for `differentiable_once`; it shares no more than an
-    empty storage with others, which costs a third of a tensor made anew."""
+    """An empty tensor as an extra output of an operation in plain eager code, for `differentiable_once`. Anchors share one
+    empty storage, which costs a third of a new tensor."""
     return _NOTHING.data
 
 
 def differentiable_once(result: Tensor, grad: Tensor, anchor: Tensor) -> Tensor:
-    """The gradient `result` that a backward pass made of `grad`; differentiating it again, by whatever way, raises InputError.
+    """The gradient `result`, which a backward pass made from `grad`. Differentiating it again in any way raises InputError.
 
-    anchor  an output without elements of the operation whose backward this is: it ties the result to its graph, as `grad` does
-            to that of the incoming gradient, so that no second derivative passes it by
+    anchor  An empty output of the operation whose backward this is. It ties the result to the operation's graph, as `grad` ties
+            it to the graph of the incoming gradient. No second derivative can then bypass the error.
     """
     return _Once.apply(result, grad, anchor) if torch.is_grad_enabled() else result  # type: ignore[return-value]
 

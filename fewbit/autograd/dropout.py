@@ -1,7 +1,7 @@
-"""Dropout that keeps one bit an element, from which backward gets what torch's own mask says: an exact code.
+"""Dropout that keeps one bit per element: an exact code of torch's own mask.
 
-Layers that read the output keep a code of the input and the bits. They share that code with all that read the input, behind a
-dropout or not.
+Layers that read the output keep a code of the dropout's input, and the bits. They share that code with all layers that read the
+input, with or without a dropout.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Tensor = torch.Tensor
 
 
 def coded_dropout(x: Tensor, table: DeviceTable, *, p: float, inplace: bool, exact: Callable[[Tensor], Tensor]) -> Tensor:
-    """exact(x), which is torch's dropout in training, with the same random numbers; kept are the packed bits of its mask.
+    """exact(x), torch's dropout in training, with the same random numbers. The packed bits of its mask are kept.
 
-    p        of an element to become zero, above 0 and below 1
+    p        probability that an element becomes zero, above 0 and below 1
     table    as `mask_table` gives it
     inplace  whether the output is written into x
 
-    An x so small that packed bits would take no less than torch's mask is left to torch.
+    If x is so small that packed bits would take no less than torch's mask, the call is torch's own.
     """
     if _is_small(x, table):
         return exact(x)
@@ -52,21 +52,21 @@ def coded_dropout(x: Tensor, table: DeviceTable, *, p: float, inplace: bool, exa
 
 
 def _is_small(x: Tensor, table: DeviceTable) -> bool:
-    """Whether packed bits take no less than torch's mask: not known of a compiler's symbols."""
+    """Whether packed bits take no less than torch's mask. False for a compiler's symbols, whose values are not known."""
     n: Any = x.numel()
     of_torch = 1 if _draws_bits(x) else x.element_size()
     return isinstance(n, int) and table.packed_bytes(n) >= n * of_torch
 
 
 def _draws_bits(x: Tensor) -> bool:
-    """Whether torch's own dropout makes a mask of bytes, as it does on a GPU and in compiled code, instead of numbers."""
+    """Whether torch's own dropout makes a mask of bytes, as on a GPU and in compiled code. Elsewhere its mask holds numbers."""
     return x.is_cuda or torch.compiler.is_compiling()
 
 
 @lru_cache(maxsize=256)
 def mask_table(p: float, dtype: torch.dtype, device: torch.device) -> DeviceTable:
-    """The table by which masks become bits, and bits 0 or 1 / (1 - p), as torch multiplies by it: on the CPU its mask holds
-    that number, rounded to the dtype."""
+    """The table that turns masks into bits, and bits into 0 or 1 / (1 - p), the factor of torch. On the CPU the factor is
+    rounded to the dtype, as in torch's mask."""
     wide = at_least_float32(dtype)
     with unwatched():
         scale = torch.tensor(1 / (1 - p), dtype=torch.float64)
@@ -79,7 +79,7 @@ def mask_table(p: float, dtype: torch.dtype, device: torch.device) -> DeviceTabl
 
 
 def _dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """x after dropout, by the operations that torch takes, and its mask, which is 0 or above 0.5."""
+    """x after dropout, by the operations that torch uses, and its mask, whose elements are 0 or above 0.5."""
     if _draws_bits(x):
         y, mask = torch.native_dropout(x, p, True)
         return y, mask.to(x.dtype)
@@ -88,7 +88,7 @@ def _dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def _masked(recipe: sharing.Recipe, packed: Tensor, table: DeviceTable, layout: Layout) -> sharing.Recipe:
-    """The recipe of what the mask leaves of a tensor that has a recipe."""
+    """The recipe of a masked tensor, from the recipe of the tensor and the packed mask."""
     rebuild_all = recipe.rebuild
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -99,7 +99,7 @@ def _masked(recipe: sharing.Recipe, packed: Tensor, table: DeviceTable, layout: 
 
 
 class _CodedDropout(EagerFunction):
-    """Linear, and so differentiable as often as torch's own."""
+    """This operation is linear, so it is differentiable as often as torch's own."""
 
     @staticmethod
     def forward(

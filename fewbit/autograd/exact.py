@@ -1,4 +1,4 @@
-"""`exact`: for a while, no codes at all."""
+"""`exact` is a context in which fewbit makes no codes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import torch
 
 from fewbit.errors import InputError
 
-# Codes are off while either holds; each call looks at both, and compiled code guards them
-active = False  # whether one of these contexts is open
-compiled_depth = (
-    0  # how many are open inside compiled code, which writes it back without a lock: apart, so that none of _depth is lost
-)
+# Codes are off if `active` is true or `compiled_depth` is above 0. Each call checks both, and compiled code guards them.
+active = False  # whether one of these contexts is open in code that is not compiled
+# How many contexts are open inside compiled code. It is separate from _depth because compiled code writes it without a lock.
+compiled_depth = 0
 _depth = 0  # how many are open in all other code
 _lock = threading.Lock()
 
@@ -24,14 +23,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class exact(ContextDecorator):
-    """Inside it, all of fewbit is torch's own: activations, layers, modules and converted models make no codes.
+    """Turn codes off: inside, fewbit's functions, modules and converted models run torch's own operations.
 
     Use it as a context manager or as a decorator, to compare and to debug. If a problem remains inside, codes do not cause it.
-    Second derivatives and forward-mode derivatives work inside too. The forward pass has to run inside. Checkpointing runs
-    forward again in backward, so run backward inside too then.
+    Second derivatives and forward-mode derivatives work inside too. The forward pass has to run inside. With checkpointing,
+    run backward inside too, because it runs forward again.
 
-    It holds for the whole process, with all threads and tasks, as long as any of them is inside. Compiled code compiles once
-    more for it.
+    It applies to the whole process, with all threads and tasks, as long as any of them is inside. Compiled code is compiled
+    once more for it.
 
     >>> import fewbit
     >>> x = torch.linspace(-2, 2, 5, requires_grad=True)
@@ -53,7 +52,8 @@ class exact(ContextDecorator):
 
 
 def check_decorated(name: str, function: Any) -> None:
-    """Raise InputError for classes, coroutines and generators: they run on after the call returns, when the context is left."""
+    """Raise InputError for classes, coroutines and generators. Their code runs on after the call, when the context has
+    ended."""
     if (
         not callable(function)
         or isinstance(function, type)

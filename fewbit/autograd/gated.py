@@ -1,7 +1,7 @@
-"""Gated units, f(gate) * up, that keep codes of gate and up, and not their product.
+"""Gated units, f(gate) * up, that keep codes of gate and up instead of their product.
 
-Backward reads f(gate), f'(gate) and up: one joint code of gate carries two of them, a code of up the third; the product that
-the next layer reads is made anew from both.
+Backward reads f(gate), f'(gate) and up. One joint code of gate gives the first two, a code of up the third. Layers that read
+the product compute it again from both codes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def coded_gate(
     """exact(gate, up) = f(gate) * up, with codes of both for backward and for the coded layers that read the result.
 
     gate, up           (*) floating-point, of one dtype, and of one shape or broadcast to it
-    derivative, value  one joint code of gate, with the levels of f' and of f
-    normal             of a standard normal number, for codes of up, standardized by channel and scaled by row
+    derivative, value  tables of one joint code of gate, with the levels of f' and of f
+    normal             table of a standard normal number, for codes of up, which are standardized by channel and scaled by row
     channel            the dimension of the channels
     stochastic         as in `fewbit.autograd.quantize.Quantizer`, for up
     """
@@ -55,11 +55,11 @@ def coded_gate(
 
 
 class _Codes:
-    """What is made of the codes of gate and up, which are kept as (packed, *what up's recipe keeps)."""
+    """Computes the product and the gradients from the codes of gate and up, which are kept as (packed, *up's recipe.kept)."""
 
     def __init__(self, arrangement: Arrangement, tables: tuple[DeviceTable, DeviceTable, DeviceTable], of_up: Recipe):
         self.arrangement, self.tables = arrangement, tables
-        self.up = of_up._replace(kept=())  # none of the tensors, which saved-tensor hooks may free
+        self.up = of_up._replace(kept=())  # it holds no tensors, so saved-tensor hooks may free them
 
     def product(self, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """f(gate) * up."""
@@ -89,7 +89,7 @@ class _Codes:
 
 
 class _CodedGate(EagerFunction):
-    """Its second output is the anchor of `differentiable_once`."""
+    """The second output is the anchor of `differentiable_once`."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory. Codes follow memory, not the logical order, so that any dense tensor is read as it lies."""
+"""The order of a tensor's elements in memory. Codes follow this order, so any dense tensor is read without a copy."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
-        if tensor.is_contiguous():  # also for shapes that depend on data, whose strides cannot be compared
+        if tensor.is_contiguous():  # this also works for shapes that depend on data, whose strides cannot be compared
             return cls.contiguous(tensor.shape)
         return cls(tensor.shape, tuple(memory_order(tensor.stride())))
 
     def flatten(self, tensor: Tensor) -> Tensor:
-        """(n,): a tensor of this shape, in this order; no copy where it lies so."""
+        """(n,): the elements of a tensor of this shape, in this order. No copy is made if they are in this order in memory."""
         return (tensor if self.is_contiguous else tensor.permute(self.order)).reshape(-1)
 
     def unflatten(self, flat: Tensor) -> Tensor:
-        """What `flatten` made (n,) of, without a copy."""
+        """The inverse of `flatten`, without a copy."""
         if self.is_contiguous:
             return flat.view(self.shape)
         return flat.view([self.shape[dim] for dim in self.order]).permute(inverse(self.order))
 
 
 class Arrangement(NamedTuple):
-    """In which order the elements of a tensor are packed, and which channels and rows they belong to."""
+    """The order in which the elements of a tensor are packed, and the channels and rows to which they belong."""
 
     layout: Layout
     grid: Grid
 
     @classmethod
     def of(cls, x: Tensor, channel: int, groups: int = 1) -> Arrangement:
-        """Channels in one dimension, in `groups`. Each place in the dimensions before it, with each group, is a row; all that
-        lies behind it belongs to the row. The channels of images may lie last in memory."""
+        """Channels are in the dimension `channel`, in `groups` groups. Each index of the dimensions before it, with each group,
+        is a row. The dimensions after it belong to the row. Images may have their channels last in memory."""
         layout, shape = Layout.of(x), x.shape
         if channel == 1 and x.dim() > 2 and (layout.order[0], layout.order[-1]) == (0, 1):
             places = prod(shape[2:])
@@ -65,18 +65,18 @@ class Arrangement(NamedTuple):
 
     @classmethod
     def of_last(cls, shape: torch.Size, dims: int) -> Arrangement:
-        """Each element of that many last dimensions is a channel, each place in the others a row."""
+        """Each element of the last `dims` dimensions is a channel, each index of the other dimensions a row."""
         return cls(Layout.contiguous(shape), Grid(prod(shape[: len(shape) - dims]), prod(shape[len(shape) - dims :])))
 
     def view(self, tensor: Tensor) -> Tensor:
-        """(outer, channels, inner); a copy only of a tensor that lies otherwise."""
+        """The tensor as (outer, channels, inner). It is copied only if its order in memory is another."""
         return (tensor if self.layout.is_contiguous else tensor.permute(self.layout.order)).reshape(self.grid[:3])
 
 
 def memory_order(strides: Sequence[int]) -> list[int]:
     """The dimensions from the outermost in memory to the innermost.
 
-    Sorted by insertion, since dynamo cannot sort by symbolic strides, but compares them.
+    This is an insertion sort, because dynamo cannot sort by symbolic strides but can compare them.
 
     >>> memory_order((12, 1, 4))
     [0, 2, 1]

@@ -1,6 +1,6 @@
-"""Layers that multiply by a weight: linear and convolution. Exact but for the weight's gradient, which is made from codes.
+"""Layers that multiply by a weight: linear and convolution. All is exact except the weight's gradient, which comes from codes.
 
-With y = x W^T + b, backward needs W for x's gradient, which is exact, and x for W's alone: that is what the codes stand for
+With y = x W^T + b, backward needs W for x's gradient, which is exact. It needs x only for W's gradient; codes stand for x there
 (Chakrabarti and Moseley, NeurIPS 2019, section 3). Errors therefore do not add up from layer to layer.
 """
 
@@ -39,8 +39,8 @@ class Product(Protocol):
     def grads(
         self, grad: Tensor, x: Tensor | Sequence[int], weight: Tensor, needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
-        """The gradients of x, weight and bias, those needed. x is a shape where the weight's is not needed, and likewise the
-        weight may be anything of its shape where x's is not."""
+        """The needed gradients of x, weight and bias; None for others. If the weight's gradient is not needed, x is a shape. If
+        x's is not needed, the weight may be any tensor of its shape."""
         ...
 
 
@@ -69,7 +69,7 @@ def _rows(x: Tensor) -> Tensor:
 class Convolution(NamedTuple):
     """x (batch, in, *), weight (out, in / groups, *), or (in, out / groups, *) if transposed -> (batch, out, *).
 
-    For each spatial dimension an integer of: stride, padding, dilation, output_padding.
+    stride, padding, dilation and output_padding have an integer for each spatial dimension.
     """
 
     stride: tuple[int, ...]
@@ -81,7 +81,7 @@ class Convolution(NamedTuple):
     channel: int = 1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # not torch.convolution, which refuses complex numbers
+        # torch.convolution is not used because it refuses complex numbers
         if self.transposed:
             transposed = getattr(torch, f"conv_transpose{len(self.stride)}d")
             return transposed(x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
@@ -89,7 +89,7 @@ class Convolution(NamedTuple):
         return function(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def grads(self, grad: Tensor, x: Any, weight: Tensor, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-        if not isinstance(x, Tensor):  # its shape alone is looked at
+        if not isinstance(x, Tensor):  # torch only reads its shape
             x = grad.new_empty(1).expand(x)
         channels = grad.shape[1]
         return torch.ops.aten.convolution_backward(grad, x, weight, [channels], *self[:-1], list(needed))
@@ -110,9 +110,9 @@ def padded(input: Tensor, weight: Tensor, padding: str, dilation: Sequence[int])
     if padding not in ("same", "valid"):
         raise InputError(f"padding must be 'same', 'valid' or integers, got {padding!r}")
     if weight.dim() != len(dilation) + 2:
-        return input, (0,) * len(dilation)  # torch's convolution says what it takes
+        return input, (0,) * len(dilation)  # torch's convolution raises its own error
     missing = [step * (size - 1) * (padding == "same") for step, size in zip(dilation, weight.shape[2:], strict=True)]
-    if any(each % 2 for each in missing):  # as torch does: one more behind
+    if any(each % 2 for each in missing):  # as in torch, the odd one is added at the end
         input = torch.nn.functional.pad(input, [part for each in reversed(missing) for part in (0, each % 2)])
     return input, tuple(each // 2 for each in missing)
 
@@ -120,19 +120,19 @@ def padded(input: Tensor, weight: Tensor, padding: str, dilation: Sequence[int])
 def coded_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: DeviceTable, *, product: Product, stochastic: bool = False
 ) -> Tensor:
-    """product(x, weight, bias), whose weight gradient is that of codes of x.
+    """product(x, weight, bias). The weight's gradient comes from codes of x.
 
-    The codes are those that x brings along from the layer that made it, or from one that read it before; or none, but x itself,
-    where it needs no gradient, as a batch, or where the operation that made it keeps it anyway; or codes of its own, with
-    scales, which x brings along from then on. Nothing of x is kept if the weight needs no gradient. An x that is seen not to be
-    finite is left to torch.
+    If x has codes, from the layer that made it or from a layer that read it, these are kept. If x needs no gradient, as a
+    batch, or the operation that made x keeps it anyway, x itself is kept. Otherwise new codes with scales are made, and later
+    layers that read x find them. If the weight needs no gradient, nothing of x is kept. If x is seen not to be finite, the call
+    is torch's own.
 
-    table       of a standard normal number, for codes of its own
+    table       table of a standard normal number, for new codes
     product     the operation
-    stochastic  as in `fewbit.autograd.quantize.Quantizer`; for codes of its own
+    stochastic  as in `fewbit.autograd.quantize.Quantizer`, for new codes
 
-    Readers of what a linear layer makes of a much narrower x, as the second half of a low-rank pair does, keep the codes of x
-    and the weight, which are there anyway, and multiply again.
+    A linear layer may make its output from a much narrower x, such as the second half of a low-rank pair. Layers that read this
+    output keep the codes of x and the weight, which are kept anyway, and multiply again.
     """
     recipe, lost = None, None
     if weight.requires_grad:
@@ -147,19 +147,20 @@ def coded_linear(
     return y
 
 
-# How much narrower: to multiply again takes as many operations a number as x is wide. The factor is a heuristic. At 8 that is a
-# small part of the other products that a layer of that width takes part in, and the codes of x are at most an eighth.
+# How much narrower x must be. Multiplying again takes as many operations per output element as x is wide. The factor is a
+# heuristic. At 8, this is a small part of the other products of a layer of that width, and the codes of x take at most an
+# eighth of those of the output.
 _NARROW = 8
 
 
 def _is_wide(weight: Tensor) -> bool:
-    """Whether a linear layer gives many more numbers than it takes. Not among several processes, which may give a sharded
-    weight's memory back before backward."""
+    """Whether a linear layer's output is much wider than its input. False in distributed training, which may free the memory of
+    a sharded weight before backward."""
     return _NARROW * weight.shape[1] <= weight.shape[0] and not is_distributed()
 
 
 def _widened(recipe: Recipe, weight: Tensor, bias: Tensor | None) -> Recipe:
-    """The recipe of a linear layer's output, from that of its input. The layer itself keeps weight and codes for backward."""
+    """The recipe of a linear layer's output, from the recipe of its input. The layer keeps the weight and the codes anyway."""
     rebuild_x, count = recipe.rebuild, len(recipe.kept)
     parameters = [each.detach() for each in (weight, bias) if each is not None]
 
@@ -171,8 +172,11 @@ def _widened(recipe: Recipe, weight: Tensor, bias: Tensor | None) -> Recipe:
 
 
 class _CodedProduct(EagerFunction):
-    """Its second output is the anchor of `differentiable_once`. Under autocast the weight is kept as it is, and cast once more
-    in backward: it is there anyway, and each use of a shared weight would keep a cast of its own."""
+    """The second output is the anchor of `differentiable_once`.
+
+    Under autocast the weight itself is kept, and cast again in backward. It is in memory anyway, and each use of a shared
+    weight would keep its own cast.
+    """
 
     @staticmethod
     def forward(
@@ -210,7 +214,7 @@ class _CodedProduct(EagerFunction):
 
 
 def _one_place_of_each_channel(x: Tensor, channel: int) -> Tensor:
-    """A view (channels,): of an image its middle, which every element of a convolution's weight gets to."""
+    """A view (channels,) of x. For images it is the middle, which every element of a convolution's weight reads."""
     for _ in range(x.dim() - 1 - channel % x.dim()):
         x = x.select(-1, x.shape[-1] // 2)
     while x.dim() > 1:

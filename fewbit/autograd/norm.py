@@ -1,17 +1,17 @@
-"""Normalization layers that keep codes of the normalized values, not their input.
+"""Normalization layers that keep codes of the normalized values instead of their input.
 
-With x̂ = (x - mean) / σ and y = w x̂ + b, backward reads x̂ and σ. The numbers that are coded are standardized by channel
-besides: trained networks have channels that are always far from 0, or far larger than all others, in what a layer norm makes of
-each token. From the same codes the layers that read y make it anew.
+With x̂ = (x - mean) / σ and y = w x̂ + b, backward reads x̂ and σ. Before coding, x̂ is also standardized by channel: after a
+layer norm, trained networks have channels that are always far from 0, or far larger than all others. Layers that read y rebuild
+it from the same codes.
 
-Where a norm is taken of tokens or images, a padded one is constant: its x̂ is 0, or nearly, and its 1/σ = 1/√ε, some hundred
-times that of others, by which the next norm multiplies gradients. An error of x̂ of the usual size would be multiplied, too. So
-where the variance is below ε, x̂ is coded in units of its root mean square, which follows from 1/σ.
+In norms over tokens or images, a padded token or image is constant. Its x̂ is 0 or nearly 0. Its 1/σ = 1/√ε is some hundred
+times that of others, and backward multiplies gradients by it. An error of x̂ of the usual size would be multiplied too.
+Therefore, if the variance is below ε, x̂ is coded in units of its root mean square, which follows from 1/σ.
 
-Where w and b belong to the channels of images, the numbers are moved so that y = 0 lies on a threshold. A ReLU that reads y
-then finds in its codes the sign of y, exactly, as in Chakrabarti and Moseley (NeurIPS 2019), who move uniform bins for that.
-The way is less than half an interval; a channel whose y changes its sign beyond the outermost threshold is shrunk until that
-is there, by half at most. Farther out, where y hardly ever changes its sign, the rare sign is given up.
+If w and b belong to channels of images, the coded numbers are shifted so that y = 0 lies on a threshold. A ReLU that reads y
+then finds the exact sign of y in the codes, as in Chakrabarti and Moseley (NeurIPS 2019), who shift uniform bins. The shift is
+less than half an interval. If y = 0 lies beyond the outermost threshold, the channel is shrunk, by half at most, until y = 0
+lies on that threshold. If y = 0 lies farther out, y hardly ever changes its sign, and the rare sign is given up.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Tensor = torch.Tensor
 
 
 class Normalized(NamedTuple):
-    """y, exactly as the operation gives it; the mean (None if not taken) and 1/σ by row or by channel, both None where the
-    operation does not tell them, or too coarsely."""
+    """The exact output y of the operation, the mean (None if none is taken), and 1/σ, by row or by channel. Mean and 1/σ are
+    None if the operation does not return them, or only in low precision."""
 
     y: Tensor
     mean: Tensor | None = None
@@ -46,10 +46,10 @@ class Normalized(NamedTuple):
 class Normalization:
     """An operation y = w x̂ + b.
 
-    by_channel      whether w and b belong to dimension 1, instead of to the last ones; codes then tell the sign of y
-    by_row          whether σ belongs to tokens or images, or groups of their channels, instead of to channels
+    by_channel      whether w and b belong to dimension 1 instead of the last dimensions; codes then tell the sign of y
+    by_row          whether σ belongs to tokens, images or groups of their channels, instead of channels
     centered        whether a mean is subtracted
-    may_be_repeated whether another forward pass changes nothing: no running statistics
+    may_be_repeated whether another forward pass changes nothing, because there are no running statistics to update
     """
 
     by_channel: ClassVar[bool] = False
@@ -61,7 +61,7 @@ class Normalization:
         return True
 
     def epsilon(self, dtype: torch.dtype) -> float | None:
-        """Of σ = sqrt(variance + ε), for an x of that dtype; None where σ belongs to channels."""
+        """The ε of σ = sqrt(variance + ε) for an x of that dtype; None if σ belongs to channels."""
         raise NotImplementedError
 
     def arrangement(self, x: Tensor) -> Arrangement:
@@ -78,7 +78,7 @@ class _OverLastDimensions(Normalization):
     shape: tuple[int, ...]
     eps: float | None
 
-    def epsilon(self, dtype: torch.dtype) -> float:  # as torch: where none is given, that of the dtype that it computes in
+    def epsilon(self, dtype: torch.dtype) -> float:  # the default is that of torch: the eps of the dtype in which it computes
         return torch.finfo(at_least_float32(dtype)).eps if self.eps is None else self.eps
 
     def arrangement(self, x: Tensor) -> Arrangement:
@@ -87,7 +87,7 @@ class _OverLastDimensions(Normalization):
 
 @dataclass(frozen=True)
 class LayerNorm(_OverLastDimensions):
-    """Of mean 0 and variance 1."""
+    """The output has mean 0 and variance 1."""
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *_: Any) -> Normalized:
         y, mean, scale = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)  # type: ignore[arg-type]
@@ -95,13 +95,13 @@ class LayerNorm(_OverLastDimensions):
 
 
 def _is_coarse(scale: Tensor) -> bool:
-    """Whether a statistic is too coarse for what is made of it: the unit of rows, and the signs of y."""
+    """Whether a statistic has too low a precision for its uses: the unit of rows, and the signs of y."""
     return scale.dtype in (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class RMSNorm(_OverLastDimensions):
-    """Of mean square 1; no mean is taken."""
+    """The output has mean square 1. No mean is subtracted."""
 
     centered: ClassVar[bool] = False
 
@@ -111,7 +111,7 @@ class RMSNorm(_OverLastDimensions):
 
 @dataclass(frozen=True)
 class GroupNorm(Normalization):
-    """Over each of `groups` groups of channels."""
+    """A norm over each of `groups` groups of channels."""
 
     groups: int
     eps: float
@@ -133,7 +133,7 @@ class GroupNorm(Normalization):
 
 @dataclass(frozen=True)
 class BatchNorm(Normalization):
-    """Over all but the channels; by the running statistics where not `training`."""
+    """A norm over all dimensions except the channels. If not `training`, it uses the running statistics."""
 
     training: bool
     eps: float
@@ -175,14 +175,14 @@ def coded_normalization(
 ) -> Tensor:
     """normalization(x, weight, bias), with codes of x̂ for backward and for the coded layers that read the result.
 
-    An x that would take less than its codes and statistics is left to torch, and so is one that the operation which made it
-    keeps anyway, and one that is seen not to be finite, or of which statistics are out of range.
+    The call is torch's own if x takes less than its codes and statistics, if the operation that made x keeps it anyway, if x is
+    seen not to be finite, or if its statistics are out of range.
 
-    others         what else the operation takes (running statistics and their momentum), and last the DeviceTable of a
+    others         further arguments of the operation (running statistics and their momentum), and last the DeviceTable of a
                    standard normal number
     normalization  the operation
     exact          torch's function for it
-    autocasts      whether autocast may make that one compute in another dtype
+    autocasts      whether autocast may make `exact` compute in another dtype
     stochastic     as in `fewbit.autograd.quantize.Quantizer`
     """
     *running, table = others
@@ -214,7 +214,7 @@ def coded_normalization(
         flat = layout.flatten(grad)
         return layout.unflatten(of_layers(flat).times_slope(codes(*kept), flat, *slopes))
 
-    if not finite:  # running statistics have changed: readers make codes of their own, and see it
+    if not finite:  # the forward pass cannot be repeated; layers that read y make their own codes and see this
         return y
     kept = (packed, vectors, scale) if normalization.by_row else (packed, vectors)
     by_sign = BySign(rebuild, times) if normalization.by_channel and not stochastic else None
@@ -222,7 +222,7 @@ def coded_normalization(
 
 
 class _CodedNormalization(EagerFunction):
-    """Its second output is the anchor of `differentiable_once`; then come the codes, what turns their levels into x̂ and y (see
+    """The outputs are y, the anchor of `differentiable_once`, the codes, the vectors that turn levels into x̂ and y (see
     `fewbit.kernels.layers_reference.Vectors`), 1/σ, and whether all is finite."""
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""What torch makes of a weight in order to multiply by it, made again in backward instead of kept.
+"""Rebuilds matrices that torch makes from weights in backward, instead of keeping them.
 
-Under autocast that is a cast of the weight. Of a weight that consists of small numbers and scales, as torchao's, it is a cast
-of these numbers, or the numbers that the whole stands for. Each layer would keep as much as an ordinary weight takes, while
-what that was made of is there anyway.
+Under autocast such a matrix is a cast of the weight. If a weight consists of quantized numbers and scales, as in torchao, the
+matrix is a cast of these numbers, or the dequantized weight. Each layer would keep as much as an ordinary weight takes,
+although the weight itself is in memory anyway.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fewbit.torch_internals import is_distributed, is_fake, is_torchs_own, parts
 Tensor = torch.Tensor
 
 
-# torch's products of two factors. Of these it saves one where the other needs a gradient: a matrix without a graph is, or comes
-# from, the frozen one.
+# torch's products of two factors. torch saves a factor if the other one needs a gradient. A saved matrix without a graph
+# therefore is the frozen weight, or comes from it.
 _functions = "mm", "addmm", "matmul"
 PRODUCTS = frozenset(
     {torch.nn.functional.linear, Tensor.__matmul__, Tensor.__rmatmul__}  # type: ignore[attr-defined]
@@ -30,24 +30,24 @@ PRODUCTS = frozenset(
 
 
 class _Way(NamedTuple):
-    """How a tensor comes from a weight: the number of one of its `_forms`, and whether that is transposed."""
+    """How a tensor comes from a weight: the number of the form in `_forms`, and whether it is transposed."""
 
     form: int
     is_transposed: bool
 
 
-_ways: ByTensor[dict[Any, _Way | None]] = ByTensor()  # of a weight, by function, shape and dtype of what that made of it
+_ways: ByTensor[dict[Any, _Way | None]] = ByTensor()  # for each weight, ways by function, shape and dtype of the saved matrix
 
 
 def made_of_frozen(tensor: Tensor, saved: Sequence[Tensor], function: Any, operands: Sequence[Any]) -> Recipe | None:
-    """The recipe that makes a saved matrix, which has no graph, of the frozen weight among the operands; None where that cannot
-    be said.
+    """The recipe that rebuilds a saved matrix without a graph from the frozen weight among the operands; None if it may come
+    from something else.
 
-    saved     all that the function saved
-    function  what was called with the operands; others than PRODUCTS may make anything of a weight
+    saved     all tensors that the function saved
+    function  the function that was called with the operands; only PRODUCTS are treated
 
-    Whether the numbers are the same is looked at each time on the CPU. Elsewhere the process waits for that; so it is done when
-    the function first meets the weight.
+    On the CPU the numbers are compared at each call. On other devices the process has to wait for a comparison, so they are
+    compared only when the function first gets the weight.
     """
     if function not in PRODUCTS or tensor.dim() != 2 or is_distributed():
         return None
@@ -60,10 +60,10 @@ def made_of_frozen(tensor: Tensor, saved: Sequence[Tensor], function: Any, opera
 
 
 def cast_of_parameter(tensor: Tensor) -> Recipe | None:
-    """The recipe that casts a parameter once more, of a tensor whose graph says that it is such a cast; else None."""
+    """The recipe that casts a parameter again, if the tensor's graph shows that it is a cast of the parameter; else None."""
     node: Any = tensor.grad_fn
     source: Any = node.next_functions[0][0] if type(node).__name__ == "ToCopyBackward0" else None
-    if type(source).__name__ != "AccumulateGrad" or is_distributed():  # which may give a sharded weight's memory back
+    if type(source).__name__ != "AccumulateGrad" or is_distributed():  # this may free the memory of a sharded weight
         return None
     parameter = source.variable
     if not isinstance(parameter, torch.nn.Parameter) or parameter.device != tensor.device:
@@ -87,7 +87,7 @@ def _known_way(weight: Tensor, tensor: Tensor, function: Any) -> _Way | None:
 def _way(weight: Tensor, tensor: Tensor) -> _Way | None:
     for (number, form), is_transposed in product(enumerate(_forms(weight)), (False, True)):
         shape = form.shape[::-1] if is_transposed else form.shape
-        is_same_thing = is_torchs_own(type(form)) and form.dtype == tensor.dtype  # a view, which costs nothing
+        is_same_thing = is_torchs_own(type(form)) and form.dtype == tensor.dtype  # the tensor is a view, which costs nothing
         if shape != tensor.shape or form.device != tensor.device or is_same_thing:
             continue
         if is_fake(tensor) or torch.equal(_numbers(form, tensor.dtype, is_transposed), tensor):
@@ -96,8 +96,8 @@ def _way(weight: Tensor, tensor: Tensor) -> _Way | None:
 
 
 def _forms(weight: Tensor) -> list[Tensor]:
-    """What of a weight is there and may give a matrix: of one of a class that consists of other tensors these, and the whole if
-    it tells what it stands for."""
+    """The tensors from which a matrix may come: the weight itself or, for a class that wraps other tensors, these tensors, and
+    the weight if it can be dequantized."""
     if is_torchs_own(type(weight)):
         return [weight]
     return [*parts_of(weight), *([weight] if type(weight).dequantize is not Tensor.dequantize else [])]

@@ -1,7 +1,7 @@
-"""Pooling and padding that keep no input, of which backward needs the shape alone, and no indices of 64 bits: exact codes.
+"""Pooling and padding with exact codes: they keep no input, of which backward only needs the shape, and no 64-bit indices.
 
-torch's own operators compute forward and backward, which gets a stand-in for the input. The place of a maximum is kept as that
-within its window, in as few bits as tell it.
+torch's own operators compute forward and backward. Backward gets a stand-in for the input. The place of a maximum is kept
+relative to its window, in the fewest bits.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Integers = tuple[int, ...]
 
 
 class Pooling(NamedTuple):
-    """One of torch's operators that are linear in x, or choose among its numbers, and that of its backward.
+    """One of torch's operators that are linear in x, or choose among its elements, with the operator of its backward.
 
-    forward    of x and the arguments
-    backward   of the gradient, x and the arguments, and of the indices of maxima, if there are any; of x it looks at shape,
-               dtype, device and memory format
-    arguments  of both
+    forward    function of x and the arguments
+    backward   Function of the gradient, x, the arguments and, for maxima, their indices. It reads only the shape, dtype, device
+               and memory format of x.
+    arguments  arguments of both
     """
 
     forward: Callable[..., Any]
@@ -43,15 +43,15 @@ class Pooling(NamedTuple):
 
 
 def _stand_in(grad: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
-    """A tensor of the shape, whose numbers are not set. It takes no memory, unless its memory format, by which torch chooses in
-    which order to compute, is another than the usual one."""
+    """A tensor of this shape with arbitrary numbers. It takes no memory in the usual memory format. Other formats need memory,
+    because torch chooses the order of its computation by the format."""
     if memory_format == torch.contiguous_format:
         return grad.new_empty(1).expand(shape)
     return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
 
 
 def without_input(x: Tensor, *, pooling: Pooling) -> Tensor:
-    """The output, of an operator that backward needs nothing of but the shape of x."""
+    """The output of an operator whose backward needs only the shape of x."""
     return _WithoutInput.apply(x, pooling)  # type: ignore[return-value]
 
 
@@ -69,8 +69,10 @@ class _WithoutInput(EagerFunction):
 
 
 class Windows(NamedTuple):
-    """The windows of a pooling, by dimension of the plane: where each begins, as (number · step - back) // parts for the window
-    of that number, and how many places it has at most, so far apart."""
+    """The windows of a pooling, with one number for each dimension of the plane.
+
+    Window i begins at (i · step - back) // parts. It has at most `places` places, with the distance `apart` between them.
+    """
 
     step: Integers
     back: Integers
@@ -80,18 +82,18 @@ class Windows(NamedTuple):
 
     @classmethod
     def strided(cls, kernel: Integers, stride: Integers, padding: Integers, dilation: Integers) -> Windows:
-        """Those of max_pool."""
+        """The windows of max_pool."""
         return cls(stride, padding, (1,) * len(kernel), kernel, dilation)
 
     @classmethod
     def adaptive(cls, plane: Integers, output: Integers) -> Windows:
-        """Those of adaptive_max_pool, of planes of one size to another."""
+        """The windows of adaptive_max_pool from planes of one size to planes of another."""
         places = (_most_places(*sizes) for sizes in zip(plane, output, strict=True))
         ones = (1,) * len(plane)
         return cls(plane, (0,) * len(plane), output, tuple(places), ones)
 
     def first(self, plane: Integers, output: Integers, device: torch.device) -> Tensor:
-        """The index in the plane of the first place of each window (*output), which may lie outside."""
+        """The index in the plane of the first place of each window: (*output). It may lie outside of the plane."""
         found = torch.zeros((), dtype=torch.int64, device=device)
         for step, back, parts, number, stride in zip(*self[:3], output, _strides(plane), strict=True):
             starts = (torch.arange(number, device=device) * step - back).div(parts, rounding_mode="floor")
@@ -103,7 +105,7 @@ class Windows(NamedTuple):
         return sum((n - 1) * apart * stride for n, apart, stride in zip(*self[3:], _strides(plane), strict=True))
 
     def distances(self, plane: Integers) -> tuple[int, ...]:
-        """Of all places of a window from its first one, in the index in the plane.
+        """The distances of all places of a window from the first one, as differences of indices in the plane.
 
         >>> Windows.strided((2, 2), (2, 2), (0, 0), (1, 1)).distances((8, 8))
         (0, 1, 8, 9)
@@ -123,10 +125,10 @@ def _strides(plane: Integers) -> Integers:
 
 
 def max_pooled(x: Tensor, *, pooling: Pooling, dims: int, windows: Windows | None, with_indices: bool) -> Any:
-    """The maxima, and with their indices, if asked for. Backward keeps where each lies in its window; indices that are asked
-    for are kept as they are, since what reads them, as max_unpool, keeps them too.
+    """The maxima, with their indices if these are asked for. The place of each maximum in its window is kept for backward.
+    Indices that are asked for are kept as they are, because functions that read them, such as max_unpool, keep them too.
 
-    dims     of a plane, the last ones of x
+    dims     number of dimensions of a plane, which are the last ones of x
     windows  None for those of adaptive_max_pool
     """
     y, indices = _CodedMaxPool.apply(x, pooling, dims, windows, with_indices)  # type: ignore[misc]
@@ -158,8 +160,11 @@ class _CodedMaxPool(EagerFunction):
 
 
 def _coded(indices: Tensor, plane: Integers, windows: Windows | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What is kept of indices (*, *output) in the plane, which may be overwritten, and what makes them of that: packed codes of
-    the distances from the first places of their windows, or the indices in fewer bytes, whichever takes less."""
+    """What is kept of indices (*, *output) in the plane, and a function that restores the indices from it.
+
+    The smaller of two forms is kept: packed codes of the distances from the first place of each window, or the indices in fewer
+    bytes. `indices` may be overwritten.
+    """
     output, device = tuple(indices.shape[-len(plane) :]), indices.device
     windows = windows or Windows.adaptive(plane, output)
     dtype = _narrowest(prod(plane) + windows.most(plane))
@@ -186,13 +191,14 @@ def _in_64_bits(indices: Tensor) -> Tensor:
 
 
 def _narrowest(most: int) -> torch.dtype:
-    """The narrowest dtype of integers up to that one."""
+    """The narrowest integer dtype that holds `most`."""
     return next(each for each in (torch.uint8, torch.int16, torch.int32, torch.int64) if torch.iinfo(each).max >= most)
 
 
 @lru_cache(maxsize=256)
 def _table_of(windows: Windows, plane: Integers, device: torch.device) -> DeviceTable | None:
-    """The table of the distances in the windows; None where they are more than 8 bits tell apart, or float32 by halves."""
+    """The table of the distances in the windows; None if there are more than 8 bits can hold, or if they are so large that
+    float32 has no halves between them."""
     if prod(windows.places) > 2**MAX_BITS or windows.most(plane) >= 2**23:
         return None
     distances = windows.distances(plane)

@@ -1,4 +1,4 @@
-"""Products of tensors, from codes of their factors; and the recipe of a product, from the recipes of its factors."""
+"""Products of tensors with codes of their factors, and recipes of products from the recipes of their factors."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from fewbit.autograd.recomputed import Recomputed, in_autocast
 from fewbit.autograd.sharing import Recipe, as_it_is
 
 Tensor = torch.Tensor
-LEAST = 4096  # bytes of a tensor that is worth the work
+LEAST = 4096  # tensors of fewer bytes are not worth the work
 
 
 class _Product(Recomputed):
-    """Under a name that reports show."""
+    """A class of its own, because reports show its name."""
 
 
 def coded_products(
     *arguments: Any, exact: Callable[..., Tensor], factors: Sequence[int], weights: Sequence[int], by_element: bool
 ) -> Tensor:
-    """exact(*operands), differentiated at what codes of its factors stand for.
+    """exact(*operands), differentiated at the tensors that codes of the factors give.
 
-    arguments   the operands, tensors, of one dtype but for products element by element; and last the DeviceTable of a standard
-                normal number
+    arguments   The operands, and last the DeviceTable of a standard normal number. Operands are tensors. They have one dtype,
+                except in products element by element.
     exact       torch's operation, a polynomial in each of the factors
-    factors     their numbers among the operands; of all others backward needs the shapes alone
-    weights     the numbers of those factors that are parameters
-    by_element  whether it is the product of the operands element by element, or the square of the only one
+    factors     positions of the factors among the operands; backward needs only the shapes of the others
+    weights     positions of the factors that are parameters
+    by_element  whether it is the product of the operands element by element, or the square of the only operand
 
-    A factor is kept only where another one needs a gradient. Weights, and what is broadcast, are kept as they are.
+    A factor is kept only if another factor needs a gradient. Weights and broadcast factors are kept as they are.
     """
     *operands, table = arguments
     shape, recipes = None, []
@@ -50,7 +50,7 @@ def coded_products(
         if recipe is None:
             return exact(*operands)
         recipes.append(recipe)
-    if not by_element:  # which autocast leaves alone
+    if not by_element:  # autocast does not affect products element by element
         y, _ = _Product.apply(exact, recipes, None, *in_autocast(*operands))  # type: ignore[misc]
         return y
     y, _ = _Product.apply(exact, recipes, None, *operands)  # type: ignore[misc]
@@ -58,7 +58,7 @@ def coded_products(
 
 
 def cast(x: Tensor, *, exact: Callable[[Tensor], Tensor]) -> Tensor:
-    """exact(x), x in another dtype, whose readers find the recipe of x, and those of x the recipe of the result."""
+    """exact(x), which is x in another dtype. x and the result share their recipe."""
     y = exact(x)
     if y is not x:
         sharing.note_cast(y, x)
@@ -66,8 +66,12 @@ def cast(x: Tensor, *, exact: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def note_product(y: Tensor, *factors: Any, by: Callable[[Any, Any], Tensor] = operator.mul) -> Tensor:
-    """Let readers of y, the product of two factors element by element, find a recipe, if the factors have recipes or are kept
-    anyway; or their quotient, by operator.truediv. A factor may be given as its recipe. Returns y."""
+    """Attach a recipe to y, the product of two factors element by element, if the factors have recipes or are kept anyway.
+
+    by  operator.truediv if y is the quotient of the factors
+
+    A factor may be given as its recipe. Returns y.
+    """
     first, second = map(_of_factor, factors)
     if first is None or second is None or (first.is_exact and second.is_exact):
         return y
@@ -92,6 +96,6 @@ def _of_factor(x: Any) -> Recipe | None:
 
 
 def shape_of(x: Tensor) -> Recipe:
-    """The recipe of zeros of x's shape, which take no memory."""
+    """A recipe of zeros with x's shape. They take no memory."""
     shape, device = x.shape, x.device
     return Recipe((), lambda kept, dtype: torch.zeros((), dtype=dtype, device=device).expand(shape))

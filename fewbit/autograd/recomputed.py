@@ -1,4 +1,4 @@
-"""Operations of torch that run again in backward, on what codes of their operands stand for."""
+"""Operations of torch that run again in backward, on operands rebuilt from codes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Tensor = torch.Tensor
 class Recomputed(EagerFunction):
     """function(*operands), and the anchor of `differentiable_once`.
 
-    function  of torch's; its result is a tensor of the first operand's dtype
-    recipes   of what to keep of each operand
-    state     of the random numbers with which it is to run; None where it draws none
+    function  function of torch; its result is a tensor of the first operand's dtype
+    recipes   what to keep of each operand
+    state     state of the random numbers with which it runs; None if it draws none
     operands  tensors of one dtype, masks of booleans, or None
     """
 
@@ -54,7 +54,7 @@ class Recomputed(EagerFunction):
         for rebuild, number in ctx.parts:
             operands.append(rebuild(kept[:number], ctx.dtype))
             kept = kept[number:]
-        with unintercepted():  # by `patch`, which would code it once more
+        with unintercepted():  # `patch` would code the operation again
             with _random_numbers(anchor.device, state):
                 y, leaves = _with_graph(ctx.function, operands, needed)
             wanted = [leaf for leaf, needs in zip(leaves, needed, strict=True) if needs]
@@ -63,7 +63,7 @@ class Recomputed(EagerFunction):
 
 
 def in_autocast(*operands: Any) -> Sequence[Any]:
-    """The operands in the dtype in which autocast lets an operation compute; masks of booleans, and None, as they are."""
+    """The operands in the dtype in which autocast runs an operation. Masks of booleans and None stay as they are."""
     dtype = watched.autocast_dtype(*(each for each in operands if each is not None and each.is_floating_point()))
     if dtype is None:
         return operands
@@ -71,7 +71,7 @@ def in_autocast(*operands: Any) -> Sequence[Any]:
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """The one from which torch's operations draw on that device."""
+    """The generator from which torch's operations draw on that device."""
     if device.type == "cpu":
         return torch.default_generator
     return getattr(torch, device.type).default_generators[device.index]
@@ -80,8 +80,8 @@ def generator_of(device: torch.device) -> torch.Generator:
 def _with_graph(function: Callable[..., Tensor], tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Any, ...]:
     """function(*tensors) with a graph down to leaves that hold the tensors, and these leaves.
 
-    torch may choose a kernel by whether gradients are needed: the one that is chosen here is that of exact training. What
-    others do with saved tensors (offload them, make them anew) is not done with those of this graph, which does not last.
+    torch may choose a kernel by whether gradients are needed. With a graph it chooses the kernel of exact training. This graph
+    does not last, so hooks on saved tensors (offloading, checkpointing) do not apply to it.
     """
     with torch.enable_grad(), _PLAIN() if hook_on_saved() else nullcontext():
         leaves = [
@@ -96,7 +96,7 @@ _PLAIN = partial(torch.autograd.graph.saved_tensors_hooks, Tensor.detach, lambda
 
 @contextmanager
 def _random_numbers(device: torch.device, state: Tensor | None) -> Iterator[None]:
-    """A context in which random numbers on the device start from a state, if there is one; after it they go on as before it."""
+    """A context in which random numbers on the device start from `state`, if it is given. After it they go on as before."""
     if state is None:
         yield
         return

@@ -1,10 +1,10 @@
-"""Recurrent layers that keep codes of what they read and of what they put out, and nothing of gates and cells.
+"""Recurrent layers that keep codes of their inputs and outputs, and nothing of gates and cells.
 
-The output of every step is known, and so all gates follow from one product of what codes of the input and of the outputs stand
-for. Errors of the outputs do not feed on each other: each step starts from the code of the exact output before it. Readers of a
-layer's output (the next layer, a linear layer) keep the same codes.
+Backward rebuilds the input and the outputs of all steps from codes. One product of these then gives all gates. Errors do not
+accumulate from step to step, because each step starts from the code of the exact output before it. Layers that read the output
+(the next layer, a linear layer) keep the same codes.
 
-A cell, which takes one step, keeps codes of its input, of the output before it and of the cell before it.
+A cell module takes one step. It keeps codes of its input, of the previous output and of the previous cell state.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Layer(NamedTuple):
     """One recurrent layer, or a cell of one.
 
     recurrence     its kind
-    has_biases     whether its weights have them
-    bidirectional  whether it takes the steps backwards, too, with weights of their own
+    has_biases     whether its weights include biases
+    bidirectional  whether it also takes the steps backwards, with separate weights
     batch_first    whether tensors are (batch, steps, n) instead of (steps, batch, n)
     is_cell        whether it takes one step, of tensors (batch, n)
-    sizes          how many sequences each step has, of packed ones (rows, n); None where all have as many steps
+    sizes          for packed sequences (rows, n), the number of sequences in each step; None if all have the same length
     """
 
     recurrence: Recurrence
@@ -45,7 +45,7 @@ class Layer(NamedTuple):
     sizes: tuple[int, ...] | None = None
 
     def steps(self, x: Tensor) -> list[Steps]:
-        """Of each direction, for an input x."""
+        """The steps of each direction for an input x."""
         sizes = self.sizes
         if self.is_cell:
             sizes = (len(x),)
@@ -55,25 +55,25 @@ class Layer(NamedTuple):
         return [Steps(sizes, backwards) for backwards in (False, True)[: 1 + self.bidirectional]]
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """(rows, n): the places of all steps, one step after another."""
+        """The tensor as (rows, n), one step after another."""
         return (tensor.transpose(0, 1) if self.batch_first else tensor).reshape(-1, tensor.shape[-1])
 
     def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """A tensor of that shape, from its rows (rows, n); no copy."""
+        """The tensor of that shape from its rows (rows, n), without a copy."""
         if self.batch_first:
             return rows.view(shape[1], shape[0], shape[2]).transpose(0, 1)
         return rows.view(shape)
 
 
 class State(NamedTuple):
-    """Outputs or cells before the first step, (directions, batch, n), or of a cell (batch, n), and what to keep of them; both
-    are None for zeros."""
+    """Outputs or cell states before the first step, (directions, batch, n), and what to keep of them. For cell modules the
+    shape is (batch, n). Both are None for zeros."""
 
     tensor: Tensor | None = None
     recipe: Recipe | None = None
 
     def part(self, begin: int, end: int) -> State:
-        """Of the states of all layers those of one."""
+        """The states of one layer, from the states of all layers."""
         if self.tensor is None or self.recipe is None or end - begin == len(self.tensor):
             return self
         rebuild = self.recipe.rebuild
@@ -81,7 +81,7 @@ class State(NamedTuple):
 
 
 def states_of(tensors: Sequence[Tensor | None], quantizer: Quantizer) -> list[State] | None:
-    """The states that tensors are, None for zeros; None where one is seen not to be finite."""
+    """The states for tensors, where None stands for zeros. The result is None if a tensor is seen not to be finite."""
     recipes = [None if each is None else recipe_of(each, quantizer, _by_last) for each in tensors]
     if any(tensor is not None and recipe is None for tensor, recipe in zip(tensors, recipes, strict=True)):
         return None
@@ -96,13 +96,13 @@ def coded_layer(
     layer: Layer,
     quantizer: Quantizer,
 ) -> tuple[Tensor, ...]:
-    """exact(), differentiated at what codes of x, states and outputs stand for.
+    """exact(), differentiated at the tensors that codes of x, states and outputs give.
 
-    It is torch's own where x or an output is seen not to be finite, and where frozen weights let torch keep less.
+    It is torch's own if x or an output is seen not to be finite, or if torch keeps less because weights are frozen.
 
-    x        as the layer says
-    weights  of each direction, as torch lists them
-    exact    torch's operation: the outputs, and the states behind the last step; of a cell the states alone
+    x        input in the layer's form
+    weights  weights of each direction, as torch lists them
+    exact    torch's operation; gives the outputs and the states after the last step, or for a cell only the states
     """
     of_x = recipe_of(x, quantizer, _by_last)
     if of_x is not None and of_x.hides and nan_if_not_finite(x.detach(), -1) is not None:
@@ -114,7 +114,7 @@ def coded_layer(
     of_y = None if layer.is_cell else recipe_of(made[0], quantizer, _by_last, is_own=True)
     if of_y is None and not layer.is_cell:
         return exact()
-    if of_y is not None and of_y.is_exact:  # a few numbers: they stay as they are when the output is changed in place
+    if of_y is not None and of_y.is_exact:  # a small output is kept itself; a copy survives in-place changes of the output
         of_y = as_it_is(made[0].clone())
     if layer.recurrence.keeps_signs:
         of_y = _with_signs(made[0], of_y)
@@ -126,18 +126,20 @@ def coded_layer(
 
 
 def _keeps_more(of_x: Recipe, x: Tensor, weights: Sequence[Tensor], layer: Layer, bits: int) -> bool:
-    """Whether torch would keep less, as it may where the weights of the input are frozen: it then does not keep the input."""
+    """Whether codes take more than torch keeps. This may be so if the weights of the input are frozen: torch then keeps no
+    input."""
     if weights[0].requires_grad:
         return False
     rows, width = x.numel() // x.shape[-1], weights[1].shape[1] * (1 + layer.bidirectional)
-    states = layer.recurrence.states * rows * width * x.element_size()  # at most; of outputs codes, signs and statistics
+    states = layer.recurrence.states * rows * width * x.element_size()  # an upper bound
     own = states if layer.is_cell else rows * width * (bits + 1) // 8 + 4 * rows + 8 * width
     kept = sum(tensor.nbytes for tensor in of_x.kept) + own
     return kept > layer.recurrence.kept_by_torch * rows * width * x.element_size()
 
 
 def _with_signs(y: Tensor, recipe: Recipe | None) -> Recipe:
-    """The recipe of outputs y >= 0 that gives zeros as zeros and all others as positive; without a recipe, of their signs."""
+    """The recipe of outputs y >= 0 that rebuilds zeros as zeros and all others as positive numbers. Without a given recipe it
+    rebuilds only signs."""
     if recipe is not None and recipe.is_exact:
         return recipe
     signs = as_bits(y > 0)
@@ -158,7 +160,7 @@ def _by_last(x: Tensor, quantizer: Quantizer) -> Recipe | None:
 
 
 class _CodedRecurrent(EagerFunction):
-    """Its last output is the anchor of `differentiable_once`."""
+    """The last output is the anchor of `differentiable_once`."""
 
     @staticmethod
     def forward(
@@ -189,7 +191,7 @@ class _CodedRecurrent(EagerFunction):
             )
         anchor, *saved = ctx.saved_tensors
         weights, kept = saved[: ctx.weights], saved[ctx.weights :]
-        with torch.no_grad():  # much is computed in place; the results are tied to their graph below
+        with torch.no_grad():  # much is computed in place; the loop below ties the results to the graph
             wide, rebuilt = at_least_float32(weights[0].dtype), []
             for rebuild, number in ctx.parts:
                 rebuilt.append(None if rebuild is None else rebuild(kept[:number], wide))
@@ -216,11 +218,11 @@ def _backward(
     grads: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of x, of the states before the first step, and of the weights; all tensors have one dtype.
+    """The gradients of x, of the states before the first step, and of the weights. All tensors have one dtype.
 
-    rebuilt  x, the outputs (None of most cells), and the states (None for zeros)
-    grads    of what torch's operation has made
-    needed   of which the gradients are: None may be given for others
+    rebuilt  x, the outputs (None for most cells), and the states (None for zeros)
+    grads    gradients of the outputs of torch's operation
+    needed   which gradients are needed; the others may be None
     """
     x, y, *states = rebuilt
     assert x is not None, "it is what the layer reads"
@@ -253,5 +255,5 @@ def _backward(
 
 
 def _of_direction(state: Tensor, number: int) -> Tensor:
-    """(batch, n): a state, or what belongs to one, of a direction; of a cell all of it."""
+    """(batch, n): the part of a state or its gradient for one direction. For a cell it is the whole tensor."""
     return state[number] if state.dim() == 3 else state

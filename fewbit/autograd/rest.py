@@ -1,11 +1,12 @@
-"""What torch's own operations save for backward, kept as codes: products, and the rest that no function of fewbit codes.
+"""Codes of what torch's own operations save for backward: products, and operations that no function of fewbit replaces.
 
-Hooks see what an operation saves, and the graph that it leaves tells which of its nodes saved that, and as what. A tensor is
-coded where the node's backward is a polynomial in it, as in products, matrix products and powers: the gradient then errs by
-about as much as the codes do. So are probabilities and their logarithms, by the roots of probabilities. All else stays exact:
-what backward divides by, takes logarithms or exponentials of, or compares; parameters and what the model was called with;
-statistics, indices and random states; what Functions written in Python save; and what is small. Booleans are kept as bits, and
-integers in as many bytes as hold them.
+Hooks see the tensors that an operation saves. The graph of its result tells which node saved each tensor, and under which name.
+A tensor is coded if the node's backward is a polynomial in it, as in products, matrix products and powers: the error of the
+gradient is then about that of the codes. Probabilities and their logarithms are coded by the roots of probabilities. Booleans
+are kept as bits, and integers in as few bytes as hold them.
+
+All else stays exact: tensors that backward divides by, takes logarithms or exponentials of, or compares; parameters and the
+model's inputs; statistics, indices and random states; tensors that Functions written in Python save; and small tensors.
 """
 
 from __future__ import annotations
@@ -39,24 +40,24 @@ from fewbit.torch_internals import (
 )
 
 Tensor = torch.Tensor
-# of a kind, for a dtype on a device; None where that kind stays exact
+# the table of a kind for a dtype and a device; None if that kind stays exact
 Tables = Callable[[str, torch.dtype, torch.device], DeviceTable | None]
 OfTensor = Callable[[Tensor], Recipe | None]
 
-# nodes of products element by element, powers among them
+# nodes of products element by element, including powers
 _PRODUCTS = ("MulBackward0", "DivBackward0", "AddcmulBackward0", "LerpBackward1", "PowBackward0")
-# nodes of matrix products, which are linear layers where what is multiplied with is a weight
+# nodes of matrix products; these count as linear layers if the other factor is a weight
 _MATRIX_PRODUCTS = (
     *("MmBackward0", "BmmBackward0", "MvBackward0", "AddmmBackward0", "AddbmmBackward0", "BaddbmmBackward0", "AddmvBackward0"),
     "GroupedMmBackward0",
 )
-# node -> what it saves in which its backward is a polynomial
+# node -> names of saved tensors in which its backward is a polynomial
 _POLYNOMIAL = {
     "MulBackward0": ("self", "other"),
     "DivBackward0": ("self",),
     "AddcmulBackward0": ("tensor1", "tensor2"),
     "LerpBackward1": ("weight", "self", "end"),
-    "PowBackward0": ("self",),  # of a number of at least 2
+    "PowBackward0": ("self",),  # only for exponents of at least 2
     "MmBackward0": ("self", "mat2"),
     "BmmBackward0": ("self", "mat2"),
     "MvBackward0": ("self", "vec"),
@@ -78,7 +79,7 @@ _POLYNOMIAL = {
     "GridSampler3DBackward0": ("input",),
 }
 _DTYPES = frozenset(getattr(torch, name) for name in constants.DTYPES)
-# node -> what it saves for its shape alone
+# node -> names of saved tensors of which its backward needs only the shape
 _SHAPES = {
     "NllLossBackward0": ("self",),
     "NllLoss2DBackward0": ("self",),
@@ -104,9 +105,9 @@ _NARROW = (torch.uint8, torch.int16, torch.int32)
 
 
 class Held:
-    """What stands for a saved tensor in the graph.
+    """The object that stands for a saved tensor in the graph.
 
-    packed  what is kept for it: tensors, or what hooks around these made of them
+    packed  what is kept for the tensor: tensors, or what outer hooks made of them
     """
 
     __slots__ = ("_dtype", "_rebuild", "_unpack", "_versions", "packed", "tensor")
@@ -115,20 +116,20 @@ class Held:
         self.tensor: Tensor | None = tensor
 
     def keep(self, recipe: Recipe | None, outer: tuple[Any, Any] | None) -> None:
-        """Keep what the recipe does or, without one, the tensor as it is.
+        """Keep what the recipe keeps or, without a recipe, the tensor itself.
 
-        outer  how hooks around these pack and unpack
+        outer  the pack and unpack functions of outer hooks
         """
         tensor, self.tensor = self.tensor, None
         assert tensor is not None, "it is decided once"
         kept, self._rebuild = ((tensor,), None) if recipe is None or recipe.is_exact else (recipe.kept, recipe.rebuild)
         self._dtype, self._unpack = tensor.dtype, outer and outer[1]
-        # detached, since an output holds its node, and that what is kept
+        # detached, or an output would hold its node, and the node would hold the output
         self.packed = [outer[0](each) if outer else each.detach() for each in kept]
         self._versions = () if outer else versions_of(*kept)
 
     def unpacked(self) -> Tensor:
-        """The tensor, or what is rebuilt for it. RuntimeError, as torch's own, if it has changed since."""
+        """The tensor, kept or rebuilt. Raises RuntimeError, as torch does, if what is kept was changed in place."""
         kept = [self._unpack(each) for each in self.packed] if self._unpack else self.packed
         if self._versions and self._versions != versions_of(*kept):
             raise RuntimeError(
@@ -141,8 +142,8 @@ class Held:
 class Saving:
     """Runs operations of torch with codes of what they save.
 
-    tables  which codes there are
-    given   what the model is called with, of which leaves and what needs no gradient stay as they are
+    tables  gives the table for each kind of what is saved
+    given   the model's inputs; those without a graph are kept as they are
     """
 
     def __init__(self, tables: Tables, given: Any):
@@ -152,7 +153,7 @@ class Saving:
         self._given = {storage_key(each.untyped_storage()) for each in given}
 
     def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """function(*args, **kwargs), one of torch's. Hooks that are there are given what is kept."""
+        """Call a function of torch. Hooks that are already active get what is kept."""
         outer, first = hooks_on_saved(), sequence_number()
         waiting: list[Held] = []
 
@@ -185,15 +186,15 @@ class Saving:
             held.keep(self._recipe(node, name, held.tensor, by_node[id(node)], of_frozen), outer)
 
     def _difference(self, tensor: Tensor, target: Tensor) -> Recipe | None:
-        """What to keep of a tensor of which backward takes the difference from a target, which is kept."""
+        """What to keep of a tensor if backward takes its difference from a target, which is kept too."""
         table = self._tables("rest", tensor.dtype, tensor.device)
         if table is None or tensor.dtype != target.dtype:
             return None
         return _by_way_of(tensor.detach() - target.detach(), target, operator.add, table)
 
     def _quotient(self, tensor: Tensor, other: Tensor) -> Recipe | None:
-        """What to keep of a tensor that is divided by another, which is kept: codes of the quotient, since rows of the tensor
-        may be as small as what they are divided by."""
+        """What to keep of a tensor that is divided by another, which is kept too. Codes of the quotient are kept, because rows
+        of the tensor may be as small as their divisor."""
         table = self._tables("product", tensor.dtype, tensor.device)
         if table is None or tensor.dtype != other.dtype or tensor.shape != torch.broadcast_shapes(tensor.shape, other.shape):
             return None
@@ -206,9 +207,10 @@ class Saving:
         return recipe
 
     def _recipe(self, node: Any, name: str, tensor: Any, saved: dict[str, Tensor], of_frozen: OfTensor) -> Recipe | None:
-        """What to keep of a tensor that the node saved under that name, beside others; None for the tensor as it is.
+        """What to keep of a tensor that the node saved under this name; None for the tensor itself.
 
-        of_frozen  of a tensor without a graph: its recipe, if it was made of a frozen weight
+        saved      all tensors that the node saved, by name
+        of_frozen  gives the recipe of a tensor without a graph, if it was made from a frozen weight
         """
         if tensor.layout != torch.strided or tensor.nbytes < LEAST or storage_key(tensor.untyped_storage()) in self._given:
             return None
@@ -234,7 +236,7 @@ class Saving:
             recipe = _probabilities(tensor, _signed(node._saved_dim), label.startswith("Log"))
             if recipe is None:
                 return None
-            if label == "SoftmaxBackward0":  # logarithms of what is next to 0 are rebuilt for this backward alone
+            if label == "SoftmaxBackward0":  # logarithms of tiny probabilities are rebuilt only for their own backward
                 sharing.attach(tensor, recipe)
             return recipe
         if name not in _POLYNOMIAL.get(label, ()) or (label == "PowBackward0" and not node._saved_exponent >= 2):
@@ -246,7 +248,7 @@ class Saving:
 
 
 def _by_way_of(way: Tensor, other: Tensor, back: Callable[[Tensor, Tensor], Tensor], table: DeviceTable) -> Recipe | None:
-    """The recipe of back(way, other), from codes of the way and from the other itself."""
+    """The recipe of back(way, other), which keeps codes of `way` and `other` itself."""
     found = coded_by_shape(way, Quantizer(table))
     if found is None or found.is_exact:
         return None
@@ -255,7 +257,7 @@ def _by_way_of(way: Tensor, other: Tensor, back: Callable[[Tensor, Tensor], Tens
 
 
 def _nodes(result: Any, first: int) -> Iterator[Any]:
-    """The nodes of the graph of a result that were made since the number `first`."""
+    """The nodes of a result's graph with sequence numbers of at least `first`."""
     pending, seen = [each.grad_fn for each in leaves(result) if isinstance(each, Tensor)], set()
     while pending:
         node = pending.pop()
@@ -266,7 +268,7 @@ def _nodes(result: Any, first: int) -> Iterator[Any]:
 
 
 def _kind(label: str, name: str, saved: dict[str, Tensor]) -> str:
-    """The kind of what a node saved under that name, beside others."""
+    """The kind of what a node saved under this name. saved: all that it saved."""
     if label in _PRODUCTS:
         return "product"
     others = [other for each, other in saved.items() if each != name and each in _POLYNOMIAL[label]]
@@ -274,7 +276,7 @@ def _kind(label: str, name: str, saved: dict[str, Tensor]) -> str:
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    """Whether it is a parameter, or a view or a cast of one."""
+    """Whether the tensor is a parameter, or a view or a cast of one."""
     node: Any = tensor.grad_fn
     while node is not None and type(node).__name__ in (*sharing.VIEW_NODES, "ToCopyBackward0"):
         node = node.next_functions[0][0]
@@ -284,35 +286,35 @@ def _is_weight(tensor: Tensor) -> bool:
 
 
 def _is_of_leaf(tensor: Tensor) -> bool:
-    """Whether the tensor is a view of a leaf, of a parameter mostly."""
+    """Whether the tensor is a view of a leaf, usually of a parameter."""
     base = base_of(tensor)
     return base is not None and base.grad_fn is None
 
 
 def _note(result: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Let readers find the recipe of a product or a quotient whose operands have recipes, or are kept anyway; that of what was
-    cast; and that of what was looked up."""
+    """Let readers of a result find a recipe if it is a cast, an embedding, or a product or quotient whose operands have recipes
+    or are kept anyway."""
     label = type(result.grad_fn).__name__
-    if label == "EmbeddingBackward0" and len(args) == 2 and kwargs.get("max_norm") is None:  # as torch passes it on
+    if label == "EmbeddingBackward0" and len(args) == 2 and kwargs.get("max_norm") is None:  # torch passes these arguments so
         _note_embedding(result, *args)
     if label == "ToCopyBackward0" and isinstance(args[0], Tensor) and result.device == args[0].device:
         sharing.note_cast(result, args[0])
     if label == "MulBackward0" and len(args) == 2:
         note_product(result, *args)
     if label == "DivBackward0" and len(args) == 2:
-        divisor = as_it_is(args[1].detach()) if isinstance(args[1], Tensor) else args[1]  # which the quotient keeps
+        divisor = as_it_is(args[1].detach()) if isinstance(args[1], Tensor) else args[1]  # torch keeps the divisor anyway
         note_product(result, args[0], divisor, by=operator.truediv)
 
 
 def _note_embedding(result: Tensor, indices: Tensor, weight: Tensor) -> None:
-    """Let readers of rows of a weight look them up again, exactly: both indices and weight are there anyway.
+    """Let readers of an embedding look its rows up again, exactly. Indices and weight are in memory anyway.
 
-    Not among several processes, which may give a sharded weight's memory back in between. Not with a max_norm either, by which
-    the next call changes the weight.
+    This is not done in distributed training, which may free the memory of a sharded weight, nor with a max_norm, because the
+    next call then changes the weight.
     """
     if is_distributed() or not isinstance(weight, torch.nn.Parameter):
         return
-    known = sharing.find(indices) or as_it_is(indices)  # as the embedding itself keeps them
+    known = sharing.find(indices) or as_it_is(indices)  # the embedding keeps the same for its own backward
     of_indices = known.rebuild
 
     def rebuild(kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -323,13 +325,13 @@ def _note_embedding(result: Tensor, indices: Tensor, weight: Tensor) -> None:
 
 
 def _signed(number: int) -> int:
-    """A number of 64 bits that torch shows without its sign."""
+    """A signed 64-bit number, from the unsigned one that torch gives."""
     return number - (1 << 64) if number >> 63 else number
 
 
 def _range(node: Any, name: str, saved: dict[str, Tensor]) -> tuple[int, int] | None:
-    """The least and the largest number that can be among indices, where their node tells."""
-    if hasattr(node, "_saved_weight_sym_argsize_0"):  # of an embedding
+    """The least and the largest possible index, if the node tells them; else None."""
+    if hasattr(node, "_saved_weight_sym_argsize_0"):  # an embedding
         return 0, node._saved_weight_sym_argsize_0 - 1
     if hasattr(node, "_saved_ignore_index") and name == "target" and "self" in saved and saved["self"].dim():
         ignored, classes = _signed(node._saved_ignore_index), saved["self"].shape[min(1, saved["self"].dim() - 1)]
@@ -340,16 +342,16 @@ def _range(node: Any, name: str, saved: dict[str, Tensor]) -> tuple[int, int] | 
     return None
 
 
-_STEPS, _LARGEST = 254, 255  # codes of roots, and that of the largest in its row
-_AT_ONCE = 1 << 20  # elements
+_STEPS, _LARGEST = 254, 255  # codes of roots are 0 to 254; 255 marks the largest probability of a row
+_AT_ONCE = 1 << 20  # elements that are coded at once
 
 
 def _probabilities(x: Tensor, dim: int, are_logarithms: bool) -> Recipe | None:
-    """The recipe of probabilities, or of their logarithms, that add up to one along a dimension; None where it would keep more.
+    """The recipe of probabilities, or of their logarithms, that add up to one along a dimension; None if it would keep more.
 
-    The largest is kept as it is, and of each other one a byte for its root, over the second largest. Backward multiplies by the
-    probabilities p themselves, and steps Δ of the root give them errors of 2√p·Δ, whose squares add up to 4Δ², however many
-    they are. Where the largest is next to one, the gradient is made of the others.
+    The largest probability of a row is kept exactly. Each other one is divided by the second largest, and its root is kept in a
+    byte. Backward multiplies by the probabilities p. Steps Δ of the root give p an error of 2√p·Δ, and the squares of these
+    errors add up to 4Δ² for any number of probabilities. If the largest is close to one, the others determine the gradient.
     """
     rows = x.detach().movedim(dim, -1)
     shape, rows = rows.shape, rows.reshape(-1, rows.shape[-1])
@@ -377,9 +379,9 @@ def _probabilities(x: Tensor, dim: int, are_logarithms: bool) -> Recipe | None:
 
 
 def narrowed_integers(x: Tensor, extremes: tuple[int, int] | None = None) -> Recipe | None:
-    """The recipe of booleans as bits, or of integers as narrower ones; None where that would keep more, or is not known.
+    """The recipe of booleans as bits, or of integers in a narrower dtype; None if there is none, or the range is not known.
 
-    extremes  the least and the largest number that can be there, where that is known
+    extremes  the least and the largest possible number, if known
     """
     if base_of(x) is not None or not x.is_contiguous():
         return None
@@ -393,7 +395,7 @@ def narrowed_integers(x: Tensor, extremes: tuple[int, int] | None = None) -> Rec
 
 
 def as_bits(x: Tensor) -> Recipe:
-    """The recipe of booleans as bits, eight a byte."""
+    """The recipe of booleans as bits, eight per byte."""
     shape, count = x.shape, x.numel()
     padded = torch.nn.functional.pad(x.reshape(-1), (0, -count % 8)).view(-1, 8)
     packed = (padded.to(torch.uint8) << _places(x)).sum(1, dtype=torch.uint8)
@@ -409,7 +411,8 @@ def _places(x: Tensor) -> Tensor:
 
 
 def _narrower(x: Tensor, extremes: tuple[int, int] | None) -> Recipe | None:
-    """In the first narrower type that holds all: that can be there, or that is there on the CPU, where it can be looked at."""
+    """The recipe of integers in the first narrower dtype that holds all possible numbers. If their range is not known, it is
+    taken from the numbers themselves, but only on the CPU, where no device has to be waited for."""
     if x.dtype not in (torch.int64, torch.int32) or (extremes is None and (x.device.type != "cpu" or is_fake(x))):
         return None
     least, most = extremes or (int(each) for each in x.aminmax())

@@ -1,12 +1,12 @@
-"""Sharing: how the layers that read a tensor find the codes that already hold it.
+"""Sharing of codes: several layers that read one tensor keep the same codes of it.
 
-What an operation keeps of its input for backward is a `Recipe`. An operation whose own codes hold its output too attaches
-their recipe to that output, and a linear layer that made codes of its input attaches theirs to the input; a coded layer that
-reads the very tensor, unchanged since, keeps the same codes and no more.
+A `Recipe` says what is kept of a tensor for backward, and how the tensor is rebuilt from that. If the codes of an operation
+also give its output, it attaches their recipe to the output. If a linear layer makes codes of its input, it attaches their
+recipe to the input. A coded layer that reads the same tensor later finds the recipe and keeps the same codes.
 
-Recipes are found by the identity of the tensor object, and belong to one version of it: after an in-place change, for another
-tensor that lies in the same memory, for a slice, a copy or the output of another operation none is found, and the reader makes
-codes of its own. Only a view of all of a tensor, in another shape or with its dimensions in another order, counts as it.
+A recipe belongs to one tensor object in one version. It is not found after an in-place change, nor for a slice, a copy, another
+tensor in the same memory, or the output of another operation. The layer then makes its own codes. A view of the whole tensor in
+another shape, or with its dimensions in another order, does find the recipe.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ Value = TypeVar("Value")
 
 
 class BySign(NamedTuple):
-    """What codes that tell the sign of a tensor x exactly give besides. Both take what is kept, as saved.
+    """Two functions of codes that tell the exact sign of a tensor x. Both take the saved tensors first.
 
-    rebuild  of these, a dtype, and two slopes: x, nearly, times the slope `above` where it is positive, else times `below`
-    times    of these, a gradient of x's shape, and two slopes: the gradient times them, likewise
+    rebuild  Also takes a dtype and two slopes. Gives the rebuilt x times the slope `above` where x is positive, else times
+             `below`.
+    times    also takes a gradient of x's shape and two slopes; gives the gradient times the slopes, chosen in the same way
     """
 
     rebuild: Callable[[Sequence[Tensor], torch.dtype, float, float], Tensor]
@@ -48,16 +49,18 @@ class BySign(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How to make a tensor anew, nearly, from what is kept.
+    """What is kept of a tensor, and how the tensor is rebuilt from that, approximately.
 
     kept        tensors to save for backward
-    rebuild     of these, as saved, and a dtype: the tensor, of its shape and that dtype. It holds none of them itself, so that
-                hooks on saved tensors (checkpointing, offloading) can free them.
-    by_sign     more of the same; None where codes do not tell the sign
-    bits        of codes that a reader made for itself, for readers that want no more; None for those of what made the tensor
-    is_exact    whether it is the tensor itself that is kept
-    hides       whether it gives ordinary numbers for what is not finite
-    with_zeros  of the tensor: a recipe that gives zeros as zeros, nearly, if many of its numbers are; None where this one does
+    rebuild     Takes these tensors, as saved, and a dtype. Gives the tensor in its shape and that dtype. It holds none of the
+                saved tensors itself, so hooks on saved tensors (checkpointing, offloading) can free them.
+    by_sign     more functions of the saved tensors; None if the codes do not tell the sign
+    bits        Bits of codes that a layer made of its input. Other layers share them if they want no more bits. None for codes
+                of the operation that made the tensor.
+    is_exact    whether the tensor itself is kept
+    hides       whether it rebuilds ordinary numbers where the tensor is not finite
+    with_zeros  Takes the tensor. Gives a recipe that rebuilds zeros as zeros, if the tensor has many, else this recipe. None if
+                this recipe already does.
     """
 
     kept: tuple[Tensor, ...]
@@ -69,7 +72,7 @@ class Recipe(NamedTuple):
     with_zeros: Callable[[Tensor], Recipe] | None = None
 
     def viewed(self, shape: torch.Size, view: Layout) -> Recipe:
-        """The recipe of the tensor, of that shape and contiguous, as a view of all of it."""
+        """The recipe of a view of the whole tensor. The tensor is contiguous and has this shape."""
         rebuild, by_sign, with_zeros = self.rebuild, self.by_sign, self.with_zeros
 
         def seen(tensor: Tensor) -> Tensor:
@@ -92,19 +95,19 @@ class Recipe(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A tensor of which another was made, and what makes the recipe of the other from that of the tensor."""
+    """A tensor from which another one was made, and a function that gives the recipe of the other from that of this tensor."""
 
     tensor: Tensor
     of_recipe: Callable[[Recipe], Recipe]
 
 
 class ByTensor(Generic[Value]):
-    """What is known of tensors, as they were when it was noted. It does not keep them alive, and dies with them.
+    """Values noted for tensors in their version at that time. An entry does not keep its tensor alive, and is removed with it.
 
-    What was noted outside of a checkpointed region is not found inside: when the region runs again, its input may be another
-    tensor object, of which nothing is known, and both runs have to save the same.
+    A value noted outside of a checkpointed region is not found inside. When the region runs again, its input may be another
+    tensor object without values, and both runs have to save the same.
 
-    What removes an entry runs no Python: an interrupt cannot fall into it, where Python would swallow it and keep the entry.
+    Entries are removed without running Python code. An interrupt in such code would be swallowed, and the entry would stay.
     """
 
     def __init__(self) -> None:
@@ -114,7 +117,7 @@ class ByTensor(Generic[Value]):
         return len(self._entries)
 
     def __contains__(self, tensor: Tensor) -> bool:
-        """Whether something was noted of the tensor, changed or not."""
+        """Whether a value was noted for the tensor, even if the tensor has changed since."""
         return id(tensor) in self._entries
 
     def note(self, tensor: Tensor, value: Value) -> None:
@@ -124,7 +127,7 @@ class ByTensor(Generic[Value]):
         self._entries[key] = dies, state_of(tensor), hook and ref(hook), value
 
     def find(self, tensor: Tensor) -> Value | None:
-        """What was noted of the tensor, if it has not changed since."""
+        """The value noted for the tensor, if the tensor has not changed since; else None."""
         found = self._entries.get(id(tensor))
         if found is None:
             return None
@@ -133,19 +136,21 @@ class ByTensor(Generic[Value]):
 
 
 def region() -> Any:
-    """What packs saved tensors now: one function for each checkpointed region and each run of it; None outside of all."""
+    """The hook that packs saved tensors now. It is another one for each run of each checkpointed region; None outside of
+    all."""
     hook = hook_on_saved()
     return getattr(hook, "__func__", hook)  # bound methods are made anew each time
 
 
 _recipes: ByTensor[Recipe] = ByTensor()
-_casts: ByTensor[tuple[ref[Tensor], tuple]] = ByTensor()  # what was cast, and its state then
+_casts: ByTensor[tuple[ref[Tensor], tuple]] = ByTensor()  # for the result of a cast: its source, and the source's state then
 _made: ByTensor[bool] = ByTensor()
 _sources: ByTensor[tuple[ref[Tensor], tuple, Callable[[Recipe], Recipe]]] = ByTensor()
 
 
 def attach(tensor: Tensor, recipe: Recipe) -> Tensor:
-    """Let the readers of the tensor, as it is now, find the recipe, and those of what it was cast from. Returns the tensor."""
+    """Let readers of the tensor in its present version find the recipe. If the tensor is a cast, readers of its source find the
+    recipe too. Returns the tensor."""
     _recipes.note(tensor, recipe)
     source = _source_of(tensor)
     if source is not None and source not in _recipes:
@@ -154,7 +159,7 @@ def attach(tensor: Tensor, recipe: Recipe) -> Tensor:
 
 
 def note_cast(tensor: Tensor, source: Tensor) -> None:
-    """Let a tensor share the recipe of another, of which it is a copy in another dtype, now or when either gets one."""
+    """Let a tensor and its source, of which it is a copy in another dtype, share the recipe that either has or gets later."""
     recipe = find(source)
     if recipe is None:
         _casts.note(tensor, (ref(source), state_of(source)))
@@ -163,15 +168,15 @@ def note_cast(tensor: Tensor, source: Tensor) -> None:
 
 
 def note_source(tensor: Tensor, source: Tensor, of_recipe: Callable[[Recipe], Recipe]) -> None:
-    """Let readers of a tensor make codes of its source in its place, as long as that is there and unchanged.
+    """Let readers of a tensor make codes of its source instead, as long as the source exists and is unchanged.
 
-    of_recipe  of a recipe of the source: one of the tensor
+    of_recipe  gives the tensor's recipe from a recipe of the source
     """
     _sources.note(tensor, (ref(source), state_of(source), of_recipe))
 
 
 def source_of(tensor: Tensor) -> Source | None:
-    """What `note_source` told, if neither has changed since."""
+    """The source that `note_source` noted, if neither tensor has changed since."""
     found = _sources.find(tensor) if tensor in _sources else None
     source = found and found[0]()
     if found is None or source is None or found[1] != state_of(source):
@@ -180,11 +185,11 @@ def source_of(tensor: Tensor) -> Source | None:
 
 
 def note_made(result: Any, operands: Iterable[Any]) -> Any:
-    """Tell of what an operation of a converted model gives without a graph that it was made of these operands, one of them a
-    frozen parameter, or made of one: nobody holds it anyway, as the caller holds a batch. Returns the result.
+    """Note that the model made a result that has no graph, if one of its operands is a frozen parameter or was made from one.
 
-    What lies in the memory of an operand is not made. What is computed of the batch alone is taken for a part of it, in eager
-    code as in compiled code.
+    Such a result is worth coding, because nobody else holds it. A batch, in contrast, is held by the caller. A result that is
+    computed from the batch alone counts as a part of the batch, in eager and in compiled code. A result in the memory of an
+    operand does not count as made. Returns the result.
     """
     if not isinstance(result, Tensor) or result.requires_grad or not result.is_floating_point() or not torch.is_grad_enabled():
         return result
@@ -201,25 +206,25 @@ def note_made(result: Any, operands: Iterable[Any]) -> Any:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether the tensor is one piece of memory, as far as can be asked."""
+    """Whether the tensor is dense and of one of torch's own classes, so that its storage can be compared."""
     return is_torchs_own(type(tensor)) and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def is_made(tensor: Tensor) -> bool:
-    """Whether the model made the tensor, which needs no gradient, or what it is a view of."""
+    """Whether the tensor needs no gradient and was noted by `note_made`, or is a view of such a tensor."""
     base = tensor if tensor in _made else base_of(tensor)
     return base is not None and not base.requires_grad and base in _made and bool(_made.find(base))
 
 
 def _source_of(tensor: Tensor) -> Tensor | None:
-    """What the tensor was cast from, if neither has changed since."""
+    """The tensor from which this one was cast, if neither has changed since."""
     found = _casts.find(tensor) if tensor in _casts else None
     source = found and found[0]()
     return source if found is not None and source is not None and found[1] == state_of(source) else None
 
 
 def find(tensor: Tensor) -> Recipe | None:
-    """The recipe of the tensor, if there is one that holds for it as it is now."""
+    """The recipe of the tensor in its present version; None if there is none."""
     if tensor in _recipes:
         return _recipes.find(tensor)
     source = _source_of(tensor)
@@ -251,8 +256,11 @@ VIEW_NODES = frozenset(f"{name}Backward{number}" for name in _VIEWS for number i
 
 
 def is_kept_exactly(tensor: Tensor) -> bool:
-    """Whether the tensor is there anyway, or it is a view of one that is: a parameter, or what the operation that made it keeps
-    for its own backward, as tanh and relu do. To keep the tensor exactly then costs nothing, and codes would."""
+    """Whether the tensor, or the tensor of which it is a view, is kept in memory anyway.
+
+    Parameters are. So are outputs that an operation keeps for its own backward, as in tanh and relu. Keeping such a tensor
+    exactly costs nothing, while codes would take memory.
+    """
     node: Any = tensor.grad_fn
     output = tensor.output_nr
     if node is None:

@@ -1,7 +1,7 @@
-"""The coded activation where something looks on: a compiler, a functorch transform, or a mode that sees each operation.
+"""The coded activation for watched code: under a compiler, a functorch transform, or a mode that sees each operation.
 
-In plain eager code `fewbit.autograd.activation` takes half the time. Its Function in the old style fails under functorch, and
-its kernels would disappear from a trace.
+In plain eager code `fewbit.autograd.activation` takes half the time. But its old-style Function fails under functorch, and its
+kernels would be missing from a trace.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Tensor = torch.Tensor
 
 
 def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for x's device, which may be one that has none, as meta."""
+    """Whether autocast is on for x's device. False for devices without autocast, such as meta."""
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype | None:
-    """In which autocast computes an operation of the lower precision; None for the dtype of the tensors. A Function asks, since
-    autocast does not reach what it calls."""
+    """The dtype in which autocast runs operations of lower precision; None if it leaves the tensors' dtype. A Function asks
+    this, because autocast does not affect the operations inside it."""
     if not is_autocast(x) or any(each is not None and each.dtype == torch.float64 for each in (x, *others)):
         return None
     return torch.get_autocast_dtype(x.device.type)
@@ -42,17 +42,17 @@ def check_no_tangent(x: Tensor, name: str) -> None:
 
 
 def activation(x: Tensor, forward: Callable[[Tensor], Tensor], table: DeviceTable) -> tuple[Tensor, Tensor]:
-    """forward(x) and the packed codes of x, differentiable by every reverse-mode transform."""
+    """forward(x) and the packed codes of x. Every reverse-mode transform can differentiate it."""
     return _Activation.apply(x, x.reshape(-1)[:0].clone(), forward, *ops.constants(table), table.bits)  # type: ignore[return-value]
 
 
 def encode(x: Tensor, table: DeviceTable) -> Tensor:
-    """As `fewbit.kernels.encode` of (n,), as an operator."""
+    """`fewbit.kernels.encode` for (n,), as an operator."""
     return torch.ops.fewbit.encode(x, *ops.constants(table), table.bits)
 
 
 def decode(packed: Tensor, grad: Tensor, table: DeviceTable) -> Tensor:
-    """As `fewbit.kernels.decode` of (n,), as an operator."""
+    """`fewbit.kernels.decode` for (n,), as an operator."""
     return torch.ops.fewbit.decode(packed, grad, *ops.constants(table), table.bits)
 
 
@@ -84,7 +84,7 @@ class _Activation(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """The gradient from codes, which cannot be differentiated again: `anchor`, of no elements, ties it to x's graph."""
+    """The gradient from codes. It cannot be differentiated again. The empty `anchor` ties it to x's graph."""
 
     generate_vmap_rule = True
 

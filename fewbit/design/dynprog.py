@@ -1,14 +1,13 @@
-"""The dynamic programs: how to split n weighted points into at most K groups with the least squared error.
+"""Dynamic programs that split n weighted points into at most K groups with the least squared error.
 
-Both take arrays and give arrays. The error of a group is the weighted sum of squared distances to the group's weighted
-mean, summed over channels; with prefix sums it costs O(1) for any run of consecutive points. D[k, j] is the least error
-of the first j points in at most k groups, and
+The error of a group is the weighted sum of squared distances to the group's weighted mean, summed over channels. Prefix sums
+give it in O(1) for any run of consecutive points. D[k, j] is the least error of the first j points in at most k groups:
 
     D[k, j] = min over i <= j of  D[k-1, i] + error(i, j)
 
-`optimal_runs` solves it for points in any order (Novikov et al., ICML 2023, section 3: the points are in the order of x).
-`optimal_clusters` solves it for scalar values in ascending order, where runs are all that an optimal clustering can need
-and a divide-and-conquer search suffices. Both are exact.
+`optimal_runs` solves this for points in any order (Novikov et al., ICML 2023, section 3, takes them in the order of x).
+`optimal_clusters` solves it for scalar values in ascending order. The clusters of an optimal clustering are then runs, and a
+divide-and-conquer search is enough. Both are exact.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ def optimal_runs(values: Array, weights: Array, count: int) -> Array:
 
 
 def optimal_clusters(values: Array, weights: Array, count: int) -> Array:
-    """Cut points of the best clustering of ascending `values` (n,) into at most `count` clusters; else as `optimal_runs`."""
+    """Cut points of the best clustering of ascending `values` (n,) into at most `count` clusters, in the form of
+    `optimal_runs`."""
     argmin = _cluster_program(*_prefix_sums(values[None], weights), count)
     return _cuts(argmin)
 
@@ -40,7 +40,7 @@ def optimal_clusters(values: Array, weights: Array, count: int) -> Array:
 def _prefix_sums(values: Array, weights: Array) -> tuple[Array, Array, Array]:
     """Running sums (n+1,), (channels, n+1), (n+1,) of the weights, the first and the second moments.
 
-    The mean is taken off first: what is left to cancel in `_error` is then of the size of the error itself.
+    The mean is subtracted first. The terms that cancel in `_error` are then of the size of the error itself.
     """
     weights = np.ascontiguousarray(weights, np.float64)
     total = weights.sum()
@@ -53,7 +53,7 @@ def _prefix_sums(values: Array, weights: Array) -> tuple[Array, Array, Array]:
 
 
 def _cuts(argmin: Array) -> Array:
-    """Follow the argmins (count+1, n+1) back from the last point; empty groups vanish."""
+    """Follow the argmins (count+1, n+1) back from the last point. Empty groups drop out."""
     cuts = [argmin.shape[1] - 1]
     for k in range(argmin.shape[0] - 1, 0, -1):
         cuts.append(int(argmin[k, cuts[-1]]))
@@ -62,7 +62,7 @@ def _cuts(argmin: Array) -> Array:
 
 @compiled(inline="always")
 def _error(mass, first, second, i, j):
-    """Squared error of the points i to j-1 around their mean; rounding below zero is cut off."""
+    """Squared error of the points i to j-1 around their mean. Rounding cannot make it negative."""
     inside = mass[j] - mass[i]
     if inside <= 0.0:
         return 0.0
@@ -75,7 +75,7 @@ def _error(mass, first, second, i, j):
 
 @compiled(inline="always")
 def _no_better(mass, first, second, i, j, room):
-    """Whether error(i, j) >= room, without dividing: this test is nearly all that `_run_program` does."""
+    """Whether error(i, j) >= room, without a division: `_run_program` spends nearly all its time in this test."""
     inside = mass[j] - mass[i]
     if inside <= 0.0:
         return room <= 0.0
@@ -88,10 +88,10 @@ def _no_better(mass, first, second, i, j, room):
 
 @compiled()
 def _run_program(mass, first, second, count):
-    """Argmins of D by branch and bound, in about n**1.5 steps for each k where n**2 / 2 would be tried otherwise.
+    """Argmins of D by branch and bound, in about n**1.5 steps for each k. An exhaustive search would take n**2 / 2.
 
-    The search for D[k, j] starts at the argmin of the point before, which is nearly always within a few points of the
-    answer, and walks away from it to both sides in blocks of candidates.
+    The search for D[k, j] starts at the argmin of the previous point, which is nearly always within a few points of the
+    answer. It moves away from there to both sides, in blocks of candidates.
     """
     n = mass.size - 1
     before = np.empty(n + 1)
@@ -112,11 +112,11 @@ def _run_program(mass, first, second, count):
 def _best_last_run(mass, first, second, before, j, guess):
     """The least before[i] + error(i, j) over 0 <= i <= j, and its i.
 
-    before[i] grows with i and error(i, j) shrinks, so nothing in a block a <= i <= b is below before[a] + error(b, j). A
-    block whose bound is no better than the best candidate yet is skipped and the next one is twice as long; otherwise
-    its half is tried, down to single candidates.
+    before[i] grows with i and error(i, j) shrinks, so before[a] + error(b, j) is a lower bound for a block a <= i <= b. If the
+    bound is no better than the best candidate so far, the block is skipped and the next one is twice as long. Otherwise half of
+    the block is tried, down to single candidates.
     """
-    best, at = before[j], j  # i = j: an empty last run
+    best, at = before[j], j  # i = j means an empty last run
     candidate = before[guess] + _error(mass, first, second, guess, j)
     if candidate < best:
         best, at = candidate, guess
@@ -125,7 +125,7 @@ def _best_last_run(mass, first, second, before, j, guess):
         a = max(b - size + 1, 0)
         if _no_better(mass, first, second, b, j, best - before[a]):
             if _no_better(mass, first, second, b, j, best):
-                break  # the last run alone costs too much, here and further left
+                break  # the last run alone costs too much, and more so further left
             b, size = a - 1, 2 * size
         elif a == b:
             best, at = before[a] + _error(mass, first, second, a, j), a
@@ -147,10 +147,10 @@ def _best_last_run(mass, first, second, before, j, guess):
 
 @compiled()
 def _cluster_program(mass, first, second, count):
-    """Argmins of D by divide and conquer: on ascending values the error is Monge, so the least argmin never falls with j.
+    """Argmins of D by divide and conquer, in O(count · n · log n).
 
-    Points are solved in the order n/2, n/4, 3n/4, n/8, …; each searches only between the argmins of its solved neighbours:
-    O(count · n · log n).
+    On ascending values the error is Monge, so the least argmin never falls with j. Points are solved in the order n/2, n/4,
+    3n/4, n/8, …. Each search runs only between the argmins of the solved neighbours.
     """
     n = mass.size - 1
     before = np.empty(n + 1)

@@ -1,4 +1,4 @@
-"""The domain of a design, cut into cells, with the integrals that the dynamic programs and the polish need."""
+"""The domain of a design, cut into cells. It gives the integrals that the dynamic programs and the polish need."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(4)
 class Grid:
     """Cells of a domain under a weight w, and the channel functions g (derivative, value, …) on them.
 
-    w is normalised to mass 1 on the domain. No cell has a jump or kink of f' inside, so 4-point Gauss-Legendre quadrature
-    is exact to rounding for the smooth functions in between.
+    w is normalised to mass 1 on the domain. Jumps and kinks of f' are edges, so every cell is smooth inside and 4-point
+    Gauss-Legendre quadrature is exact to rounding.
 
     edges  (cells+1,) ascending     jumps  (j,) the points of `edges` at which f' jumps
     mass   (cells,) ∫ w             mean   (channels, cells) the mean of g over each cell
-    scale  (channels,) square roots of the factors with which squared errors count; `channel` functions come unscaled
+    scale  (channels,) square roots of the factors of the squared errors; g itself is not scaled
     """
 
     def __init__(self, activation: Activation, channels: tuple[str, ...], scale: Array, weight: Weight, domain, cells: int):
@@ -64,19 +64,20 @@ class Grid:
         return density
 
     def _sample(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """Nodes (k, 4) and weights w dx (k, 4) of the quadrature over each [a, b] of (k,); none may cross an edge."""
+        """Nodes (k, 4) and weights w dx (k, 4) of the quadrature over k intervals [a, b], none of which may cross an edge."""
         half = 0.5 * (b - a)[:, None]
         nodes = 0.5 * (a + b)[:, None] + half * _NODES
         return nodes, half * _NODE_WEIGHTS * self.w(nodes)
 
     def integrate(self, a: Array, b: Array) -> tuple[Array, Array, Array]:
-        """∫ w (k,), ∫ w g (channels, k) and ∫ w g² (channels, k) over intervals [a, b] of (k,) that cross no edge."""
+        """∫ w (k,), ∫ w g (channels, k) and ∫ w g² (channels, k) over k intervals [a, b] that cross no edge."""
         nodes, dx = self._sample(a, b)
         g = self.g(nodes)
         return dx.sum(-1), (g * dx).sum(-1), (g * g * dx).sum(-1)
 
     def mean_between(self, a: Array, b: Array) -> Array:
-        """Mean of g (channels, k) over intervals that cross no edge: exact where g is constant, its midpoint where w is 0."""
+        """Mean of g (channels, k) over intervals that cross no edge. It is exact for a constant g. If w is 0, it is g at the
+        first node."""
         nodes, dx = self._sample(a, b)
         g = self.g(nodes)
         mass = dx.sum(-1)
@@ -84,9 +85,9 @@ class Grid:
         return first[..., 0] + ((g - first) * dx).sum(-1) / np.where(mass > 0, mass, 1.0)
 
     def pieces(self, thresholds: Array) -> tuple[Array, Array]:
-        """Cells cut further at the thresholds: their edges (k+1,), and for each piece (k,) the interval it lies in.
+        """Cut the cells at the thresholds too: edges (k+1,) of the pieces, and for each piece (k,) its interval of the table.
 
-        Thresholds may lie outside the domain: the pieces end with it.
+        Thresholds outside the domain cut nothing.
         """
         inside = (thresholds > self.edges[0]) & (thresholds < self.edges[-1])
         edges = np.union1d(self.edges, thresholds[inside])
@@ -95,7 +96,7 @@ class Grid:
     def integrate_by(self, thresholds: Array, codes: Array, count: int) -> tuple[Array, Array]:
         """∫ w (count,) and ∫ w g (channels, count) over each code.
 
-        Sums of what lies in each, not differences of running sums, in which the little mass of a code far out would drown.
+        Each is a direct sum. In differences of running sums, rounding would swamp the small mass of a code far out.
         """
         edges, interval = self.pieces(thresholds)
         mass, first, _ = self.integrate(edges[:-1], edges[1:])
@@ -103,7 +104,7 @@ class Grid:
         return np.bincount(code, mass, count), np.stack([np.bincount(code, row, count) for row in first])
 
     def mean_by(self, thresholds: Array, codes: Array, count: int) -> Array:
-        """Mean of g over each code: (channels, count). Exact where g is constant over a code, NaN for an unused one."""
+        """Mean of g over each code: (channels, count). It is exact if g is constant over a code, and NaN for an unused code."""
         edges, interval = self.pieces(thresholds)
         mean = self.mean_between(edges[:-1], edges[1:])
         mass = self.integrate(edges[:-1], edges[1:])[0]
@@ -117,7 +118,7 @@ class Grid:
         return levels
 
     def error(self, thresholds: Array, codes: Array, levels: Array) -> Array:
-        """∫ w (g - q)² for each channel (channels,), q the level of x's code. Nothing cancels: exact fits give exactly 0."""
+        """∫ w (g - q)² for each channel (channels,). q is the level of x's code. An exact fit gives exactly 0."""
         edges, interval = self.pieces(thresholds)
         nodes, dx = self._sample(edges[:-1], edges[1:])
         q = levels[:, codes[interval]][:, :, None]

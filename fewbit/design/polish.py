@@ -1,13 +1,13 @@
-"""From the best thresholds on a grid to the stationary point next to them, by Newton's method.
+"""Newton's method moves the best thresholds on a grid to the stationary point next to them.
 
-Moving threshold s_i by ds hands the points in between from the code on its right to the code on its left, so with levels
-at their optimal means the error is stationary when both codes fit the point s_i equally well. With g the channel
-functions, b their factors, and L, R the levels to the left and right of s_i:
+If threshold s_i moves by ds, the points in between pass from the code on its right to the code on its left. With optimal
+levels, the error is therefore stationary when both codes fit the point s_i equally well. With g the channel functions, b their
+factors, and L, R the levels to the left and right of s_i:
 
     F_i(s) = Σ_c b_c ((g_c(s_i) - L_c)² - (g_c(s_i) - R_c)²) = Σ_c b_c (R_c - L_c)(2 g_c(s_i) - L_c - R_c) = 0
 
-which for one channel is f'(s_i) = (L + R) / 2 (Novikov et al., ICML 2023). Intervals may share levels: the equations are
-the same for both codings. A threshold at a jump of g that parts the two codes stays where it is.
+For one channel this is f'(s_i) = (L + R) / 2 (Novikov et al., ICML 2023). The equations also hold if intervals share levels, so
+they are the same for both codings. A threshold stays at a jump of g if the jump separates the two codes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ _TOLERANCE = 1e-12
 
 
 def polish(grid: Grid, thresholds: Array, codes: Array, count: int) -> Array:
-    """Thresholds (m,) of least error near the given ones, (m,) edges of `grid`; codes (m+1,) below `count` stay as they are.
+    """Thresholds (m,) of least error near the given ones.
 
-    Gives back the given ones where Newton's method finds nothing better: the result is never worse.
+    thresholds  (m,) edges of `grid`
+    codes       (m+1,) below `count`; they stay as they are
+
+    If Newton's method finds nothing better, the given thresholds come back: the result is never worse.
     """
     low, high, free = _segments(grid, thresholds, codes, count)
     if not free.any():
@@ -69,7 +72,7 @@ def _error(grid: Grid, thresholds: Array, codes: Array, count: int) -> float:
 
 
 def _segments(grid: Grid, thresholds: Array, codes: Array, count: int) -> tuple[Array, Array, Array]:
-    """For each threshold the ends of the stretch without jumps in which it may move, and whether it may: (m,) each."""
+    """For each threshold the ends of the range without jumps in which it may move, and whether it may move: (m,) each."""
     walls = np.concatenate([grid.edges[:1], grid.jumps, grid.edges[-1:]])
     before, after = np.nextafter(walls, -np.inf), np.nextafter(walls, np.inf)
     at = np.searchsorted(walls, thresholds, side="right")  # walls[at-1] <= threshold < walls[at]
@@ -78,7 +81,7 @@ def _segments(grid: Grid, thresholds: Array, codes: Array, count: int) -> tuple[
     levels = grid.mean_by(thresholds, codes, count)
     for i in np.flatnonzero(np.isin(thresholds, grid.jumps)).tolist():
         prefers_right = [_preference(grid, x, levels, codes, i) for x in (float(before[at[i] - 1]), float(after[at[i] - 1]))]
-        if prefers_right[1] < 0:  # the points just right of the jump fit the code on its left better
+        if prefers_right[1] < 0:  # the code on the left also fits the points just right of the jump better
             continue
         if prefers_right[0] > 0:
             low[i], high[i] = after[at[i] - 2], before[at[i] - 1]
@@ -88,7 +91,7 @@ def _segments(grid: Grid, thresholds: Array, codes: Array, count: int) -> tuple[
 
 
 def _preference(grid: Grid, x: float, levels: Array, codes: Array, i: int) -> float:
-    """F_i at x: positive where the code to the right of threshold i fits x better."""
+    """F_i at x. It is positive if the code to the right of threshold i fits x better."""
     left, right = levels[:, codes[i]], levels[:, codes[i + 1]]
     return float(grid.scale**2 @ ((right - left) * (2 * grid.g(np.array([x]))[:, 0] - left - right)))
 

@@ -1,4 +1,4 @@
-"""What a design is asked for: every argument checked, nothing left open."""
+"""The checked arguments of a design, with all defaults filled in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fewbit.weights import Normal, Weight, as_weight
 
 @dataclass(frozen=True)
 class Request:
-    """A design's arguments, checked; equal requests give equal tables. `Request.of` takes them as users write them."""
+    """The checked arguments of a design. Equal requests give equal tables. `Request.of` takes the arguments of users."""
 
     activation: Activation
     bits: int
@@ -58,10 +58,10 @@ class Request:
 
     @classmethod
     def rung(cls, activation: Activation, bits: int, channels: tuple[str, ...], std: float) -> Request:
-        """What a ladder asks for at one of its rungs: the best table for normal pre-activations of this standard deviation.
+        """The request for one rung of a ladder: the best table for normal pre-activations of this standard deviation.
 
-        Values are measured in standard deviations, so that beside those of f' their errors count alike on every rung. The
-        domain reaches six standard deviations out, and nowhere less far than by default.
+        Errors of values are measured in standard deviations, so their weight relative to errors of f' is the same on every
+        rung. The domain extends to six standard deviations, and at least as far as the default.
         """
         reach = max(*DEFAULT_DOMAIN, 6 * std)
         balance = std**-2 if channels == CHANNELS else 1.0
@@ -69,7 +69,7 @@ class Request:
         return cls.of(activation, bits, weight=Normal(std=std), channels=channels, balance=balance, domain=domain)
 
     def describe(self) -> dict[str, Any]:
-        """What a table of this request says of itself: the entries of CodeTable, other than its arrays and errors."""
+        """The entries that a table of this request states: those of CodeTable other than its arrays and errors."""
         return {
             "activation": self.activation.name,
             "parameters": dict(self.activation.parameters),
@@ -82,7 +82,7 @@ class Request:
         }
 
     def check_finite(self) -> None:
-        """Raise DesignError where f or f' is not finite; apart from `of`, since a shipped table needs no look at f."""
+        """Raise DesignError if f or f' is not finite. `of` does not call this: a shipped table needs no evaluation of f."""
         x = np.linspace(*self.domain, 33)
         try:
             with np.errstate(all="ignore"):
@@ -96,7 +96,7 @@ class Request:
             )
 
     def answered_by(self, table: CodeTable) -> bool:
-        """Whether the table is, by what it says of itself, what this request asks for."""
+        """Whether the entries that the table states are those of this request."""
         stated = table.errors is not None and table.powers is not None
         return stated and all(getattr(table, name) == value for name, value in self.describe().items())
 
@@ -125,7 +125,7 @@ def _channels_and_coding(channels: Any, coding: str | None) -> tuple[tuple[str, 
 
 
 def _default_weight(channels: tuple[str, ...]) -> str:
-    """Measured: derivatives tolerate heavy tails and so serve many input scales, values want light ones."""
+    """Measurements show that derivatives tolerate heavy tails, which serve many input scales, and values want light tails."""
     return VALUE_WEIGHT if "value" in channels else DEFAULT_WEIGHT
 
 
@@ -137,8 +137,8 @@ def _balance(balance: Any) -> float:
 
 
 def _reaching(domain: tuple[float, float], record: Activation) -> tuple[float, float]:
-    """The domain, widened to the jumps of f' up to ten times as far out: an input beyond one would have a gradient that
-    has nothing to do with its own."""
+    """The domain, widened to include jumps of f' up to ten times as far out. Without the jump, inputs beyond it would get the
+    gradient from its other side."""
     low, high = domain
     far = [x for x in record.derivative_shape.jumps if not low <= x <= high and 10 * low <= x <= 10 * high]
     with np.errstate(all="ignore"):

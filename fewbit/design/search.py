@@ -1,4 +1,4 @@
-"""From a request to its table: search on the grid and polish, or the bins of the uniform coding; then the final form."""
+"""Makes the table of a request: by a search on the grid and a polish, or from the bins of the uniform coding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = np.ndarray
 
 
 def search(request: Request) -> CodeTable:
-    """The table that the request asks for; DesignError where its function is not finite, or a number is beyond float64."""
+    """The table of a request. Raises DesignError if its function is not finite, or a number is beyond float64."""
     request.check_finite()
     try:
         with np.errstate(all="ignore"):
@@ -41,7 +41,7 @@ def _search(request: Request) -> CodeTable:
 
 
 def _uniform(grid: Grid, request: Request) -> tuple[Array, Array, Array]:
-    """Thresholds (m,), codes (m+1,) and levels (channels, m+1); codes ascend with x, even where levels are equal."""
+    """Thresholds (m,), codes (m+1,) and levels (channels, m+1). Codes ascend with x, even if levels are equal."""
     edges, middles = uniform_bins(request.weight, request.bits)
     thresholds, codes = rounded(edges), np.arange(middles.size)
     return thresholds, codes, tidy_levels(grid, request, thresholds, codes, grid.g(middles))
@@ -51,7 +51,7 @@ def _optimal(grid: Grid, request: Request) -> tuple[Array, Array, Array]:
     """Search, polish and tidy: thresholds (m,), codes (m+1,) and levels (channels, K) of least error."""
     best_on_grid = _level_search if request.coding == "level" else _interval_search
     thresholds, codes = best_on_grid(grid, request.levels)
-    # where f' is constant the search may have cut at no gain: its cuts there have equal levels on both sides
+    # the search may cut a stretch of constant f' without any gain; such cuts have equal levels on both sides and are removed
     thresholds, codes, levels = without_repetitions(thresholds, codes, grid.mean_by(thresholds, codes, int(codes.max()) + 1))
     count = levels.shape[1]
     thresholds = tidy_thresholds(grid, request, polish(grid, thresholds, codes, count))

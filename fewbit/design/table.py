@@ -1,4 +1,4 @@
-"""CodeTable: how pre-activations become codes and codes become what backward needs. Its invariants and its JSON form."""
+"""CodeTable maps pre-activations to codes, and codes to what backward reads. Its invariants and its JSON form are here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fewbit.weights import weight_named
 Array = np.ndarray
 FORMAT = "fewbit-table"
 VERSION = 1
-MOST_BYTES = 1 << 24  # of a file of tables: a thousand of the largest that a design gives
+MOST_BYTES = 1 << 24  # largest file of tables that is read: it holds a thousand of the largest tables that a design gives
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class CodeTable:
     levels         (channels, K) float64, K <= 2**bits
     bits           bits of one code, 1 to 8
     channels       what the rows of levels hold: "derivative" (f') or "value" (f)
-    activation     name of the activation that the table is for; None fits any
+    activation     name of the activation that the table is for; None if it is for any
     parameters     that activation's parameters
     weight, coding, domain, balance   how the table was designed
     errors         (channels,) ∫ w (g - q)² dx with w of mass 1 on the domain
@@ -101,7 +101,7 @@ class CodeTable:
 
     @property
     def relative_rms(self) -> float | tuple[float, ...]:
-        """sqrt(mse / ∫ w g² dx), shaped as `mse`. Where ∫ w g² dx is 0, it is 0 or infinite."""
+        """sqrt(mse / ∫ w g² dx), shaped as `mse`. If ∫ w g² dx is 0, it is 0 or infinite."""
         if self.errors is None or self.powers is None:
             return self._one_or_all((np.nan,) * len(self.channels))
         pairs = zip(self.errors, self.powers, strict=True)
@@ -110,7 +110,7 @@ class CodeTable:
 
     @property
     def even(self) -> bool:
-        """Whether the code depends only on |x|: the thresholds mirror each other, and each threshold belongs to the interval of
+        """Whether the code depends only on |x|. The thresholds then mirror each other, and each one belongs to the interval of
         larger |x|.
         """
         mirrored = np.nextafter(-self.thresholds[::-1], -np.inf)
@@ -123,7 +123,7 @@ class CodeTable:
 
     def encode(self, x: Any) -> Array:
         """Codes of x: uint8, same shape."""
-        if hasattr(x, "detach"):  # a tensor, of any dtype and device
+        if hasattr(x, "detach"):  # a tensor of any dtype and device
             x = x.detach().cpu().double()
         return self.codes[np.searchsorted(self.thresholds, np.asarray(x), side="left")]
 
@@ -192,7 +192,10 @@ class CodeTable:
             raise TableError(f"an entry of the table has the wrong type: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the table to `path` as JSON, whole or not at all. Links and devices work too. Raises OSError as open() does."""
+        """Write the table to `path` as JSON. The file is written completely or not at all. Links and devices work too.
+
+        Raises OSError as open() does.
+        """
         text = dump_tables([self])
         if len(text) > MOST_BYTES:
             raise TableError(f"a table file holds at most {MOST_BYTES >> 20} MiB, this table takes {len(text) >> 20}")
@@ -200,7 +203,7 @@ class CodeTable:
 
     @classmethod
     def load(cls, path: str | Path) -> CodeTable:
-        """Read a file that `save` wrote. For any other file it raises TableFileError, which names the file and the remedy."""
+        """Read a file that `save` wrote. Any other file raises TableFileError, which names the file and the remedy."""
         tables = read_tables(path)
         if len(tables) != 1:
             raise TableFileError(f"{path} holds {len(tables)} tables, not one; load_table() picks one of a shipped file")
@@ -213,7 +216,7 @@ class CodeTable:
     def check(self) -> None:
         """Raise TableError if the errors that the table states are not those of its levels.
 
-        This can be checked for built-in activations, under weights that their text names. `load` checks it.
+        Only tables of built-in activations, under weights that their text describes completely, are checked. `load` calls this.
         """
         record, weight = built_in(self.activation or ""), weight_named(self.weight or "")
         if record is not None and weight is not None:
@@ -234,7 +237,7 @@ def check_bits(bits: Any, error: type[Exception]) -> int:
 
 
 def check_channels(channels: Any, error: type[Exception]) -> tuple[str, ...]:
-    """The channels as a tuple if they are some of CHANNELS, each once; else raises `error`."""
+    """The channels as a tuple if they are some of CHANNELS, each at most once; else raises `error`."""
     few = isinstance(channels, list | tuple) and 0 < len(channels) <= len(CHANNELS)
     if not few or not all(isinstance(each, str) and each in CHANNELS for each in channels) or len({*channels}) != len(channels):
         raise error(f"channels must be some of {CHANNELS}, each once; got {shown(channels)}")
@@ -242,7 +245,7 @@ def check_channels(channels: Any, error: type[Exception]) -> tuple[str, ...]:
 
 
 def finite(name: str, value: Any) -> float:
-    """A number of a table as a float; TableError, naming it, if it is none or not finite."""
+    """A number of a table as a float. Raises TableError with its name if it is not a finite number."""
     return float(_floats(name, value, 0))
 
 
@@ -289,7 +292,7 @@ def _check_shapes(thresholds: Array, codes: Array, levels: Array, bits: int, cha
         )
     if codes.size != thresholds.size + 1:
         raise TableError(
-            f"m thresholds part m+1 intervals with a code each, got {thresholds.size} thresholds, {codes.size} codes"
+            f"m thresholds separate m+1 intervals with one code each, got {thresholds.size} thresholds, {codes.size} codes"
         )
     if levels.shape[0] != len(channels):
         raise TableError(f"levels must have a row for each of the channels {channels}, got shape {levels.shape}")
@@ -300,22 +303,22 @@ def _check_shapes(thresholds: Array, codes: Array, levels: Array, bits: int, cha
 
 
 def read_tables(path: str | Path) -> list[CodeTable]:
-    """All tables of a file. Raises TableFileError, which names the file and the remedy, if there is none or it is damaged."""
+    """All tables of a file. If it is missing or damaged, raises TableFileError, which names the file and the remedy."""
     return parse_tables(read_text(path, MOST_BYTES), str(path))
 
 
 def read_text(path: str | Path, most: int) -> str:
-    """The text of a file of at most so many bytes; TableFileError, which names it, where there is none."""
+    """The text of a file of at most `most` bytes. Raises TableFileError, which names the file, if it cannot be read."""
     try:
         return files.read(path, most).decode("utf-8")
     except OSError as error:
         raise TableFileError(f"cannot read table file {path}: {error.strerror}; check the path") from error
-    except ValueError as error:  # no UTF-8; or a path that no file can have
+    except ValueError as error:  # not UTF-8, or a path that no file can have
         raise TableFileError(f"{path} is not a fewbit table file: it is not text") from error
 
 
 def dump_tables(tables: list[CodeTable]) -> str:
-    """The text of a table file: one line for each entry of each table, so that changes read well in a diff."""
+    """The text of a table file. Each entry of each table has its own line, so that diffs are easy to read."""
     blocks = (
         "  {\n" + ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in table.to_dict().items()) + "\n  }"
         for table in tables
@@ -342,7 +345,7 @@ def _no_number(name: str) -> float:
 
 
 def parse_entries(text: str, origin: str, form: str, name: str) -> list[Any]:
-    """The list under `name` in a JSON text that says of itself to be of this format and version; else TableFileError."""
+    """The list under `name` in a JSON text of this format and version. Raises TableFileError for any other text."""
     try:
         content = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:

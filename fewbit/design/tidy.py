@@ -1,4 +1,4 @@
-"""The numbers of a table in their final form: rounded, mirrored where they ought to mirror each other, none twice."""
+"""Brings the numbers of a table into their final form: rounded, exactly symmetric if the optimum is, without repetitions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Array = np.ndarray
 
 
 def tidy_thresholds(grid: Grid, request: Request, thresholds: Array) -> Array:
-    """Round thresholds (m,); mirror those of a symmetric optimum; put those at jumps on torch's side."""
+    """Round thresholds (m,), mirror those of a symmetric optimum, and put those at jumps on torch's side."""
     at_jump = np.isin(thresholds, grid.jumps)
     rounded = tidied(_antisymmetric(thresholds, _leeway(grid, thresholds)) if "value" in request.channels else thresholds)
     tidy = _on_torchs_side(request.activation, np.where(at_jump, thresholds, rounded), at_jump)
     by_size = request.coding == "level" and request.channels == ("derivative",) and request.activation.derivative_shape.even
     symmetric = grid.edges[0] == -grid.edges[-1] and thresholds.size % 2 == 0
-    # f' has one value at both thresholds of a pair: only where the polish ended, with little mass to tell, can they differ
+    # an even f' has the same value at both thresholds of a pair; they differ only if the polish ended early, with little mass
     if by_size and symmetric and np.allclose(tidy, -tidy[::-1], 2e-3, 1e-6):
         half = tidy.size // 2
         tidy[:half] = np.nextafter(-tidy[half:][::-1], -np.inf)
@@ -26,7 +26,8 @@ def tidy_thresholds(grid: Grid, request: Request, thresholds: Array) -> Array:
 
 
 def tidy_levels(grid: Grid, request: Request, thresholds: Array, codes: Array, levels: Array) -> Array:
-    """Levels (channels, K): values exactly antisymmetric where the thresholds are; all rounded, unless the fit is exact."""
+    """Levels (channels, K). Values become exactly antisymmetric if the thresholds are. Levels are rounded unless the fit is
+    exact."""
     if "value" in request.channels and np.allclose(thresholds, -thresholds[::-1], rtol=1e-15, atol=0.0):
         levels = levels.copy()
         row = levels[request.channels.index("value")]
@@ -36,12 +37,12 @@ def tidy_levels(grid: Grid, request: Request, thresholds: Array, codes: Array, l
 
 
 def rounded(values: Array) -> Array:
-    """To 9 significant digits: finer than float32 resolves, short enough to read, coarser than rounding noise."""
+    """Round to 9 significant digits: finer than float32 resolves, short enough to read, coarser than rounding noise."""
     return np.array([float(f"{value:.9g}") for value in values.ravel()]).reshape(values.shape)
 
 
 def tidied(values: Array) -> Array:
-    """To 9 significant digits and to 1e-12: a threshold that ought to be 0 is 0."""
+    """Round to 9 significant digits and to 1e-12, so that a threshold that should be 0 is 0."""
     return rounded(np.round(values, 12)) + 0.0  # + 0.0: no negative zero
 
 
@@ -54,13 +55,13 @@ def without_repetitions(thresholds: Array, codes: Array, levels: Array) -> tuple
 
 
 def run_ends(edges: Array, codes: Array) -> tuple[Array, Array]:
-    """Merge neighbouring pieces of the same code: inner edges (m,) that remain, and codes (m+1,)."""
+    """Merge neighbouring pieces of the same code. Returns the inner edges (m,) that remain, and codes (m+1,)."""
     changes = np.flatnonzero(np.diff(codes)) + 1
     return edges[changes], codes[np.concatenate([[0], changes])]
 
 
 def _on_torchs_side(record: Activation, thresholds: Array, at_jump: Array) -> Array:
-    """Thresholds at jumps moved to the float below where torch counts the jump itself to the right."""
+    """Move a threshold at a jump to the next lower float, if torch counts the point of the jump to the right."""
     moved = thresholds.copy()
     for i in np.flatnonzero(at_jump):
         below, at, above = (record.df(x) for x in (np.nextafter(moved[i], -np.inf), moved[i], np.nextafter(moved[i], np.inf)))
@@ -70,7 +71,7 @@ def _on_torchs_side(record: Activation, thresholds: Array, at_jump: Array) -> Ar
 
 
 def _antisymmetric(ascending: Array, tolerance: Array | float) -> Array:
-    """The values (n,), exactly antisymmetric if they are so within the tolerance; else as they are.
+    """The values (n,), made exactly antisymmetric if they are antisymmetric within the tolerance; else unchanged.
 
     >>> _antisymmetric(np.array([-1.0, 1e-15, 1.0]), 1e-10)
     array([-1.,  0.,  1.])
@@ -80,5 +81,5 @@ def _antisymmetric(ascending: Array, tolerance: Array | float) -> Array:
 
 
 def _leeway(grid: Grid, thresholds: Array) -> Array:
-    """How far from the exact optimum the polish may end (m,): a heuristic, a hundred times what is seen with 8 bits."""
+    """How far from the exact optimum the polish may end (m,). A heuristic: a hundred times the distance seen with 8 bits."""
     return 1e-4 * np.interp(thresholds, grid.edges[:-1], np.diff(grid.edges))

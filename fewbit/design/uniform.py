@@ -1,14 +1,14 @@
-"""The uniform coding: equally wide bins over a weight, one edge at zero. Nothing is searched.
+"""The uniform coding: equally wide bins over a weight, with one edge at zero. It needs no search.
 
-It codes batch-normalised pre-activations in Chakrabarti & Moseley, "Backprop with approximate activations for
-memory-efficient network training" (NeurIPS 2019). With 2**bits = B bins, b the weight's centre in units of its scale, and x
-in these units too, their code is
+Chakrabarti & Moseley, "Backprop with approximate activations for memory-efficient network training" (NeurIPS 2019), code
+batch-normalised pre-activations with it. Let B = 2**bits be the number of bins, b the weight's centre in units of its scale,
+and x be in these units too. Their code is
 
     clip(floor(x·B/6) + shift, 0, B - 1),    shift = max(1, B//2 - floor(b·B/6))
 
-and the value of a code (code + 0.5 - shift)·6/B. The bins thus cover b ± 3, moved by less than a bin to have an edge at
-zero: the sign of x survives, which is all that the derivative of ReLU needs. One thing differs here: floor() puts an x on an
-edge to its right, tables put it to its left, so that x = 0 goes with negative x as in torch's ReLU.
+and the value of a code is (code + 0.5 - shift)·6/B. The bins thus cover b ± 3, moved by less than a bin to have an edge at
+zero. The sign of x survives, which is all that the derivative of ReLU needs. One thing differs here: floor() counts an x on an
+edge to the right bin, tables count it to the left bin, so x = 0 goes with negative x as in torch's ReLU.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def uniform_bins(weight: Weight, bits: int) -> tuple[Array, Array]:
     bins = 2**bits
     center, scale = weight.feature
     shift = bins // 2 - np.floor(center / scale * bins / 6)
-    # The published bound from below keeps a bin for negative x however far to the right the centre lies. One from above is
-    # needed as well: were shift beyond the last code, positive x would be clipped to the code of negative x.
+    # The published lower bound keeps a bin for negative x however far to the right the centre lies. An upper bound is needed
+    # as well: with a shift beyond the last code, positive x would be clipped to the code of negative x.
     shift = np.clip(shift, 1, bins - 1)
     width = 6 * scale / bins
     return (np.arange(1, bins) - shift) * width, (np.arange(bins) + 0.5 - shift) * width

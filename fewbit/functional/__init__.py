@@ -1,15 +1,16 @@
-"""torch's functions whose backward reads codes: torch's names and signatures, plus `bits`, `table` and their kin.
+"""torch's functions with codes for backward: torch's names and signatures, plus `bits`, `table` and related arguments.
 
-`fewbit.functional.gelu(x, bits=3)` and its siblings, one for every activation in the registry, made from its record when
-first asked for; the layers of `fewbit.functional.layers`: linear, convolutions, norms and gated units; and, with torch's
-signatures alone, dropout, pooling and padding, of `fewbit.functional.exact_codes`.
+Every activation in the registry has a function here, such as `fewbit.functional.gelu(x, bits=3)`. It is made from the
+activation's record on first use. Layers (linear, convolutions, norms, gated units, attention, recurrent layers) take the same
+extra arguments. Dropout, pooling and padding take torch's arguments alone.
 
-    operation.py    the one way of every call: check, decide, resolve, run
-    activations.py  what an activation is to it
-    layers.py       what a layer is to it
-    recurrent.py    what a recurrent layer and a cell of one are to it
-    exact_codes.py  what dropout, pooling and padding are to it
-    products.py     what products and casts are to it, in compiled code
+    operation.py    runs every call in four steps: check, decide, resolve, run
+    activations.py  defines the operations of activations
+    layers.py       defines those of layers
+    recurrent.py    defines those of recurrent layers and their cells
+    exact_codes.py  defines those of dropout, pooling and padding
+    products.py     defines those of products and casts, for compiled code
+    recompute.py    runs any function from codes of its inputs
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fewbit import activations as _registry
 from fewbit.functional import activations as _activations
 from fewbit.functional import exact_codes as _exact_codes
 from fewbit.functional import layers as _layers
-from fewbit.functional import recurrent as _recurrent  # noqa: F401  # which adds its functions to those of layers
+from fewbit.functional import recurrent as _recurrent  # noqa: F401  # adds its functions to layers.FUNCTIONS
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

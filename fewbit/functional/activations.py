@@ -1,4 +1,4 @@
-"""Pointwise activations whose backward reads codes: for each record of the registry a function, with torch's signature."""
+"""Pointwise activations with codes for backward. Each record in the registry gets a function with torch's signature."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def function(record: Activation) -> Callable[..., Tensor]:
         return_annotation="Tensor",
     )
     activation.__doc__ = docstring_of(
-        record, f"{record.torch_name}: exact forward, backward from codes of a few bits an element."
+        record, f"{record.torch_name} with an exact forward. Backward reads codes of a few bits per element."
     )
     return activation
 
 
 def constructor_arguments(record: Activation) -> list[inspect.Parameter]:
-    """What a module of the activation takes: all that its function takes but the input."""
+    """Arguments of the activation's module: all of its function's arguments except the input."""
     return list(inspect.signature(function(record)).parameters.values())[1:]
 
 
 def _torchs_arguments(record: Activation) -> list[inspect.Parameter]:
-    """torch's in torch's order, then `inplace`."""
+    """torch's arguments in torch's order, then `inplace`."""
     taken = {**(record.options if _selects_variant(record) else {}), **record.parameters, "inplace": False}
     return [
         inspect.Parameter(name, _POSITIONAL, default=default, annotation=type(default).__name__)
@@ -75,30 +75,30 @@ def _torchs_arguments(record: Activation) -> list[inspect.Parameter]:
 
 
 def _plain(value: Any) -> Any:
-    """A tensor that stands for a number as that number; a list as what may be an option, of which the record complains."""
+    """The argument in hashable form: a tensor as its number, a list as a tuple. The record rejects a tuple later."""
     if isinstance(value, list):
         return tuple(value)
     return value.item() if isinstance(value, Tensor) and not torch.compiler.is_compiling() else value
 
 
 class RecordMaker(Protocol):
-    """A class whose instances compute an activation that depends on values of their attributes."""
+    """A class whose instances compute an activation. Values of their attributes are its parameters."""
 
     name: ClassVar[str]  # of the activation
 
     @classmethod
     def record_at(cls, values: dict[str, Any]) -> Activation:
-        """The record at these values, by name."""
+        """The record for these values, given by name."""
         ...
 
 
 def activation_operation(
     source: Activation | type[RecordMaker], joint: bool, args: tuple, named: tuple[tuple[str, Any], ...]
 ) -> Operation:
-    """The operation of an activation called with these arguments besides its input.
+    """The operation of an activation for these arguments. The input is not among them.
 
-    source  its record, or a class that makes records of named values
-    joint   whether one code is to serve the layers that read the result, too
+    source  the activation's record, or a class that makes records from named values
+    joint   whether the code also serves the layers that read the result
     """
     given = dict(named)
     if isinstance(source, Activation):
@@ -127,7 +127,7 @@ def activation_operation(
 
 
 def _exact_in_place(x: Tensor, record: Activation) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:  # torch's own backward may need the x that is overwritten
+    if torch.is_grad_enabled() and x.requires_grad:  # torch's own backward may need x, so it gets a copy
         return x.copy_(record.forward(x.clone()))
     return record.forward_inplace(x)
 
@@ -135,9 +135,12 @@ def _exact_in_place(x: Tensor, record: Activation) -> Tensor:
 def _shared_or_in_place(
     form: Callable[..., Tensor], record: Activation, inplace: bool, x: Tensor, *tables: DeviceTable
 ) -> Tensor:
-    """Run `form`, with what shared codes or a call in place add: the check of x, the sign from a norm's codes, the write.
+    """Run `form` with the extra steps of shared codes and of in-place calls.
 
-    form  the operation, coded; it overwrites x itself where nothing looks on
+    An in-place call first checks that x may be overwritten, and at the end writes the result into x. With shared codes, the
+    sign may come from a norm's codes.
+
+    form  the coded operation. In plain eager code it overwrites x itself.
     """
     if inplace and not (torch.compiler.is_compiling() or is_transformed()):
         check_overwritable(record.name, x)
@@ -149,7 +152,7 @@ def _shared_or_in_place(
 
 @lru_cache(maxsize=256)
 def _slopes(record: Activation) -> tuple[float, float] | None:
-    """f' below and above 0, for an f of two straight lines that meet there."""
+    """f' below and above 0, if f consists of two straight lines that meet at 0; else None."""
     if record.derivative_shape.jumps != (0.0,):
         return None
     table = load_table(record, 1)
@@ -157,7 +160,7 @@ def _slopes(record: Activation) -> tuple[float, float] | None:
 
 
 def formula(record: Activation) -> Formula | None:
-    """The closed form of a built-in activation, for backends that compute it together with the codes."""
+    """The closed form of a built-in activation, else None. Some backends compute it together with the codes."""
     built_in = activations.BUILT_IN.get(record.name)
     if built_in is None or (built_in.function, built_in.torch_function) != (record.function, record.torch_function):
         return None
@@ -165,7 +168,7 @@ def formula(record: Activation) -> Formula | None:
 
 
 def bind(signature: inspect.Signature, name: str, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments given, by name; TypeError, naming the function, as Python's own."""
+    """The given arguments by name. Raises TypeError as Python does, with the function's name."""
     try:
         return signature.bind(*args, **kwargs).arguments
     except TypeError as error:
@@ -173,7 +176,7 @@ def bind(signature: inspect.Signature, name: str, /, *args: Any, **kwargs: Any) 
 
 
 def bound_record(record: Activation, given: Mapping[str, Any]) -> Activation:
-    """The record at the numeric parameters and options (such as approximate="tanh") among `given`; the rest is ignored."""
+    """The record for the numeric parameters and options (such as approximate="tanh") in `given`. The rest is ignored."""
     if _selects_variant(record) and any(given.get(name, value) != value for name, value in record.options.items()):
         chosen = {**record.options, **{name: given[name] for name in record.options if name in given}}
         siblings = [
@@ -201,7 +204,7 @@ def docstring_of(record: Activation, summary: str, module: bool = False) -> str:
     """The docstring of a function, or of a module."""
     parameters = "".join(f"\n    {name:8} as in torch" for name in (*record.options, *record.parameters))
     if module:
-        others = "Inputs of other dtypes, layouts or classes are left to torch.\n\n    Raises InputError (double backward)"
+        others = "Inputs of other dtypes, layouts or classes get torch's operation.\n\n    Raises InputError (double backward)"
     else:
         parameters = f"\n    input    (*), any shape and strides; float16, bfloat16, float32 or float64{parameters}"
         others = "Raises InputError (dtype, layout, double backward)"
@@ -210,17 +213,17 @@ def docstring_of(record: Activation, summary: str, module: bool = False) -> str:
     inplace  whether to overwrite the input, which backward does not need
     bits     bits of one code, 1 to 8; 3 if no table is given
     table    a CodeTable of your own, from `fewbit.design`
-    shared   whether to make one code for f' and f; layers of fewbit that read the output keep this code, not the output
-    Returns  (*), the exact activation, bit for bit torch's (within one unit in the last place where a GPU kernel computes it)
+    shared   whether one code serves f' and f. Layers of fewbit that read the output then keep this code, not the output.
+    Returns  (*), the exact activation, equal to torch's bit for bit. GPU kernels may differ by one unit in the last place.
 
     If the input needs a gradient, n elements keep ceil(n * bits / 8) bytes plus at most 512, and no reference to the input.
-    The gradient is the incoming one times table(x). If it needs none, this is torch's own operation.
+    The gradient is the incoming one times table(x). If the input needs no gradient, this is torch's own operation.
 
 {_describe_table(record)}
 
-    Codes of the derivative: Novikov et al., "Few-bit backward: quantized gradients of activation functions for memory
-    footprint reduction", ICML 2023. Exact forward, backward from codes: Chakrabarti and Moseley, "Backprop with approximate
-    activations for memory-efficient network training", NeurIPS 2019.
+    The codes of the derivative follow Novikov et al., "Few-bit backward: quantized gradients of activation functions for
+    memory footprint reduction", ICML 2023. The exact forward with backward from codes follows Chakrabarti and Moseley,
+    "Backprop with approximate activations for memory-efficient network training", NeurIPS 2019.
 
     {others}, DesignError (bits), TableError (a table of something else),
     ActivationError (a parameter) and TypeError (an argument).
@@ -228,19 +231,19 @@ def docstring_of(record: Activation, summary: str, module: bool = False) -> str:
 
 
 def _describe_table(record: Activation) -> str:
-    text = f"""    Tables used: those of fewbit.load_ladder({record.name!r}, bits). The spread of up to {SAMPLE} elements of
-    the input chooses one of them, so there is one for every scale from {RUNGS[0]:g} to {RUNGS[-1]:g}"""
+    text = f"""    The tables are those of fewbit.load_ladder({record.name!r}, bits). Each call measures the spread of up to
+    {SAMPLE} elements of the input and takes the table for it. The tables cover scales from {RUNGS[0]:g} to {RUNGS[-1]:g}"""
     if activations.BUILT_IN.get(record.name) != record:
         return text + "."
     ladders = [load_ladder(record, bits) for bits in SHIPPED_BITS]
     if all(len(ladder) == 1 for ladder in ladders):
-        return f"    Table used: that of fewbit.load_table({record.name!r}, bits), which is exact."
+        return f"    The table is that of fewbit.load_table({record.name!r}, bits), which is exact."
     head = " bits" + "".join(f"{f'std {std:g}':>12}" for std in _TOLD)
     rows = (f"{ladder[0].bits:5}" + _errors_of(ladder) for ladder in ladders)
     return text + ". Relative rms error on\n    normal inputs:\n" + "\n".join(f"     {line}" for line in (head, *rows))
 
 
-_TOLD = (RUNGS[0], 0.25, 1.0, 4.0, RUNGS[-1])  # standard deviations of which docstrings tell the error
+_TOLD = (RUNGS[0], 0.25, 1.0, 4.0, RUNGS[-1])  # docstrings list the error at these standard deviations
 
 
 def _errors_of(ladder: tuple[CodeTable, ...]) -> str:

@@ -1,16 +1,16 @@
-"""Dropout, pooling and padding whose backward reads codes that lose nothing: torch's functions and signatures.
+"""Dropout, pooling and padding with exact codes for backward: torch's functions and signatures.
 
-Outputs and gradients are torch's own, bit for bit, and can be differentiated as often; what is kept for backward is less:
+Outputs and gradients equal torch's, bit for bit, and have the same higher derivatives. Less is kept for backward:
 
-    dropout                         one bit an element, instead of a number
-    max_pool, adaptive_max_pool     the place of each maximum in its window, in the least number of bits, instead of the input
-                                    and an index of 64 bits; where indices are returned, these instead of the input
+    dropout                         one bit per element, instead of a number
+    max_pool, adaptive_max_pool     the place of each maximum in its window, in the fewest bits, instead of the input and an
+                                    index of 64 bits. If indices are returned, they are kept instead of the input.
     avg_pool, adaptive_avg_pool,    nothing, instead of the input
     pad by "reflect", "replicate",
     interpolate by "area"
 
-Where no gradient is needed, under transforms of `torch.func`, in forward-mode differentiation and in exported programs they are
-torch's own operations. So is max_pool in compiled code, where torch's compiler keeps few bits itself.
+The functions are torch's own operations if no gradient is needed, under transforms of `torch.func`, in forward-mode
+differentiation and in exported programs. max_pool is torch's own in compiled code too: torch's compiler keeps few bits there.
 
 All raise InputError for an input that cannot be coded.
 """
@@ -40,8 +40,10 @@ aten = torch.ops.aten
 
 
 def _exact_code(function: Callable[..., Any]) -> Any:
-    """The function of `by_name`, see `operation.run`, and torch's arguments as one of torch's arguments. `quietly` of it is the
-    same for calls that are not by name."""
+    """Turn a function of `by_name` and torch's arguments into a public function of torch's arguments.
+
+    The public function passes by_name=True (see `operation.run`). Its attribute `quietly` is the function with by_name=False.
+    """
 
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -58,19 +60,19 @@ def _exact_code(function: Callable[..., Any]) -> Any:
 
 def _named(function: Callable[..., Any], name: str, kept: str) -> Any:
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = f"torch.nn.functional.{name}, bit for bit, which keeps {kept} for backward."
+    function.__doc__ = f"torch.nn.functional.{name}, bit for bit. It keeps {kept} for backward."
     return _exact_code(function)
 
 
 @_exact_code
 def dropout(by_name: bool, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """torch.nn.functional.dropout, bit for bit, by the same random numbers. It keeps one bit an element for backward.
+    """torch.nn.functional.dropout, bit for bit, with the same random numbers. It keeps one bit per element for backward.
 
     input (*), any shape and strides -> (*). If the input has a code, layers of fewbit that read the output keep that code and
-    these bits. They then make no code of their own.
+    these bits, and make no code of their own.
     """
     if not (training and isinstance(p, (int, float)) and 0 < p < 1):
-        return functional.dropout(input, p, training, inplace)  # which keeps nothing, or says what it takes
+        return functional.dropout(input, p, training, inplace)  # it keeps nothing, or raises its own error
     return run(_dropout, (float(p), bool(inplace)), (input,), by_name=by_name)
 
 
@@ -111,7 +113,7 @@ def _max_pool(dims: int) -> Any:
         sizes = _sizes(dims, input, kernel_size, kernel_size if stride is None else stride, padding, dilation)
         casts = (
             dims == 3 and isinstance(input, Tensor) and is_autocast(input)
-        )  # which may take float32 there, for the maxima alone
+        )  # autocast may run max_pool3d in float32, if no indices are asked for
         if sizes is None or casts or torch.compiler.is_compiling():
             return exact(input)
         return run(_max_pool_of, (name, sizes, bool(ceil_mode), bool(return_indices)), (input,), by_name=by_name)
@@ -203,7 +205,7 @@ def _adaptive_avg_pool(dims: int) -> Any:
 
     def adaptive_avg_pool(by_name: bool, input: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
         size = _output_size(dims, input, output_size)
-        if size is None or set(size) == {1}:  # a mean, which keeps nothing
+        if size is None or set(size) == {1}:  # torch computes a mean, which keeps nothing
             return getattr(functional, name)(input, output_size)
         return run(_adaptive_avg_pool_of, (name, size), (input,), by_name=by_name)
 
@@ -223,7 +225,7 @@ max_pool1d, max_pool2d, max_pool3d = map(_max_pool, (1, 2, 3))
 adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = map(_adaptive_max_pool, (1, 2, 3))
 avg_pool1d, avg_pool2d, avg_pool3d = map(_avg_pool, (1, 2, 3))
 adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = map(_adaptive_avg_pool, (1, 2, 3))
-_PADDINGS = {"reflect": "reflection", "replicate": "replication"}  # of those that keep something, the operator
+_PADDINGS = {"reflect": "reflection", "replicate": "replication"}  # operators of the modes in which torch keeps the input
 
 
 @_exact_code
@@ -266,12 +268,12 @@ def interpolate(
     options = size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
     if mode != "area" or not isinstance(input, Tensor) or torch.compiler.is_compiling():
         return functional.interpolate(input, *options)
-    output = functional.interpolate(torch.empty(input.shape, device="meta"), *options)  # for its size alone
+    output = functional.interpolate(torch.empty(input.shape, device="meta"), *options)  # only its size is used
     return FUNCTIONS[f"adaptive_avg_pool{input.dim() - 2}d"].quietly(input, output.shape[2:])
 
 
 def _operation(name: str, exact: Callable[..., Any], coded: Callable[..., Any]) -> Operation:
-    """One whose code is of planes; those of one dimension are lines, as torch does it."""
+    """The operation of a function on planes. One-dimensional functions run on planes of one line, as in torch."""
     if name.endswith("1d"):
         coded = partial(_of_lines, coded)
     return Operation(name, exact, coded, coded)
@@ -283,17 +285,17 @@ def _of_lines(coded: Callable[[Tensor], Any], x: Tensor) -> Any:
 
 
 def _of_planes(sizes: tuple[tuple[int, ...], ...], others: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Sizes of one dimension as those of planes with one line, which have these in the other dimension."""
+    """Sizes for planes. One-dimensional sizes become those of planes with one line; `others` are for the added dimension."""
     return tuple((other, *each) if len(each) == 1 else each for each, other in zip(sizes, others, strict=True))
 
 
 def _with_arguments(function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
-    """function(x, *arguments), of x and arguments behind these."""
+    """A function of x that calls function(x, *arguments). Further arguments come last."""
     return lambda x, *others: function(x, *arguments, *others)
 
 
 def _sizes(dims: int, input: Any, *given: Any) -> tuple[tuple[int, ...], ...] | None:
-    """Of each its number for every dimension; None where torch is to say what it takes."""
+    """Each argument as one number per dimension; None for arguments that torch has to judge."""
     try:
         found = tuple(numbers(each, dims) for each in given)
     except TypeError:
@@ -303,12 +305,12 @@ def _sizes(dims: int, input: Any, *given: Any) -> tuple[tuple[int, ...], ...] | 
 
 
 def _fits(dims: int, input: Any) -> bool:
-    """Whether the input is (batch, channels, *) or (channels, *), or no tensor at all, which `run` complains of."""
+    """Whether the input is (batch, channels, *) or (channels, *). Also true if it is no tensor: `run` raises for that."""
     return not isinstance(input, Tensor) or input.dim() in (dims + 1, dims + 2)
 
 
 def _output_size(dims: int, input: Any, given: Any) -> tuple[int, ...] | None:
-    """The size of the output of an adaptive pooling: in the place of None that of the input, as torch does it for planes."""
+    """The output size of an adaptive pooling. None stands for the input's size, as torch has it for planes and volumes."""
     if isinstance(given, Sequence) and dims > 1 and len(given) == dims and isinstance(input, Tensor) and _fits(dims, input):
         given = tuple(own if each is None else each for each, own in zip(given, input.shape[-dims:], strict=True))
     sizes = _sizes(dims, input, given)

@@ -1,13 +1,13 @@
-"""Layers whose backward reads codes: torch's functions and signatures, plus
+"""Layers with codes for backward: torch's functions and signatures, plus
 
-    bits      of one code, 1 to 8; 4 if no table is given
+    bits      bits of one code, 1 to 8; 4 if no table is given
     table     a CodeTable of your own, with the channel "value", for a standard normal number (`fewbit.design("identity", …)`)
-    rounding  "nearest", which has the least error, or "stochastic", without bias between the outermost levels, by torch's
-              random numbers
+    rounding  "nearest" has the least error. "stochastic" has no bias between the outermost levels; it uses torch's random
+              numbers.
 
-The output is torch's own, bit for bit. Codes are made where a gradient needs them: else, under transforms of `torch.func`, in
-forward-mode differentiation and in exported programs the layers are torch's own operations. Layers that read what another layer
-of fewbit made keep the same codes; `fewbit.autograd.sharing` tells how they find them.
+The output equals torch's, bit for bit. Codes are made only if a gradient needs them. Otherwise the layers are torch's own
+operations, as they are under transforms of `torch.func`, in forward-mode differentiation and in exported programs. If the input
+comes from another layer of fewbit and has codes already, a layer keeps those; `fewbit.autograd.sharing` describes how.
 
 All raise InputError (an input that cannot be coded, padding, double backward), DesignError (bits, rounding), TableError (a
 table of something else) and ActivationError (no such gelu).
@@ -37,13 +37,13 @@ from fewbit.resolve import JOINT
 from fewbit.torch_internals import check_batch_size
 
 Tensor = torch.Tensor
-FINER = 1  # bit of codes of queries and keys, above those of values
+FINER = 1  # codes of queries and keys have this many bits more than codes of values
 ROUNDINGS = ("nearest", "stochastic")
-FUNCTIONS: dict[str, Any] = {}  # all that this module and `fewbit.functional.recurrent` offer, by name
+FUNCTIONS: dict[str, Any] = {}  # all functions of this module and of `fewbit.functional.recurrent`, by name
 
 
 class Code(NamedTuple):
-    """What fewbit adds to torch's arguments of a layer; and whether the user called it by its name, see `operation.run`."""
+    """The arguments that fewbit adds to a layer's, and whether the user called fewbit's function by name (`operation.run`)."""
 
     bits: int | None = None
     table: CodeTable | None = None
@@ -55,7 +55,7 @@ class Code(NamedTuple):
         return run(make, (self.rounding, *options), operands, self.bits, self.table, self.by_name)
 
 
-# what functions and modules take by keyword, behind torch's arguments
+# keyword arguments of functions and modules, after torch's arguments
 ADDED = [
     inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Code.__annotations__[name].__forward_arg__
@@ -66,9 +66,9 @@ ADDED = [
 
 
 _ADDED_DOC = """\
-    bits      of one code, 1 to 8; 4 if no table is given
-    table     a CodeTable of your own, instead
-    rounding  "nearest", which has the least error, or "stochastic", without bias
+    bits      bits of one code, 1 to 8; 4 if no table is given
+    table     a CodeTable of your own, instead of bits
+    rounding  "nearest" has the least error, "stochastic" has no bias
 
     Raises InputError (an input that cannot be coded, double backward), DesignError (bits, rounding), TableError (a table of
     something else).
@@ -76,12 +76,12 @@ _ADDED_DOC = """\
 
 
 def layer(kind: str, gate: str | None = None) -> Callable[[Callable[..., Any]], Any]:
-    """The function of a Code and of torch's arguments as one of torch's arguments, `bits`, `table` and `rounding`.
+    """Turn a function of a Code and torch's arguments into one of torch's arguments, `bits`, `table` and `rounding`.
 
-    kind  of what it keeps, one of fewbit.constants.KINDS
+    kind  kind of what the layer keeps, one of fewbit.constants.KINDS
     gate  name of the activation that its table is for, if there is one
 
-    The result tells both, as `kind` and `gate`, and as `with_code` the function itself.
+    The new function has the attributes `kind` and `gate`, and `with_code`, the function that was given.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -105,10 +105,10 @@ def layer(kind: str, gate: str | None = None) -> Callable[[Callable[..., Any]], 
 
 @layer("linear")
 def linear(code: Code, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear. The weight's gradient comes from codes of the input, everything else is exact.
+    """torch.nn.functional.linear. The weight's gradient comes from codes of the input. All else is exact.
 
     input (*, in), weight (out, in), bias (out,) -> (*, out). If the weight needs no gradient, nothing of the input is kept. If
-    the operation that made the input keeps it anyway, the input is kept as it is. Chakrabarti and Moseley, NeurIPS 2019,
+    the operation that made the input keeps it anyway, the input is kept uncoded. Chakrabarti and Moseley, NeurIPS 2019,
     section 3.
     """
     return code.run(_linear, (), (input, weight, bias))
@@ -162,7 +162,7 @@ def _transposed_convolution(dims: int) -> Any:
 def _named(function: Callable[..., Tensor], name: str) -> Any:
     function.__name__ = function.__qualname__ = name
     function.__doc__ = (
-        f"torch.nn.functional.{name}; the weight's gradient is made from codes of the input, all else is exact.\n\n"
+        f"torch.nn.functional.{name}. The weight's gradient comes from codes of the input. All else is exact.\n\n"
         "    input (batch, in, *) or (in, *), weight (out, in / groups, *), or (in, out / groups, *) if transposed,\n"
         "    bias (out,) -> (batch, out, *) or (out, *). Chakrabarti and Moseley, NeurIPS 2019, section 3.\n"
     )
@@ -208,11 +208,11 @@ def group_norm(
 
     input (batch, channels, *), weight and bias (channels,) -> (batch, channels, *)
 
-    A ReLU with shared codes behind it finds its exact derivative in the same codes.
+    If a ReLU with shared codes follows, it finds its exact derivative in the same codes.
     """
     if isinstance(input, Tensor):
         if input.dim() < 2:
-            return functional.group_norm(input, num_groups, weight, bias, eps)  # which says what it takes
+            return functional.group_norm(input, num_groups, weight, bias, eps)  # raises torch's own error
         check_batch_size([input.size(0) * input.size(1) // num_groups, num_groups, *input.size()[2:]])
     return code.run(_group_norm, (num_groups, eps), (input, weight, bias))
 
@@ -233,8 +233,8 @@ def batch_norm(
 
     input (batch, channels, *), all vectors (channels,) -> (batch, channels, *)
 
-    A ReLU with shared codes behind it finds its exact derivative in the same codes (Chakrabarti and Moseley, NeurIPS 2019,
-    section 3.2). Running statistics are updated as torch does.
+    If a ReLU with shared codes follows, it finds its exact derivative in the same codes (Chakrabarti and Moseley, NeurIPS 2019,
+    section 3.2). Running statistics are updated as in torch.
     """
     if training:
         check_batch_size(input.size())
@@ -243,10 +243,9 @@ def batch_norm(
 
 @layer("product", gate="sigmoid")
 def glu(code: Code, input: Tensor, dim: int = -1) -> Tensor:
-    """torch.nn.functional.glu: the first half of the input along `dim` times the sigmoid of the second, from codes of both
-    halves.
+    """torch.nn.functional.glu: the first half of the input along `dim` times the sigmoid of the second half.
 
-    (…, 2n, …) -> (…, n, …)
+    Backward uses codes of both halves. (…, 2n, …) -> (…, n, …)
 
     table  a joint table of your own for sigmoid, with the channels "derivative" and "value"
     """
@@ -255,7 +254,7 @@ def glu(code: Code, input: Tensor, dim: int = -1) -> Tensor:
 
 @layer("product", gate="silu")
 def swiglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, from codes of both. Layers that read the product compute it again from these codes.
+    """silu(gate) * up. Backward uses codes of both. Layers that read the product compute it again from these codes.
 
     gate, up  (*), of one shape, or of shapes that broadcast
     table     a joint table of your own for silu, with the channels "derivative" and "value"
@@ -267,18 +266,18 @@ def swiglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
 
 @layer("product")
 def geglu(code: Code, gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
-    """gelu(gate) * up, from codes of both, like `swiglu`. `approximate` is as in torch.nn.functional.gelu."""
+    """gelu(gate) * up, coded like `swiglu`. `approximate` is as in torch.nn.functional.gelu."""
     return code.run(_gated, ("geglu", gelu_named(approximate)), (gate, up))
 
 
 def gelu_named(approximate: str) -> str:
-    """The name of the gelu with that value of torch's argument."""
+    """The name of the gelu for this value of torch's argument `approximate`."""
     return bound_record(activations.get("gelu"), {"approximate": approximate}).name
 
 
 @layer("product", gate="relu")
 def reglu(code: Code, gate: Tensor, up: Tensor) -> Tensor:
-    """relu(gate) * up, from codes of both, like `swiglu`."""
+    """relu(gate) * up, coded like `swiglu`."""
     return code.run(_gated, ("reglu", reglu.gate), (gate, up))
 
 
@@ -294,24 +293,24 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention, from codes of query, key and value.
+    """torch.nn.functional.scaled_dot_product_attention. Backward uses codes of query, key and value.
 
     query (batch, …, queries, channels), key (batch, …, keys, channels), value (batch, …, keys, values) -> (batch, …, queries,
-    values); attn_mask broadcasts to (batch, …, queries, keys). Nothing else is kept. Backward runs torch's operation once more
-    on the rebuilt values, with the same random numbers. Codes of query and key have one bit more than those of value, since
-    errors in them change the gradients most.
+    values); attn_mask broadcasts to (batch, …, queries, keys). Nothing else is kept. Backward runs torch's operation again
+    on the tensors rebuilt from codes, with the same random numbers. Codes of query and key have one bit more than those of
+    value, because errors in them change the gradients most.
     """
     options = (dropout_p, is_causal, scale, enable_gqa)
     return code.run(_attention, options, (query, key, value, attn_mask))
 
 
-# What makes the operations: of a rounding, then of the options
+# Functions that make the operations. They take the rounding, then the options.
 
 
 def operation(
     name: str, rounding: str, exact: Callable[..., Any], coded: Callable[..., Any], gate: Activation | None = None
 ) -> Operation:
-    """An operation of a layer. gate: the activation of which it needs the joint tables, before that of a normal number."""
+    """The operation of a layer. If there is a `gate`, the layer takes its joint tables, then the table of a normal number."""
     _check_rounding(rounding)
     coded = partial(coded, stochastic=rounding == "stochastic")
     if gate is None:
@@ -320,7 +319,7 @@ def operation(
 
 
 def check_code(name: str, code: Code, gate: str | None) -> None:
-    """Raise DesignError or TableError for a code that the layer of that name, whose table is for `gate`, cannot take."""
+    """Raise DesignError or TableError if the layer `name` cannot take this code. `gate` is the activation of its table."""
     _check_rounding(code.rounding)
     record, channels = activations.get(gate or activations.IDENTITY), JOINT if gate else ("value",)
     resolve.check(name, record, channels, code.bits, code.table)
@@ -398,14 +397,14 @@ def _glu(rounding: str, dim: int) -> Operation:
         return functional.glu(input, dim)
 
     def coded(input: Tensor, *tables: DeviceTable, stochastic: bool) -> Tensor:
-        up, gate = input.tensor_split(2, dim)  # of a size that cannot be halved, too, of which exact complains
+        up, gate = input.tensor_split(2, dim)  # an odd size is split too: `exact` raises torch's error for it
         return gated.coded_gate(gate, up, *tables, exact=lambda *_: exact(input), channel=dim, stochastic=stochastic)
 
     return operation("glu", rounding, exact, coded, activations.get(glu.gate))
 
 
 def _run_batched(name: str, dims: int, options: tuple, input: Tensor, weight: Tensor, bias: Any, code: Code) -> Tensor:
-    """A convolution of (batch, channels, *), or, as torch allows, of (channels, *)."""
+    """Run a convolution on (batch, channels, *), or on (channels, *), which torch takes too."""
     if isinstance(input, Tensor) and input.dim() == dims + 1:
         return code.run(_convolution_at, (name, *options), (input.unsqueeze(0), weight, bias)).squeeze(0)
     return code.run(_convolution_at, (name, *options), (input, weight, bias))

@@ -1,8 +1,8 @@
-"""The one way of every call of fewbit's functions and modules, eager and compiled: check, decide, resolve, run.
+"""How every call of fewbit's functions and modules runs, eager and compiled: check, decide, resolve, run.
 
-Each of them makes, or finds, an `Operation`, and hands it to `run` with its operands. In compiled code the same four steps are
-taken, but the first and the third while the code is traced: their results are constants of the graph, which then holds one call
-of `_in_graph`.
+Each function or module makes or finds an `Operation` and passes it to `run` with its operands. Compiled code takes the same
+four steps. It checks and resolves while the code is traced; the results are constants of the graph, which holds one call of
+`_in_graph`.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from fewbit.torch_internals import (
 Tensor = torch.Tensor
 DTYPES = tuple(getattr(torch, name) for name in constants.DTYPES)
 _DTYPES = frozenset(DTYPES)
-_MOST = Tensor, torch.nn.Parameter  # nearly all that is ever given, known to be torch's own
+_MOST = Tensor, torch.nn.Parameter  # the most frequent classes, known to be torch's own
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One of torch's operations at certain options, and what stands in its place where codes are kept.
+    """One of torch's operations with certain options, and the operations that replace it where codes are kept.
 
-    name      as errors call it
+    name      name in error messages
     exact     torch's own operation, on the operands
-    coded     the same with codes for backward: takes the operands, then the device tables
-    watched   the same where something looks on; `coded` itself, if that may be traced
-    record    of the activation that its table is for; the identity for what codes values
-    channels  of its table; none for exact codes
-    bits      the default where neither bits nor a table is given
-    table     the default table, used before `bits`; without one the ladder of an activation is, and the table of values
-    values    whether the device table of a standard normal number is passed behind those of `channels`
-    finer     of how many bits more there is a device table before those of `channels`, if that is not 0
-    masks     whether the result is the input but for a mask. Where the model made an input that needs no gradient, it is coded
-              nevertheless, for readers that want the mask beside a code of the input
+    coded     the same with codes for backward. It takes the operands, then the device tables.
+    watched   the same under a compiler, a transform or a mode; `coded` itself, if that may be traced
+    record    record of the activation that the table is for; the identity for codes of values
+    channels  channels of the table; empty for exact codes
+    bits      default if neither bits nor a table is given
+    table     Default table, which goes before `bits`. Without it an activation takes its ladder, and values take their table.
+    values    whether the device table of a standard normal number is passed after those of `channels`
+    finer     If not 0, one more device table, of this many bits more, is passed before those of `channels`.
+    masks     Whether the result is the input times a mask. It is then coded even if the input needs no gradient, provided the
+              model made the input: layers that read the result want the mask and a code of the input.
     transforms  whether codes are kept under torch.func; if not, the operation is torch's own there
-    tables    of a dtype and a device: the device tables of an exact code, which there are no bits and tables to choose for
+    tables    function of a dtype and a device that gives the device tables of an exact code. Users choose no bits for these.
     """
 
     name: str
@@ -84,24 +84,24 @@ def run(
     table: CodeTable | None = None,
     by_name: bool = True,
 ) -> Tensor:
-    """make(*options), on the operands: exact, with codes for backward where a gradient is asked for.
+    """Run the operation make(*options) on the operands. The result is exact. Codes are kept if a gradient needs them.
 
-    make      gives the Operation. It comes with its options, not as an Operation, so that equal calls find one cached
-              Operation, and a compiler can hold the options as constants.
+    make      Makes the Operation from its options. It is passed instead of an Operation, so that equal calls find one cached
+              Operation, and so that a compiler can hold the options as constants.
     operands  tensors, the input first, None for those left out, and numbers that change from call to call
-    bits      of one code, 1 to 8
-    table     a table of your own, instead
-    by_name   whether the user called a function of fewbit's: then what cannot be coded is an error. Modules, and what stands
-              in the place of torch's functions, leave it to torch.
+    bits      bits of one code, 1 to 8
+    table     a table of your own, instead of bits
+    by_name   Whether the user called a function of fewbit by its name. An input that cannot be coded is then an error. Modules
+              and replaced functions of torch pass such an input to torch.
 
     Raises InputError (an input that cannot be coded), DesignError (bits), TableError (a table of something else), and what
     `make` raises: ActivationError (a parameter), TypeError (an argument).
     """
     if torch.compiler.is_compiling():
         return _run_in_graph(make, options, operands, bits, table, by_name)
-    if is_intercepted():  # each look at a tensor would go through Python
+    if is_intercepted():  # a mode intercepts calls, and each access to a tensor would go through Python
         if not by_name and any(isinstance(each, Tensor) and not is_torchs_own(type(each)) for each in operands):
-            return _operation(make, *options).exact(*operands)  # what intercepts looks after what torch keeps then
+            return _operation(make, *options).exact(*operands)  # the mode sees what torch keeps
         with unintercepted():
             return run(make, options, operands, bits, table, by_name)
     operation, x = _operation(make, *options), operands[0]
@@ -118,7 +118,7 @@ def _operation(make: Callable[..., Operation], *options: Any) -> Operation:
 
 
 def _check(operation: Operation, x: Any, bits: int | None, table: CodeTable | None, by_name: bool) -> None:
-    """Raise for an input that cannot be coded, if the user asked for that by name, and for bits or a table that do not fit."""
+    """Raise for bits or a table that do not fit and, if the user called by name, for an input that cannot be coded."""
     if by_name and (not isinstance(x, Tensor) or x.dtype not in DTYPES):
         raise InputError(not_codable(operation.name, x))
     if table is not None or (
@@ -128,7 +128,7 @@ def _check(operation: Operation, x: Any, bits: int | None, table: CodeTable | No
 
 
 def not_codable(name: str, x: Any) -> str:
-    """Why no codes can be made of x or with it, of tensors of a dtype, or of things of a type."""
+    """The error message for a tensor, a dtype or a type of which no codes can be made."""
     if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided):
         got = "a nested tensor" if x.is_nested else x.layout
         return f"{name} can code dense tensors, got {got}; convert it first, or call torch's own operation"
@@ -150,11 +150,11 @@ def not_codable(name: str, x: Any) -> str:
 
 
 def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
-    """What is to run: the operation's `exact`, `coded` or `watched`."""
+    """Choose what runs: the operation's `exact`, `coded` or `watched`."""
     x, needed = operands[0], False
     if exact_mode.active or exact_mode.compiled_depth or not torch.is_grad_enabled() or not isinstance(x, Tensor):
         return operation.exact
-    if is_traced():  # a script holds torch's operation: of ours it would hold the codes of this batch, as constants
+    if is_traced():  # a traced script holds torch's operation: from ours it would hold this batch's codes as constants
         return operation.exact
     if is_watched_in_eager(x):
         return _decide_watched(operation, operands, by_name)
@@ -164,7 +164,7 @@ def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Cal
             needed = needed or each.requires_grad
             codable = codable and takes_part(each)
     needed = needed or _wants_mask(operation, x)
-    if not needed or (not operation.transforms and codable and x.numel() == 0):  # statistics of nothing would divide by zero
+    if not needed or (not operation.transforms and codable and x.numel() == 0):  # statistics of no elements divide by zero
         return operation.exact
     if not codable:
         return _exact_or_refused(operation, operands, by_name)
@@ -172,18 +172,18 @@ def _decide(operation: Operation, operands: Sequence[Any], by_name: bool) -> Cal
 
 
 def _wants_mask(operation: Operation, x: Tensor) -> bool:
-    """Whether readers of the result may want its mask, though x needs no gradient."""
+    """Whether layers that read the result may want its mask although x needs no gradient."""
     return operation.masks and not x.requires_grad and sharing.is_made(x)
 
 
 def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
-    """The same where a compiler, a transform or a mode looks on."""
+    """The same choice under a compiler, a transform or a mode."""
     given = [each for each in operands if isinstance(each, Tensor)]
     if operation.transforms and by_name:
         watched.check_no_tangent(given[0], operation.name)
     elif in_forward_mode() or (is_transformed() and not operation.transforms):
         return operation.exact
-    # exported programs hold torch's operation, since an exported graph keeps no autograd Function
+    # exported programs hold torch's operation, because an exported graph keeps no autograd Function
     needed = any(level.requires_grad for each in given for level in levels(each)) or _wants_mask(operation, given[0])
     if torch.compiler.is_exporting() or not needed:
         return operation.exact
@@ -194,7 +194,7 @@ def _decide_watched(operation: Operation, operands: Sequence[Any], by_name: bool
 
 
 def _exact_or_refused(operation: Operation, operands: Sequence[Any], by_name: bool) -> Callable[..., Tensor]:
-    """torch's own operation for operands that cannot be coded, unless the user asked for codes by name."""
+    """torch's own operation for operands that cannot be coded. InputError if the user called by name."""
     if not by_name:
         return operation.exact
     wrong = next((each for each in operands if isinstance(each, Tensor) and not takes_part(each)), operands[0])
@@ -202,12 +202,12 @@ def _exact_or_refused(operation: Operation, operands: Sequence[Any], by_name: bo
 
 
 def is_codable(x: Any) -> bool:
-    """Whether codes can be made of x or with it, by its dtype, layout and class."""
+    """Whether x can be coded: its dtype, layout and class decide."""
     return takes_part(x) and x.dtype in _DTYPES
 
 
 def takes_part(x: Any) -> bool:
-    """Whether x may be an operand: what can be coded, or a mask of booleans."""
+    """Whether x may be an operand: it can be coded, or is a mask of booleans."""
     return (
         (type(x) in _MOST or (isinstance(x, Tensor) and is_torchs_own(type(x))))
         and (x.dtype in _DTYPES or x.dtype == torch.bool)
@@ -220,7 +220,7 @@ def takes_part(x: Any) -> bool:
 def _tables(
     operation: Operation, bits: int | None, table: CodeTable | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[DeviceTable, ...]:
-    """Resolve: the device tables for these bits, or of this table."""
+    """Resolve: the device tables for these bits or this table."""
     if not operation.channels:
         return () if operation.tables is None else operation.tables(dtype, device)
     table = table or (operation.table if bits is None else None)
@@ -244,17 +244,17 @@ def _run_in_graph(
     make: Callable[..., Operation], options: tuple, operands: tuple, bits: Any, table: CodeTable | None, by_name: bool
 ) -> Tensor:
     """`run` in code that torch.compile or torch.export traces."""
-    from fewbit.autograd import compiled  # here, since it loads dynamo
+    from fewbit.autograd import compiled  # imported here because it loads dynamo
 
     x = operands[0]
     place = (x.dtype, x.device) if isinstance(x, Tensor) else (type(x), None)
-    leaves = _leaves(fixed(options))  # apart, since the compiler takes an object alone for a constant, but none in a tuple
+    leaves = _leaves(fixed(options))  # passed one by one: the compiler takes an object as a constant, but not inside a tuple
     ready = compiled.constant(_prepare, *place, fixed(bits), table, by_name, make, _shape(options), *leaves)
     return compiled.call(ready.key, list(operands), ready.tensors, ready.bits, exact_mode.is_active(), by_name)
 
 
 class _Ready:
-    """An operation that is checked and resolved, in what a graph can hold: the key of `_in_graph`, tensors and a number."""
+    """A checked and resolved operation, in a form that a graph can hold: the key for `_in_graph`, tensors and a number."""
 
     def __init__(self, key: str, tables: Sequence[DeviceTable]):
         self.key, self.bits = key, tables[0].bits if tables else 0
@@ -271,7 +271,7 @@ def _prepare(
     shape: Any,
     *leaves: Any,
 ) -> _Ready:
-    """Check and resolve, while the code is traced. Operations are remembered by what makes them, whatever their tables.
+    """Check and resolve while the code is traced. The key of an operation is its `make` and options, without its tables.
 
     dtype  of the input, or the type of an input that is no tensor
     """
@@ -287,7 +287,7 @@ def _prepare(
 
 
 def _in_graph(operation: Operation, operands: list, tensors: list[Tensor], bits: int, exact: bool, by_name: bool) -> Tensor:
-    """Decide and run, as Python, when AOTAutograd traces the graph, or when the graph runs."""
+    """Decide and run in Python, when AOTAutograd traces the graph or when the graph runs."""
     chosen = operation.exact if exact else _decide(operation, operands, by_name)
     if chosen is operation.exact:
         return chosen(*operands)
@@ -296,23 +296,25 @@ def _in_graph(operation: Operation, operands: list, tensors: list[Tensor], bits:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """All that lies in nested tuples."""
+    """The items of nested tuples, in order."""
     return [leaf for each in value for leaf in _leaves(each)] if isinstance(value, tuple) else [value]
 
 
 def _shape(value: Any) -> Any:
-    """The nested tuples, with None for all that lies in them."""
+    """The nested tuples with None in place of every item."""
     return tuple(_shape(each) for each in value) if isinstance(value, tuple) else None
 
 
 def _nested(shape: Any, leaves: Iterator[Any]) -> Any:
-    """The nested tuples of this shape that hold these leaves."""
+    """Nested tuples of this shape with these leaves."""
     return tuple(_nested(each, leaves) for each in shape) if isinstance(shape, tuple) else next(leaves)
 
 
 def fixed(value: Any) -> Any:
-    """The value itself, of which a compiler would make a symbol where it is a number that changes between calls; a tuple of
-    values likewise."""
+    """The value as a constant. Without this a compiler would make a symbol of a number that changes between calls.
+
+    Tuples are treated item by item.
+    """
     if isinstance(value, tuple):
         return tuple(fixed(each) for each in value)
     if isinstance(value, Tensor):

@@ -1,5 +1,8 @@
-"""Products of tensors, and casts, for compiled code. There the hooks of `fewbit.autograd.rest`, which see what torch's own
-operations save, see nothing: these calls become operations of fewbit's instead."""
+"""Products of tensors and casts, for compiled code.
+
+In eager code the hooks of `fewbit.autograd.rest` code what torch's own operations save. These hooks see nothing in compiled
+code. There, calls of torch's products and casts become operations of fewbit.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ Tensor = torch.Tensor
 
 
 class Product(NamedTuple):
-    """What a function of torch's multiplies.
+    """What a function of torch multiplies.
 
-    name        of torch's function that takes its operands alone
-    factors     the numbers of its factors among them
-    by_element  whether it multiplies element by element
-    weights     the numbers of those factors that are parameters, of a call
+    name        name of the torch function that takes the operands alone
+    factors     positions of the factors among the operands
+    by_element  whether the function multiplies element by element
+    weights     positions of the factors that are parameters in a call
     """
 
     name: str
@@ -32,7 +35,7 @@ class Product(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Of what it keeps: what is multiplied by a weight is read as by a linear layer."""
+        """The kind of what it keeps. A factor of a parameter counts as the input of a linear layer."""
         return "product" if self.by_element else "linear" if self.weights else "rest"
 
 
@@ -58,8 +61,8 @@ _CASTS: Mapping[Any, torch.dtype] = {
 
 
 def find(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Product | None:
-    """The product that a call of torch's computes, of factors that can be coded; None for any other call."""
-    # a function in Python, which dynamo does not find in mappings
+    """The product that a call of torch computes, if its factors can be coded; None for any other call."""
+    # __pow__ is a Python function, which dynamo does not find in mappings
     found = _POWER if function is torch.Tensor.__pow__ else _PRODUCTS.get(function)
     if found is not None and found.name == _POWER.name:
         is_square = len(args) == 2 and isinstance(args[1], (int, float)) and args[1] == 2
@@ -69,23 +72,24 @@ def find(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Product | Non
     factors = [args[each] for each in found.factors]
     weights = tuple(each for each in found.factors if isinstance(args[each], torch.nn.Parameter))
     is_mixed = any(each.dtype != args[0].dtype for each in args)
-    # of numbers torch takes more bits than of tensors; of matrices autocast takes one dtype, or torch complains
+    # skip mixed dtypes if a factor is a scalar tensor (torch promotes it by other rules), or in matrix products (only autocast
+    # makes their dtypes one)
     if is_mixed and (not found.by_element or any(each.dim() == 0 for each in args)):
         return None
-    if not found.by_element and not weights and any(each.dim() < 3 for each in factors):  # which may be views of weights
+    if not found.by_element and not weights and any(each.dim() < 3 for each in factors):  # these may be views of weights
         return None
     is_needed = any(each.requires_grad for each in factors) and len(weights) < len(factors)
     return found._replace(weights=weights) if is_needed else None
 
 
 def product(found: Product, args: tuple, bits: int | None, table: CodeTable | None) -> Tensor:
-    """What the call computes, with codes for backward."""
+    """The result of the call, with codes for backward."""
     operands = args[:1] if found.name == _SQUARE.name else args
     return run(_product, tuple(found), operands, bits, table, by_name=False)
 
 
 def casted(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The result of a cast between dtypes that can be coded, which shares codes with what it is of; None for any other call."""
+    """The result of a cast between dtypes that can be coded; None for any other call. It shares the codes of its input."""
     dtype = None if kwargs else _dtype_of_cast(function, args)
     if dtype not in DTYPES or not is_codable(args[0]) or dtype == args[0].dtype:
         return None

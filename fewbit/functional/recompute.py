@@ -1,4 +1,4 @@
-"""Any function of tensors, from codes of its inputs: checkpointing whose inputs take a few bits."""
+"""Checkpointing from codes: backward runs a function again, on inputs rebuilt from a few bits per element."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def recompute(
 ) -> Any:
     """Call function(*tensors), exactly. Backward calls it again, on tensors that are rebuilt from codes.
 
-    function  A function of these arguments. It may use parameters, random numbers and autocast. They are the same in backward.
-              It may return anything. It has to do the same both times, as for `torch.utils.checkpoint`.
+    function  A function of these arguments. It may return anything. It may use parameters, random numbers and autocast, which
+              are the same in backward. It must do the same both times, as for `torch.utils.checkpoint`.
     tensors   Its arguments. Floating-point tensors that need a gradient are kept as codes. They are standardized by channel
               (dimension 1 of tensors with four or five dimensions, else the last one) and scaled by row. A tensor that already
               has codes keeps those. All other arguments are kept as they are.
@@ -35,7 +35,7 @@ def recompute(
     table     a CodeTable of your own with the channel "value", instead of bits
     Returns   what the function returns. Nothing else that the function computes is kept.
 
-    The gradient is the exact one at the rebuilt inputs. In compiled code this is torch's checkpointing, of exact inputs.
+    The gradient is the exact one at the rebuilt inputs. In compiled code this is torch's checkpointing with exact inputs.
 
     Raises InputError (a function that cannot be called), DesignError (bits), TableError (a table of something else).
 
@@ -58,7 +58,7 @@ def recompute(
 
     def run(*kept: Any) -> Any:
         nonlocal given
-        if given is not None:  # the forward pass, after which the tensors are let go
+        if given is not None:  # this is the forward pass; the exact tensors are not held after it
             exact, given = given, None
             return function(*exact)
         return function(*_rebuilt(recipes, needs, kept))
@@ -69,7 +69,7 @@ def recompute(
 
 
 def _recipe(x: Any, bits: int, table: CodeTable | None) -> Recipe:
-    """What to keep of an argument."""
+    """What is kept of an argument."""
     if not is_codable(x) or not x.requires_grad or x.numel() == 0:
         return Recipe((x,), lambda kept, dtype: kept[0], is_exact=True)
     tables = resolve.device_tables(table, x.dtype, x.device) if table is not None else None

@@ -1,8 +1,8 @@
-"""Recurrent layers and their cells: torch's operations for them, with the arguments that these take.
+"""Recurrent layers and their cells: torch's operations with torch's arguments, and codes for backward.
 
-torch's modules call these operations: `torch.lstm`, `torch.gru`, `torch.rnn_tanh`, `torch.rnn_relu`, and those of one step.
-Traced by a compiler they are torch's own. torch.compile runs modules of recurrent layers outside of its graphs, where they keep
-codes as in eager code.
+The operations are those that torch's modules call: `torch.lstm`, `torch.gru`, `torch.rnn_tanh`, `torch.rnn_relu`, and those of
+one step. If a compiler traces them, they are torch's own. torch.compile runs modules of recurrent layers outside of its graphs,
+so they keep codes there as in eager code.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fewbit.torch_internals import is_fake
 
 Tensor = torch.Tensor
 Sizes = tuple[int, ...] | None
-_DESCRIBED = {1: "the outputs", 2: "a pair of outputs and cells"}  # by the number of states
+_DESCRIBED = {1: "the outputs", 2: "a pair of outputs and cells"}  # by number of states
 
 
 class Stack(NamedTuple):
-    """torch's operation of one or more layers, at certain options."""
+    """torch's operation of one or more layers, with certain options."""
 
     mode: str
     has_biases: bool
@@ -43,10 +43,10 @@ class Stack(NamedTuple):
         return 1 + self.bidirectional
 
     def exact(self, x: Tensor, sizes: Sizes, *others: Any) -> tuple[Tensor, ...]:
-        """The outputs of all steps, and the states behind the last one, by torch's own operation.
+        """The outputs of all steps and the states after the last one, by torch's own operation.
 
-        sizes   of the steps of packed sequences
-        others  the states before the first step, None for zeros, and the weights
+        sizes   sizes of the steps of packed sequences, or None
+        others  the states before the first step (None for zeros), then the weights
         """
         number = KINDS[self.mode].states
         states, weights = others[:number], others[number:]
@@ -65,12 +65,12 @@ class Stack(NamedTuple):
         return [x.new_zeros(self.layers * self.directions, batch, width) for width in widths[: KINDS[self.mode].states]]
 
     def coded(self, x: Tensor, sizes: Sizes, *others: Any, stochastic: bool) -> tuple[Tensor, ...]:
-        """The same, layer by layer, each from codes of what it reads and puts out. The last argument is a table of values."""
+        """The same, layer by layer. Each layer keeps codes of inputs and outputs. The last argument is a table of values."""
         *tensors, table = others
         quantizer, number = Quantizer(table, stochastic), KINDS[self.mode].states
         states, weights = states_of(tensors[:number], quantizer), tensors[number:]
         if states is None or not self._fits(tensors[:number], weights):
-            return self.exact(x, sizes, *tensors)  # which raises torch's own error for what does not fit
+            return self.exact(x, sizes, *tensors)  # torch raises its own error for what does not fit
         per_layer, behind = len(weights) // self.layers, []
         for each in range(self.layers):
             first = [state.part(each * self.directions, (each + 1) * self.directions) for state in states]
@@ -81,14 +81,14 @@ class Stack(NamedTuple):
         return x, *(each[0] if self.layers == 1 else torch.cat(each) for each in zip(*behind, strict=True))
 
     def _fits(self, states: Sequence[Tensor | None], weights: Sequence[Tensor]) -> bool:
-        """Whether there is as much of all as the layers take."""
+        """Whether the numbers of states and weights are those that the layers take."""
         rows = self.layers * self.directions
         return rows > 0 and len(weights) % rows == 0 and all(each is None or len(each) == rows for each in states)
 
     def _one(
         self, x: Tensor, sizes: Sizes, states: Sequence[State], weights: Sequence[Tensor], quantizer: Quantizer
     ) -> tuple[Tensor, ...]:
-        """One of the layers."""
+        """Run one of the layers."""
         kind = Layer(KINDS[self.mode], self.has_biases, self.bidirectional, self.batch_first, sizes=sizes)
         exact = partial(self._replace(layers=1, dropout=0.0).exact, x, sizes, *(each.tensor for each in states), *weights)
         return coded_layer(x, states, weights, exact, kind, quantizer)
@@ -100,17 +100,17 @@ class OneStep(NamedTuple):
     mode: str
 
     def exact(self, x: Tensor, *others: Any) -> Any:
-        """The new states, or the new state, by torch's own operation. others: as of a stack, the biases last."""
+        """The new states, or the new state, by torch's own operation. others: as in `Stack.exact`, the biases last."""
         number = KINDS[self.mode].states
         hx: Any = [x.new_zeros(len(x), others[-3].shape[1]) if each is None else each for each in others[:number]]
         return getattr(torch, f"{self.mode}_cell")(x, hx if number > 1 else hx[0], *others[number:])
 
     def coded(self, x: Tensor, *others: Any, stochastic: bool) -> Any:
-        """The same from codes. The last argument is a table of values."""
+        """The same with codes for backward. The last argument is a table of values."""
         *tensors, table = others
         quantizer, number = Quantizer(table, stochastic), KINDS[self.mode].states
         states, weights = states_of(tensors[:number], quantizer), [each for each in tensors[number:] if each is not None]
-        if states is None or len(weights) == 3:  # one bias alone
+        if states is None or len(weights) == 3:  # only one of the two biases is given
             return self.exact(x, *tensors)
         kind = Layer(KINDS[self.mode], len(weights) > 2, is_cell=True)
 
@@ -133,7 +133,7 @@ def _cell(rounding: str, mode: str) -> Operation:
 
 
 def _states_of(mode: str, hx: Any) -> tuple[Tensor | None, ...]:
-    """The states before the first step, None for zeros, from torch's argument. InputError for another number of them."""
+    """The states before the first step (None for zeros) from torch's argument. InputError if their number is wrong."""
     number = KINDS[mode].states
     if hx is None:
         return (None,) * number
@@ -169,16 +169,16 @@ def _of_layers(mode: str) -> Any:
 
     recurrent.__name__ = recurrent.__qualname__ = mode
     recurrent.__doc__ = (
-        f"torch.{mode}, from codes of what each layer reads and puts out; nothing else is kept.\n\n"
+        f"torch.{mode}. Backward uses codes of each layer's inputs and outputs. Nothing else is kept.\n\n"
         "    input          (steps, batch, in), or (batch, steps, in) if batch_first; float16, bfloat16, float32 or float64\n"
         f"    hx             {_DESCRIBED[KINDS[mode].states]} before the first step, (layers * directions, batch, out) each;\n"
         "                   None for zeros\n"
         "    params         the weights, as torch.nn lists them; has_biases: whether biases are among them\n"
         "    num_layers … batch_first   as torch.nn's modules have them; train: whether there is a dropout between layers\n"
-        "    Returns        the outputs of all steps, (steps, batch, directions * out), and each state behind the last step\n\n"
-        "    Packed sequences as in torch: (data, batch_sizes, hx, params, has_biases, num_layers, dropout, train,\n"
-        "    bidirectional), with data (rows, in). Backward takes one gradient at a time; is_grads_batched=True raises\n"
-        "    InputError.\n"
+        "    Returns        the outputs of all steps, (steps, batch, directions * out), and each state after the last step\n\n"
+        "    Packed sequences have torch's arguments: (data, batch_sizes, hx, params, has_biases, num_layers, dropout,\n"
+        "    train, bidirectional), with data (rows, in). Backward takes one gradient at a time; is_grads_batched=True\n"
+        "    raises InputError.\n"
     )
     return layer("recurrent")(recurrent)
 
@@ -201,11 +201,11 @@ def _of_a_cell(mode: str) -> Any:
 
     cell.__name__ = cell.__qualname__ = f"{mode}_cell"
     cell.__doc__ = (
-        f"torch.{mode}_cell, from codes of what it reads; nothing else is kept.\n\n"
+        f"torch.{mode}_cell. Backward uses codes of its inputs. Nothing else is kept.\n\n"
         "    input    (batch, in); float16, bfloat16, float32 or float64\n"
         f"    hx       {_DESCRIBED[KINDS[mode].states]} before the step, (batch, hidden) each; None for zeros\n"
         "    w_ih     (gates * hidden, in), w_hh (gates * hidden, hidden), b_ih and b_hh (gates * hidden,) or None\n"
-        "    Returns  the same behind the step\n"
+        "    Returns  the same after the step\n"
     )
     return layer("recurrent")(cell)
 

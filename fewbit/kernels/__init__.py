@@ -1,4 +1,4 @@
-"""Encode, decode and a forward with codes: one backend per file, all under the contract of `fewbit.kernels.reference`."""
+"""Encode, decode, and a forward with codes: one backend per file. `fewbit.kernels.reference` specifies what they compute."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encode(x: torch.Tensor, table: DeviceTable) -> torch.Tensor:
 
 
 def encode_checked(x: torch.Tensor, table: DeviceTable) -> tuple[torch.Tensor, bool]:
-    """The same, and whether all of x is finite, as far as that can be told in the same pass: on the CPU; elsewhere True."""
+    """The same, and whether all of x is finite. This is checked only on the CPU, in the same pass; elsewhere it is True."""
     return backend(x).encode_checked(x, table)
 
 
@@ -39,16 +39,17 @@ def values(packed: torch.Tensor, n: int, table: DeviceTable, dtype: torch.dtype)
 
 
 def backend(tensor: torch.Tensor) -> ModuleType:
-    """Compiled kernels for plain tensors on a CPU or CUDA device; torch operations for all else: subclasses, fake tensors."""
+    """Compiled kernels for plain tensors on a CPU or CUDA device; torch operations for other tensors (subclasses, fake
+    tensors)."""
     return _on(tensor.device, tensor.dtype) if type(tensor) in _PLAIN else reference
 
 
 @cache
 def _on(device: torch.device, dtype: torch.dtype) -> ModuleType:
     if device.type == "cpu":
-        from fewbit.kernels import cpu as found  # here, since it loads numba
+        from fewbit.kernels import cpu as found  # imported here because it loads numba
     elif device.type == "cuda":
-        from fewbit.kernels import cuda as found  # loads Triton on first use, where installed
+        from fewbit.kernels import cuda as found  # it loads Triton on first use, if installed
     else:
         return reference
     return found if found.supports(device, dtype) else reference

@@ -1,14 +1,14 @@
 """The CUDA backend: encode, decode and a forward with codes, in Triton.
 
-The registers of a program hold a small table, and a binary search by selections finds the code. Tables are mostly runs: from
-one interval to the next the code rises, or falls, by one. On a run the number of thresholds below x is the code, so that no map
-from intervals to codes is needed; the few thresholds outside the longest run are compared one by one (`Search`). Other tables
-stay in memory and are searched there.
+A program holds a small table in registers and finds codes by a binary search with selections. Tables consist mostly of runs, in
+which the code rises or falls by one from interval to interval. In a run the number of thresholds below x gives the code, and no
+map from intervals to codes is needed. The few thresholds outside of the longest run are compared one by one (`Search`). Larger
+tables stay in memory and are searched there.
 
-All rungs of a ladder are searched in the same way. A first, tiny program finds the rung of an input, and writes its number
-behind the packed codes, from where all others read it: nothing waits for the device.
+All rungs of a ladder are searched in the same way. A tiny first program finds the rung of an input and writes its number after
+the packed codes. The other programs read it there, so nothing waits for the device.
 
-This module can be imported without Triton, which it loads on first use.
+This module can be imported without Triton. It loads Triton on first use.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from fewbit.kernels.device_table import BOUNDS, MIDDLE, SAMPLE, DeviceTable
 Tensor = torch.Tensor
 _DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 WARPS = 4
-# of compilation: subnormal numbers are kept, as torch keeps them. No limit of registers: with maxnreg=128 the assembler takes
-# that many (for GELU's forward at 3 bits 128 where it takes 72 by itself), and saves no instructions by it.
+# Options of compilation. Subnormal numbers are kept, as in torch. There is no limit of registers: with maxnreg=128 the
+# assembler takes all 128 (for GELU's forward at 3 bits; without the limit it takes 72) and saves no instructions.
 OPTIONS = {"num_warps": WARPS, "enable_reflect_ftz": False}
-_BYTES = 16  # of each lane in a thread: one 128-bit access
-_MAX_HEIGHT = 5  # of a search by selections: 31 thresholds
+_BYTES = 16  # bytes of each lane per thread: one 128-bit access
+_MAX_HEIGHT = 5  # largest height of a search by selections: 31 thresholds
 _MAX_EXTRAS = 6
 
 
 class Search(NamedTuple):
-    """How a program finds codes: what it is compiled for. Compile-time values all.
+    """How a program finds codes. All are compile-time values.
 
-    bits, fold  of one code; whether |x| is compared instead of x
-    height      of the search tree over the run: 2**height - 1 thresholds, at which the code changes by `step` each
-    extras      for each threshold outside the run, by how much the code of an x up to it differs from that of an x above
-    start       the word whose codes are those of an x above no threshold of the run and above all others
-    depth       instead of all these, of the search in memory: 2**depth - 1 thresholds; else 0
-    ladder      whether there are rungs: then start and extras, here 0, are read from memory
+    bits, fold  bits of one code; whether |x| is compared instead of x
+    height      height of the search tree over the run: it has 2**height - 1 thresholds, and the code changes by `step` at each
+    extras      for each threshold outside of the run, the code of an x up to it minus the code of an x above it
+    start       the packed word for an x that is above no threshold of the run and above all others
+    depth       depth of the search in memory, with 2**depth - 1 thresholds; 0 if the search is in registers
+    ladder      whether there are rungs; `start` and `extras` are then 0 here and read from memory
     """
 
     bits: int
@@ -64,12 +64,12 @@ class Search(NamedTuple):
 
     @property
     def changes(self) -> int:
-        """Number of words and differences of codes that a program reads of a rung."""
+        """Number of start words and code differences that a program reads for a rung."""
         return 1 + len(self.extras) if self.ladder and not self.depth else 0
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Thresholds and codes of a rung in memory."""
+        """Numbers of thresholds and of codes of a rung in memory."""
         return (2**self.depth - 1, 2**self.depth) if self.depth else (self.scalars, self.changes)
 
     @property
@@ -79,13 +79,13 @@ class Search(NamedTuple):
 
 
 class ProgramTable(NamedTuple):
-    """A DeviceTable in the form of the programs; of a ladder, with a row for each rung.
+    """A DeviceTable in the form that the programs take. Ladders have a row for each rung.
 
-    thresholds  those of the run, filled up with NaN from below, which all x are above; then the others; or, in memory, all,
-                filled up with infinity to 2**depth - 1
-    codes       (2**depth,) uint8 for the search in memory; in a ladder that is searched in registers int64: the start, and the
-                differences of the others; else unused
-    levels      (2**bits,), those past the table's own zero
+    thresholds  In registers: the thresholds of the run, padded at the low end with NaN, which all x are above; then the others.
+                In memory: all thresholds, padded with infinity to 2**depth - 1.
+    codes       For the search in memory (2**depth,) uint8. For ladders in registers int64: the start word and the code
+                differences of the other thresholds. Else unused.
+    levels      (2**bits,); levels past the table's own are zero
     """
 
     search: Search
@@ -102,7 +102,7 @@ class ProgramTable(NamedTuple):
         search = _plan([codes for _, codes in rungs], table.bits, table.is_even)
         rows = [(_in_memory if search.depth else _in_registers)(*each, search) for each in rungs]
         thresholds, codes = (np.stack(each) if search.ladder else each[0] for each in zip(*rows, strict=True))
-        if not (search.depth or search.ladder):  # compared with constants
+        if not (search.depth or search.ladder):  # the differences are compile-time constants
             start, *extras = codes.view(np.uint64).tolist()
             search = search._replace(start=start, extras=tuple(extras))
         levels = torch.nn.functional.pad(table.levels.cpu(), (0, 2**table.bits - table.levels.shape[-1]))
@@ -117,14 +117,14 @@ class ProgramTable(NamedTuple):
 
 
 def _plan(rungs: list[np.ndarray], bits: int, fold: bool) -> Search:
-    """The cheapest search for the codes of all rungs; start and extras are not known yet."""
+    """The cheapest search for the codes of all rungs. `start` and `extras` are not filled in yet."""
     most = max(codes.size - 1 for codes in rungs)
     best = None
     for step in (1, -1):
         for height in range(min(_MAX_HEIGHT, most.bit_length()) + 1):
             inside = 2**height - 1
             others = max(codes.size - 1 - min(_longest_run(codes, step)[1], inside) for codes in rungs)
-            # instructions: a comparison and an addition a level, 2**height - 1 - height selections, two for each other one
+            # instructions: a comparison and an addition per level, 2**height - 1 - height selections, two per other threshold
             cost = inside + height + 2 * others
             if best is None or cost < best[0]:
                 best = cost, step, height, others
@@ -141,7 +141,7 @@ def _in_memory(thresholds: np.ndarray, codes: np.ndarray, search: Search) -> tup
 
 
 def _in_registers(thresholds: np.ndarray, codes: np.ndarray, search: Search) -> tuple[np.ndarray, np.ndarray]:
-    """Thresholds in the order of the search; the start, and the differences of codes at the thresholds outside the run."""
+    """Thresholds in the order of the search; the start word, and the code differences at the thresholds outside of the run."""
     inside = 2**search.height - 1
     first, length = _longest_run(codes, search.step)
     run = np.arange(first, first + min(length, inside))
@@ -167,10 +167,10 @@ def _longest_run(codes: np.ndarray, step: int) -> tuple[int, int]:
 
 @cache
 def available() -> bool:
-    """Whether Triton is installed, 3.6 or newer (torch 2.13 brings 3.7); does not load it."""
+    """Whether Triton 3.6 or newer is installed (torch 2.13 brings 3.7). This does not load it."""
     try:
         return find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 6)
-    except (PackageNotFoundError, ValueError):  # distributed under another name: a build that was never tried
+    except (PackageNotFoundError, ValueError):  # Triton may be distributed under another name, but such builds are untested
         return False
 
 
@@ -206,17 +206,17 @@ def has_formula(name: str) -> bool:
 
 
 def block_size(dtype: torch.dtype) -> int:
-    """Words of a program: each thread has 128 bits of every lane."""
+    """Words of a program. Each thread takes 128 bits of every lane."""
     return 32 * WARPS * _BYTES // dtype.itemsize
 
 
 def encode(x: Tensor, table: DeviceTable) -> Tensor:
-    """As `fewbit.kernels.reference.encode`, for x on a GPU."""
+    """`fewbit.kernels.reference.encode` for x on a GPU."""
     return _encode(x, x, table)
 
 
 def encode_checked(x: Tensor, table: DeviceTable) -> tuple[Tensor, bool]:
-    """The same, and whether all of x is finite, as far as that is known without waiting for the GPU: not at all."""
+    """The same, and True. Whether x is finite would only be known after waiting for the GPU."""
     return encode(x, table), True
 
 
@@ -225,8 +225,8 @@ def forward(x: Tensor, table: DeviceTable, name: str, parameters: Mapping[str, f
 
     x           (*) contiguous, on a GPU; float16, bfloat16, float32 or float64
     table       as for `fewbit.kernels.reference.encode`
-    name        of a built-in activation that `has_formula`
-    parameters  as in its record, all of them, in the record's order
+    name        name of a built-in activation for which `has_formula` is true
+    parameters  all parameters of its record, in the record's order
     Returns     (*) of x's shape and dtype, at most one unit in the last place from torch's; (table.packed_bytes(n),) uint8
     """
     from fewbit.kernels import formulas
@@ -237,18 +237,18 @@ def forward(x: Tensor, table: DeviceTable, name: str, parameters: Mapping[str, f
 
 
 def decode(packed: Tensor, grad: Tensor, table: DeviceTable) -> Tensor:
-    """As `fewbit.kernels.reference.decode`, for tensors on a GPU."""
+    """`fewbit.kernels.reference.decode` for tensors on a GPU."""
     grad = grad.detach().resolve_neg().contiguous()
     return _decode(packed, grad, torch.empty_like(grad), table)
 
 
 def values(packed: Tensor, n: int, table: DeviceTable, dtype: torch.dtype) -> Tensor:
-    """As `fewbit.kernels.reference.values`, for tensors on a GPU."""
+    """`fewbit.kernels.reference.values` for tensors on a GPU."""
     return _decode(packed, None, torch.empty(n, dtype=dtype, device=packed.device), table)
 
 
 def _decode(packed: Tensor, grad: Tensor | None, product: Tensor, table: DeviceTable) -> Tensor:
-    """Fill the product; ones where there is no grad."""
+    """Fill the product. grad=None stands for a gradient of ones."""
     from fewbit.kernels import programs
 
     n, block, tables = product.numel(), block_size(product.dtype), ProgramTable.of(table)
@@ -269,14 +269,14 @@ def _encode(x: Tensor, y: Tensor, table: DeviceTable, formula: Any = None, const
         _tell_rung(x, packed, table)
     count = 0 if constants is None else constants.numel()
     tensors = x, y, packed, thresholds, codes, thresholds if constants is None else constants
-    # thresholds and changes of a rung crowd the registers: left alone, the assembler takes 209, for eight warps a processor
+    # a rung's thresholds and changes need registers; without a limit the assembler takes 209, and only eight warps fit
     options = {"maxnreg": 168} if search.changes and search.scalars > 16 else {}
     launch(programs.encode, (-(-words // block),), *tensors, n, words, search, formula, count, block, **options)
     return packed
 
 
 def _tell_rung(x: Tensor, packed: Tensor, table: DeviceTable) -> None:
-    """Write the number of the rung of x behind the packed codes."""
+    """Write the number of x's rung after the packed codes."""
     from fewbit.kernels import sample_programs
 
     n = x.numel()
@@ -290,7 +290,7 @@ def _tell_rung(x: Tensor, packed: Tensor, table: DeviceTable) -> None:
 
 
 def launch(program: Any, programs: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run so many programs, or none, on the device and the current stream of the first argument."""
+    """Run this number of programs on the device and the current stream of the first argument. The number may be 0."""
     if all(programs):
         with torch.cuda.device_of(arguments[0]):
             program[programs](*arguments, **OPTIONS | options)

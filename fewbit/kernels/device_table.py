@@ -1,4 +1,4 @@
-"""A code table, or a ladder of them, as the kernels see it: tensors and a number of bits."""
+"""A code table or a ladder in the form that kernels take: tensors and a number of bits."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 from fewbit import packing
 from fewbit.constants import RUNGS
 
-# What the fourth moments of neighbouring rungs part at: 3 s⁴ of a normal number of the standard deviation s between both, which
-# is their geometric mean. Exact in every dtype, and so are their products with the size of a sample.
+# Bounds between the fourth moments of neighbouring rungs: 3 s⁴, the fourth moment of a normal number, with s the geometric mean
+# of the two standard deviations. The bounds and their products with the size of a sample are exact in every dtype.
 BOUNDS = tuple(3 * (low * high) ** 2 for low, high in pairwise(RUNGS))
-MIDDLE = RUNGS.index(1.0)  # the rung of an input of which nothing is known
-SAMPLE = 509  # elements at most from which the rung is told; a prime, so that rows of no length fall in step with it
+MIDDLE = RUNGS.index(1.0)  # the rung of an input without any information, such as zeros
+SAMPLE = 509  # most elements from which the rung is chosen; a prime, so that it does not fall in step with rows
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceTable:
-    """What encode and decode need of a code table, on the device of the input.
+    """The parts of a code table that encode and decode need, on the device of the input.
 
-    thresholds  (m,) ascending: float64 for float64 inputs, else float32, which is the dtype of all comparisons
-    codes       (m+1,) uint8, each below 2**bits: the code of x is that of the interval it lies in, thresholds[i-1] < x <=
-                thresholds[i]; NaN lies in the last
+    thresholds  (m,) ascending; float64 for float64 inputs, else float32. This is the dtype of all comparisons.
+    codes       (m+1,) uint8, each below 2**bits. An x in interval i, thresholds[i-1] < x <= thresholds[i], has codes[i]. NaN
+                lies in the last interval.
     levels      (K,) of the thresholds' dtype
-    bits        of one code, 1 to 8
+    bits        bits of one code, 1 to 8
 
-    A ladder has a table for each of `RUNGS`, of which each input takes one: thresholds (rungs, m), codes (rungs, m+1) and
-    levels (rungs, K). Rungs with fewer thresholds end with infinite ones, and repeat their last code.
+    A ladder has a table for each of `RUNGS`, and each input takes one of them: thresholds (rungs, m), codes (rungs, m+1) and
+    levels (rungs, K). Rungs with fewer thresholds are padded with infinite ones and repeat their last code.
     """
 
     thresholds: torch.Tensor
@@ -45,19 +45,19 @@ class DeviceTable:
 
     @cached_property
     def rungs(self) -> tuple[DeviceTable, ...]:
-        """The tables of all rungs, without what fills them up; of a single table itself."""
+        """The tables of all rungs without padding. A single table is its only rung."""
         if not self.is_ladder:
             return (self,)
         tensors = zip(self.thresholds.unbind(), self.codes.unbind(), self.levels.unbind(), strict=True)
         return tuple(DeviceTable(*_unpadded(thresholds, codes), levels, self.bits) for thresholds, codes, levels in tensors)
 
     def packed_bytes(self, n: int) -> int:
-        """Bytes of the packed codes of n elements: behind those of a ladder comes one with the number of the rung."""
+        """Bytes of the packed codes of n elements. For a ladder, one byte more holds the number of the rung."""
         return packing.packed_bytes(n, self.bits) + self.is_ladder
 
     @cached_property
     def with_zeros(self) -> DeviceTable:
-        """The table with 0 as the level of the code of 0, in each rung; itself where nothing changes."""
+        """The table in which the level of the code of 0 is 0, in each rung. It is the table itself if that is so already."""
         levels = self.levels.clone()
         for rung, own in zip(self.rungs, levels.view(-1, levels.shape[-1]), strict=True):
             own[int(rung.codes[torch.searchsorted(rung.thresholds, rung.thresholds.new_zeros(1))])] = 0
@@ -65,12 +65,12 @@ class DeviceTable:
 
     @cached_property
     def is_even(self) -> bool:
-        """Whether the code of x depends on |x| alone, in every rung, so that the upper half of the thresholds is enough."""
+        """Whether in every rung the code of x depends only on |x|. The upper half of the thresholds is then enough."""
         return all(map(_is_even, self.rungs))
 
 
 def _unpadded(thresholds: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    m = int((thresholds < torch.inf).sum())  # above an infinite one is NaN alone
+    m = int((thresholds < torch.inf).sum())  # only NaN is above an infinite threshold
     return (thresholds[:m], codes[: m + 1]) if bool((codes[m:] == codes[-1]).all()) else (thresholds, codes)
 
 

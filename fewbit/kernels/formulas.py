@@ -1,10 +1,10 @@
-"""Closed forms of the activations for the CUDA backend, in the operations and the order of torch's own CUDA kernels.
+"""Closed forms of the activations for the CUDA backend. They take the operations of torch's own CUDA kernels, in their order.
 
 A formula takes a block x of any floating-point dtype and a tuple p of its constants, which `constants` prepares. It returns the
-value in float32 (float64 for float64), torch's dtype of operations; the caller rounds it once. Where torch composes an
-activation of several operations, each of them rounds, and so do these.
+value in float32 (float64 for float64), the dtype in which torch computes. The caller rounds it once. If torch composes an
+activation of several operations, each of them rounds, and so does the formula.
 
-Elementary functions are libdevice's, which CUDA's own are compiled from.
+Elementary functions are those of libdevice, from which CUDA's own functions are compiled.
 """
 
 # Triton compiles these functions: pyright cannot follow its types.
@@ -22,20 +22,21 @@ from triton.language.extra import libdevice
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _TANH_BETA = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 _TANH_KAPPA = tl.constexpr(0.044715)
-_SIXTH = tl.constexpr(0.1666666716337204)  # torch's sixth is single precision, for float64 too
+_SIXTH = tl.constexpr(0.1666666716337204)  # torch takes the single-precision sixth, for float64 too
 _SELU_ALPHA = 1.6732632423543772848170429916717
 _SELU_SCALE = 1.0507009873554804934193349852946
 _PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
 
 
 def constants(name: str, parameters: Mapping[str, float], dtype: torch.dtype) -> torch.Tensor:
-    """What the formula of that name reads, on the CPU: the parameters, or what torch's kernel makes of them before it starts.
+    """The constants of the formula of that name, on the CPU: parameters, or what torch computes from them before its kernel
+    runs.
 
     dtype    of the tensor
     Returns  float64 for float64, else float32
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if name in ("softshrink", "hardshrink", "threshold"):  # torch rounds theirs to the tensor's dtype
+    if name in ("softshrink", "hardshrink", "threshold"):  # torch rounds their parameters to the tensor's dtype
         return torch.tensor(list(parameters.values()), dtype=dtype).to(wide)
     if name not in ("elu", "celu", "selu"):
         return torch.tensor(list(parameters.values()), dtype=wide)
@@ -56,13 +57,13 @@ def _wide(x):
 
 @triton.jit
 def _rounded(value, x):
-    """value as it comes back from an operation of torch on tensors of x's dtype."""
+    """value, rounded as an operation of torch on tensors of x's dtype rounds its result."""
     return value.to(x.dtype).to(value.dtype)
 
 
 @triton.jit
 def _divide(a, b, x):
-    """a / b, rounded to nearest for float32; for narrower x by the quicker division, 2 units of float32 off at most."""
+    """a / b, rounded to nearest for float32. For narrower x a faster division errs by at most 2 units of float32."""
     if x.dtype == tl.float32:
         return tl.div_rn(a, b)
     else:

@@ -1,4 +1,4 @@
-"""How the elements of a layer's input belong to channels and to rows, which have centers and scales of their own."""
+"""Assigns the elements of a layer's input to channels and rows. Each channel and each row has its own center and scale."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 import torch
 
-# places of each channel that statistics are taken of: primes, so that no period of rows or images falls in step. Norms have
-# nearly normal numbers; others may be zeros for the most part, of which fewer tell little.
+# Numbers of places of each channel from which statistics are taken. They are primes, so that no period of rows or images falls
+# in step. Norms have nearly normal numbers. Other tensors may be mostly zeros and need a larger sample.
 SAMPLE, LARGE_SAMPLE = 509, 1361
 
 
 class Grid(NamedTuple):
     """A tensor (outer, channels, inner), packed in this order: element (o, c, i) is number (o * channels + c) * inner + i.
 
-    Its row is (o // per_row) * groups + c // (channels // groups): a token of (tokens, channels, 1), an image of
-    (images, channels, places) or, with the channels last, of (images * places, channels, 1), and in each of them a group of
-    channels.
+    Its row is (o // per_row) * groups + c // (channels // groups). A row is a group of channels in a token of
+    (tokens, channels, 1) or in an image, which is (images, channels, places) or, with the channels last,
+    (images * places, channels, 1).
     """
 
     outer: int
@@ -46,12 +46,14 @@ class Grid(NamedTuple):
 
     @property
     def sampled(self) -> int:
-        """How many places statistics are taken of, all where a sample would be most of them: number k of them is place
-        k * places // sampled, which is the element (place // inner, channel, place % inner)."""
+        """Number of places from which statistics are taken; all if the sample would be most of them.
+
+        Number k is place k * places // sampled, which is the element (place // inner, channel, place % inner).
+        """
         return self.places if 2 * self.places < 3 * self.sample else self.sample
 
 
 def row_numbers(grid: Grid, outer: torch.Tensor) -> torch.Tensor:
-    """The rows of all channels at these places of the outer dimension: (k,) -> (k, channels)."""
+    """The rows of all channels at these indices of the outer dimension: (k,) -> (k, channels)."""
     group = torch.arange(grid.channels, device=outer.device) // (grid.channels // grid.groups)
     return (outer // grid.per_row).unsqueeze(1) * grid.groups + group

@@ -1,8 +1,8 @@
-"""The loops of the CPU backend for layers: codes of what is standardized, and what is made anew of codes.
+"""The loops of the CPU backend for layers: they encode standardized values, and rebuild values from codes.
 
-As in `fewbit.kernels.loops`: a kernel takes one block of arguments, claims pieces of its work from a counter until none are
-left, and allocates nothing. There is one of each kernel for float32 and one for float64; other dtypes are widened and rounded
-where they are read and written, see `fewbit.kernels.spans`.
+As in `fewbit.kernels.loops`, a kernel takes one block of arguments, claims pieces of its work from a counter until none are
+left, and allocates nothing. Each kernel exists for float32 and for float64. Other dtypes are widened when they are read and
+rounded when they are written, see `fewbit.kernels.spans`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fewbit.kernels.spans import (
     view_of,
 )
 
-CHUNK = 1024  # words, or elements of a row: what is in work stays in the first-level cache
+CHUNK = 1024  # words, or elements of a row, that are processed at once; they stay in the first-level cache
 _INTEGERS = ("claimed", "workers", "done", "scratch", "pieces")
 _GRID = ("n", "channels", "inner", "per_row", "groups", "per_group", "repeat")
 _VIEW = ("x", "outer_stride", "channel_stride", "inner_stride", "kind", "in_order")
@@ -51,23 +51,24 @@ _LOST = 8 * len(PREFIX)
 
 
 def fields(*names: str, numbers: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
-    """Of a block: the common ones, these integers and addresses, and these float64 numbers."""
+    """The fields of a block: the common ones, these integers and addresses, and these float64 numbers."""
     return [(name, ctypes.c_int64) for name in (*PREFIX, *names)] + [(name, ctypes.c_double) for name in numbers]
 
 
 class EncodeBlock(ctypes.Structure):
-    """The arguments of an encoder, all addresses those of contiguous memory, 0 for what is None.
+    """The arguments of an encoder. Addresses are those of contiguous memory, or 0 for None.
 
-    claimed      the pieces claimed so far, workers: the threads that have claimed some, done: the pieces done; 0 at first
-    scratch      memory to work in, `encoder_scratch` bytes for each thread that finds a piece
-    pieces       of `CHUNK` words each
-    n … in_order the grid and the view of x, see `fewbit.kernels.spans`; that many channels in a row share their numbers: what
-                 is said to be of channels below is (channels // repeat,)
-    lost         0; becomes positive where a z, the coding or a vector is not finite
-    shift, scale wide, of rows if `by_row`; `has_eps` if scales are to be divided by their units
-    coding       (3, channels) wide, vectors: `vector_size` numbers, which are (rows, channels)
-    center       the row of the vectors that marks channels with a z that is not finite, or -1, and `offset` another or the same
-    thresholds   4 * fours + 2 * twos, wide, and codes, integers of their width, one more: as in `fewbit.kernels.cpu.Encoding`
+    claimed      pieces claimed so far; workers: threads that have claimed some; done: pieces done. All are 0 at first.
+    scratch      scratch memory, `encoder_scratch` bytes for each thread that claims a piece
+    pieces       number of pieces of `CHUNK` words each
+    n … in_order the grid and the view of x, see `fewbit.kernels.spans`; `repeat` adjacent channels share their numbers, so
+                 arrays of channels below have (channels // repeat,) entries
+    lost         0; becomes positive if a z, the coding or a vector is not finite
+    shift, scale wide; for rows if `by_row`, else for channels; with `has_eps` scales are divided by their units
+    coding       (3, channels) wide; vectors: `vector_size` numbers, which are (rows, channels)
+    center       row of the vectors in which channels with a z that is not finite are marked, or -1; `offset` is another one, or
+                 the same
+    thresholds   4 * fours + 2 * twos, wide; codes: integers of their width, one more. Both as in `fewbit.kernels.cpu.Encoding`.
     permuted     (64,) and permuted_codes (16,), for `permuted_codes` of `fewbit.kernels.permutations`, or 0
     """
 
@@ -79,14 +80,14 @@ class EncodeBlock(ctypes.Structure):
 
 
 class RebuildBlock(ctypes.Structure):
-    """The arguments of `rebuilder`: those of `EncodeBlock` as far as they go, and
+    """The arguments of `rebuilder`: those of `EncodeBlock` that it has too, and
 
-    mode     DECODE, SLOPE, GATE_VALUE or GATE_BACKWARD: which function of `layers_reference` this is; x is its grad. COMBINE:
+    mode     DECODE, SLOPE, GATE_VALUE or GATE_BACKWARD for the function of `layers_reference`, whose grad is x; or COMBINE for
              grad * move + level * factor + offset
     factor, offset, move, shift   (channels,) wide
     row      (rows,) wide
-    levels   (2**bits,) wide; slopes and values likewise, of gate's code in `packed_gate`, `gate_words` and `gate_bits`
-    out, out_kind, largest   the product, and what it is clamped to
+    levels   (2**bits,) wide; slopes and values are those of gate's code in `packed_gate`, with `gate_words` and `gate_bits`
+    out, out_kind, largest   the product, and the number to which it is clamped
     other    the second product of GATE_BACKWARD
     """
 
@@ -98,19 +99,19 @@ class RebuildBlock(ctypes.Structure):
 
 
 def encoder_scratch(wide: str, repeated: int) -> int:
-    """Bytes for a thread: for each word of a chunk two int32, four codes and an element; five numbers for each channel that is
-    repeated."""
+    """Bytes per thread: two int32, four codes and an element for each word of a chunk, and five numbers for each repeated
+    channel."""
     return CHUNK * (8 + 5 * np.dtype(wide).itemsize) + 5 * repeated * np.dtype(wide).itemsize
 
 
 def rebuilder_scratch(wide: str, repeated: int) -> int:
-    """Bytes for a thread: for each element of a chunk an int32, a one, and three numbers; four for each channel that is
-    repeated."""
+    """Bytes per thread: an int32, a one and three numbers for each element of a chunk, and four numbers for each repeated
+    channel."""
     return CHUNK * (4 + 4 * np.dtype(wide).itemsize) + 4 * repeated * np.dtype(wide).itemsize
 
 
 def encoder(wide: str) -> Any:
-    """The compiled encoder of "float32" or "float64": a numba CFunc of the address of an EncodeBlock."""
+    """The compiled encoder for "float32" or "float64": a numba CFunc that takes the address of an EncodeBlock."""
     values, size_of = np.dtype(wide).type, np.dtype(wide).itemsize
     integer = np.dtype(f"int{8 * size_of}").type
     exponent = integer(0x7F800000 if wide == "float32" else 0x7FF << 52)
@@ -179,7 +180,8 @@ def encoder(wide: str) -> Any:
 
 
 def rebuilder(wide: str) -> Any:
-    """The compiled kernel of decode, times_slope, gate_value and gate_backward: a CFunc of the address of a RebuildBlock."""
+    """The compiled kernel of decode, times_slope, gate_value and gate_backward: a CFunc that takes the address of a
+    RebuildBlock."""
     values, size_of = np.dtype(wide).type, np.dtype(wide).itemsize
 
     def rebuild_layer(address):
@@ -188,7 +190,7 @@ def rebuilder(wide: str) -> Any:
         grid, view, largest = grid_of(block), view_of(block), values(block.largest)
         packed = _array(pointer(block.packed), bits * words, np.uint8)
         levels = _array(pointer(block.levels), 1 << bits, values)
-        row = _array(pointer(block.row), n // block.inner if block.row else 0, values)  # at least as many as there are
+        row = _array(pointer(block.row), n // block.inner if block.row else 0, values)  # an upper bound of their number
         gate_words, gate_bits = block.gate_words, block.gate_bits
         packed_gate = _array(pointer(block.packed_gate), gate_bits * gate_words, np.uint8)
         slopes = _array(pointer(block.slopes), 1 << gate_bits, values)
@@ -200,7 +202,7 @@ def rebuilder(wide: str) -> Any:
         memory = block.scratch + advance(address, _WORKERS, 1) * (own + (4 * number if repeat > 1 else 0))
         codes = _array(pointer(memory), CHUNK, np.int32)
         work = _array(pointer(memory + 4 * CHUNK), (4, CHUNK), values)
-        ones, a, b, c = work[0], work[1], work[2], work[3]  # unpacked, they would lose their stride of 1
+        ones, a, b, c = work[0], work[1], work[2], work[3]  # unpacking would lose their stride of 1
         ones[:] = 1
         behind = memory + own
         factor = of_channels(block.factor, channels, repeat, behind, ones)
@@ -247,7 +249,7 @@ def rebuilder(wide: str) -> Any:
 
 @_inlined
 def _combine(values, grad, begin, grid, factor, offset, of_grad):
-    """Levels in place to grad * of_grad + level * factor + offset, all three of channels."""
+    """Turn levels in place into grad * of_grad + level * factor + offset. These three belong to channels."""
     at = 0
     while at < values.size:
         channel, size = segment(begin + at, grid)[1], segment(begin + at, grid)[4]
@@ -270,7 +272,7 @@ def _combine_along(values, grad, of_grad, factor, offset):
 
 @_inlined
 def _standard(z, begin, grid, shift, scale, by_row, eps, has_eps, coding):
-    """u to z in place: see `layers_reference.standard`."""
+    """Turn u into z in place, see `layers_reference.standard`."""
     number = z.dtype.type
     middle, inverse, onto = coding
     at = 0
@@ -316,7 +318,7 @@ def _subtract(values, others):
 
 @_inlined
 def _any_lost(patterns, exponent):
-    """Whether the pattern of any float has all bits of the exponent: it is infinite or NaN."""
+    """Whether any float is infinite or NaN: its pattern has all bits of the exponent."""
     largest = exponent - exponent
     for i in range(np.uintp(patterns.size)):
         of_one = patterns[i] & exponent
@@ -326,7 +328,7 @@ def _any_lost(patterns, exponent):
 
 @_inlined
 def _mark(z, begin, grid, repeat, center, offset):
-    """NaN for the channels of which some z is not finite."""
+    """Write NaN for channels in which some z is not finite."""
     for i in range(z.size):
         if not np.isfinite(z[i]):
             channel = segment(begin + i, grid)[1] // repeat

@@ -1,4 +1,4 @@
-"""The functions of `fewbit.kernels.layers` as torch operators, opaque to compilers, transforms and modes that look on."""
+"""The functions of `fewbit.kernels.layers` as torch operators, which are opaque to compilers, transforms and modes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fewbit.kernels.ops import constants, device_table, operator
 Tensor = torch.Tensor
 _TABLE = "Tensor thresholds, Tensor codes, Tensor levels, int bits"
 _CODES = f"Tensor packed, SymInt[] grid, Tensor vectors, int[] where, Tensor? row, float? eps, {_TABLE}"
-_PARTS = 10  # of codes, as operators take them
+_PARTS = 10  # number of arguments of an operator for one Codes
 
 
 def _parts(codes: Codes) -> tuple[Any, ...]:
-    """Codes as operators take them."""
+    """Codes as arguments of operators."""
     *parts, table = codes
     return *parts, *constants(table), table.bits
 
 
 def _codes(parts: Sequence[Any]) -> Codes:
-    """The codes of these parts."""
+    """Codes from these arguments of operators."""
     packed, grid, vectors, where, row, eps, *table = parts
     return Codes(packed, Grid(*grid), vectors, Vectors(*where), row, eps, device_table(*table))
 
@@ -35,7 +35,7 @@ def _codes(parts: Sequence[Any]) -> Codes:
 def encode_scaled(
     x: Tensor, grid: Grid, table: DeviceTable, stochastic: bool, marks: bool
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """As `fewbit.kernels.layers.encode_scaled`."""
+    """See `fewbit.kernels.layers.encode_scaled`."""
     return *_encode_scaled(x, grid, *constants(table), table.bits, stochastic, marks), True
 
 
@@ -56,7 +56,7 @@ _encode_scaled = operator(
 
 
 def encode_normalized(x: Tensor, grid: Grid, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """As `fewbit.kernels.layers.encode_normalized`."""
+    """See `fewbit.kernels.layers.encode_normalized`."""
     *others, table, stochastic = arguments
     packed, own, of_readers, found = _encode_normalized(x, grid, *others, *constants(table), table.bits, stochastic)
     _, scale, eps, weight, bias, by_sign, _ = others
@@ -68,7 +68,7 @@ def _encode_normalized_now(x, grid, mean, scale, eps, weight, bias, by_sign, cen
     *table, stochastic = others
     options = mean, scale, eps, weight, bias, by_sign, centered
     packed, own, of_readers, found, _ = layers.encode_normalized(x, Grid(*grid), *options, device_table(*table), stochastic)
-    # an operator returns no argument, and no result twice
+    # an operator may not return an argument, nor a result twice
     of_readers = own.new_empty(0) if of_readers is own else of_readers
     return packed, own, of_readers, found if scale is None else own.new_empty(0)
 
@@ -91,7 +91,7 @@ _encode_normalized = operator(
 
 
 def decode(codes: Codes, dtype: torch.dtype, below: float = 1.0, above: float = 1.0) -> Tensor:
-    """As `fewbit.kernels.layers.decode`."""
+    """See `fewbit.kernels.layers.decode`."""
     return _decode(*_parts(codes), dtype, below, above)
 
 
@@ -107,7 +107,7 @@ _decode = operator(f"decode_affine({_CODES}, ScalarType dtype, float below, floa
 
 
 def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tensor:
-    """As `fewbit.kernels.layers.times_slope`."""
+    """See `fewbit.kernels.layers.times_slope`."""
     return _times_slope(*_parts(codes), grad, below, above)
 
 
@@ -128,7 +128,7 @@ _times_slope = operator(
 def rows_backward(
     codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, centered: bool, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `fewbit.kernels.layers.rows_backward`."""
+    """See `fewbit.kernels.layers.rows_backward`."""
     grad_x, by_weight, by_bias = _rows_backward(*_parts(codes), grad, scale, weight, centered, has_bias)
     return grad_x, None if weight is None else by_weight, by_bias if has_bias else None
 
@@ -157,7 +157,7 @@ _rows_backward = operator(
 def channels_backward(
     codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fewbit.kernels.layers.channels_backward`."""
+    """See `fewbit.kernels.layers.channels_backward`."""
     return _channels_backward(*_parts(codes), grad, scale, weight, training)
 
 
@@ -181,7 +181,7 @@ _channels_backward = operator(
 def gate_backward(
     up: Codes, packed: Tensor, grad: Tensor, derivative: DeviceTable, value: DeviceTable
 ) -> tuple[Tensor, Tensor]:
-    """As `fewbit.kernels.layers.gate_backward`."""
+    """See `fewbit.kernels.layers.gate_backward`."""
     return _gate_backward(*_parts(up), packed, grad, *constants(derivative), *constants(value)[2:], derivative.bits)
 
 
@@ -206,7 +206,7 @@ _gate_backward = operator(
 
 
 def gate_value(up: Codes, packed: Tensor, value: DeviceTable, dtype: torch.dtype) -> Tensor:
-    """As `fewbit.kernels.layers.gate_value`."""
+    """See `fewbit.kernels.layers.gate_value`."""
     return _gate_value(*_parts(up), packed, *constants(value), value.bits, dtype)
 
 

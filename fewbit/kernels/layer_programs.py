@@ -1,7 +1,7 @@
-"""The Triton programs for layers that go through packed codes word by word; `fewbit.kernels.layers_cuda` calls them.
+"""The Triton programs for layers that go through packed codes word by word. `fewbit.kernels.layers_cuda` calls them.
 
-As in `fewbit.kernels.programs`, a program handles `block` words, all eight lanes of them, and full ones take a body without
-masks. The words of a program are a tile (block // vector, vector) of groups: see `fewbit.kernels.program_parts`.
+As in `fewbit.kernels.programs`, a program handles all eight lanes of `block` words, and full programs run a body without masks.
+The words of a program are a tile (block // vector, vector) of groups, see `fewbit.kernels.program_parts`.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
@@ -42,12 +42,12 @@ def encode(
     offset: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Packed codes of z, and NaN in the vectors of channels of which some z is not finite.
+    """Packed codes of z, and NaN in the vectors for channels in which some z is not finite.
 
-    shift, scale    (rows,), or (channels,), or None
+    shift, scale    (rows,), (channels,) or None
     eps             see `fewbit.kernels.layers_reference.First`; the bits of a float64, or None
     search          a `fewbit.kernels.cuda.Search`
-    center, offset  the rows of the vectors to mark; -1: none
+    center, offset  rows of the vectors in which channels are marked; -1 for none
     tile            a `fewbit.kernels.layers_cuda.Tile`
     """
     index: tl.constexpr = tl.int64 if tile.big else tl.int32
@@ -106,7 +106,7 @@ def encode_block(
             tl.store(pointer, byte, mask=at < words)
         else:
             tl.store(pointer, byte)
-    if center >= 0:  # noqa: SIM102 (known when compiled; of both in one condition, the second would be asked without the first)
+    if center >= 0:  # noqa: SIM102 (a compile-time condition; joined with `and`, the second one would always be evaluated)
         if tl.max((~(largest < float("inf"))).to(tl.int32)) != 0:
             _mark_lost(tensors, vectors, sizes, strides, first, by_row, center, offset, tile, masked)
 
@@ -124,7 +124,7 @@ def _mark_lost(
     tile: tl.constexpr,
     masked: tl.constexpr,
 ):
-    """NaN in two rows of the vectors, for channels of which some z in these words is not finite."""
+    """Write NaN in two rows of the vectors for channels in which some z of these words is not finite."""
     channels = sizes[2]
     for lane in tl.range(LANES):
         z, channel, _ = _standard(tensors, sizes, strides, first, lane, by_row, tile, masked)
@@ -143,7 +143,8 @@ def _numbers(tile: tl.constexpr):
 
 @triton.jit
 def _places(sizes, first, lane, tile: tl.constexpr):
-    """Of the groups of a lane (…, 1): the number of their first element, whether they exist, and outer, channel, inner, row."""
+    """For the groups of a lane (…, 1): the number of the first element, whether the group exists, outer, channel, inner,
+    row."""
     n, words, channels, inner, per_row, group, groups = sizes
     word = first + tl.arange(0, tile.block // tile.vector)[:, None] * tile.vector
     element = word + lane * words.to(word.dtype)
@@ -161,7 +162,7 @@ def _load(pointer, inside, masked: tl.constexpr):
 
 @triton.jit
 def _standard(tensors, sizes, strides, first, lane, by_row: tl.constexpr, tile: tl.constexpr, masked: tl.constexpr):
-    """z of one lane; the channels of its elements, as they broadcast with it; and which of them there are."""
+    """z of one lane, the channels of its elements in a shape that broadcasts, and which elements exist."""
     x, shift, scale, coding, eps = tensors
     channels = sizes[2]
     outer_stride, channel_stride, inner_stride = strides
@@ -225,18 +226,19 @@ def decode(
     where: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """What is made of rebuilt values v = (level * factor + offset [+ move]) * unit of its row + shift.
+    """Compute a product of the rebuilt values v = (level * factor + offset [+ move]) * unit of the row + shift.
 
-    kind        "values"       v; "sloped values": v times `above` where it is positive, else `below`, bits of a float64 both
-                "slopes"       grad times these
-                "batch norm"   (grad - sums[1] - (v - sums[2]) * sums[0]) * scale * weight; without sums grad * scale * weight
-                "gated"        v * the value of the codes `other`
-                "gradients"    v * grad * their derivative, and, in product_other, grad * their value
-    row_scale   (rows,) or None; with an eps, the bits of a float64, its unit is meant
+    kind        "values"         v
+                "sloped values"  v times `above` where v is positive, else `below`; both are bits of a float64
+                "slopes"         grad times these slopes
+                "batch norm"     (grad - sums[1] - (v - sums[2]) * sums[0]) * scale * weight; without sums grad * scale * weight
+                "gated"          v * the value of the codes `other`
+                "gradients"      v * grad * the derivative of `other`, and in product_other grad * the value of `other`
+    row_scale   (rows,) or None; with an eps (the bits of a float64) its unit is used instead
     sums        (3, channels): means of grad * (v - its mean), of grad and of v; or None
     where       a `fewbit.kernels.layers_reference.Vectors`
-    grad        by its strides; for "slopes" in packed order
-    ladder      whether `derivative` and `value` have a row for each rung, of which `other` tells
+    grad        read by its strides; for "slopes" in packed order
+    ladder      whether `derivative` and `value` have a row for each rung; `other` holds the rung
     """
     index: tl.constexpr = tl.int64 if tile.big else tl.int32
     first = tl.program_id(0).to(index) * tile.block

@@ -1,6 +1,6 @@
-"""The loops of the CPU backend that tell the scales and moments of rows.
+"""The loops of the CPU backend that compute scales and moments of rows.
 
-Sums are taken in the order that `fewbit.kernels.layers_reference` states.
+Sums are taken in the order that `fewbit.kernels.layers_reference` specifies.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from fewbit.kernels.loops import _CLAIMED, _DONE, _WORKERS, _array, _compile, _i
 from fewbit.kernels.spans import drop_what_is_lost, grid_of, load, multiply_channels, stretches, view_of
 
 LANES = 128  # `layers_reference.ROW_LANES`
-ROW = 4096  # elements: rows up to that size are read once
+ROW = 4096  # rows of up to this many elements are read once
 _SQUARES, _VALUES, _DEVIATIONS = range(3)
 
 
 class RowBlock(ctypes.Structure):
-    """The arguments of `row_statistics`: see `fewbit.kernels.layer_loops.EncodeBlock`, and
+    """The arguments of `row_statistics`: those of `fewbit.kernels.layer_loops.EncodeBlock`, and
 
-    pieces     of `rows_of_piece` rows each; rows in all
-    magnitude  (channels,) wide: scales of rows; 0: their moments
+    pieces     number of pieces of `rows_of_piece` rows each; rows: number of all rows
+    magnitude  (channels,) wide, if scales of rows are wanted; 0 for their moments
     out        (2, rows) wide
-    smallest, largest   the bounds of a scale
-    by_row_size, by_channels   the factors of the means; headroom: that of scales
+    smallest, largest   bounds of a scale
+    by_row_size, by_channels   factors of the means; headroom: factor of scales
     """
 
     _fields_ = fields(
@@ -37,12 +37,12 @@ class RowBlock(ctypes.Structure):
 
 
 def row_scratch(wide: str, channels: int) -> int:
-    """Bytes for a thread: a chunk, the lanes, and a number for each channel."""
+    """Bytes per thread: a chunk, the lanes, and a number for each channel."""
     return (ROW + LANES + -(-channels // 16) * 16) * np.dtype(wide).itemsize
 
 
 def row_statistics(wide: str) -> Any:
-    """The compiled kernel of row_scales and row_moments: a CFunc of the address of a RowBlock."""
+    """The compiled kernel of row_scales and row_moments: a CFunc that takes the address of a RowBlock."""
     values, size_of = np.dtype(wide).type, np.dtype(wide).itemsize
 
     def statistics_of_rows(address):
@@ -84,7 +84,8 @@ def row_statistics(wide: str) -> Any:
 
 @_inlined
 def _add_row(kind, view, grid, row, inverse, mean, factor, v, lanes, is_loaded):
-    """Sum in lanes, see `_add_run`, the squares of v * inverse, v, or its deviations; `is_loaded`: v is as it was left."""
+    """Sum the squares of v * inverse, v, or the squares of its deviations in lanes (see `_add_run`). `is_loaded`: v is loaded
+    already."""
     lanes[:] = 0
     begin, number, size, step = stretches(row, grid)
     for stretch in range(number):
@@ -100,7 +101,7 @@ def _add_row(kind, view, grid, row, inverse, mean, factor, v, lanes, is_loaded):
 
 @_inlined
 def _add_lanes(kind, values, start, mean, factor, lanes):
-    """Add number k of the row, of which `values` are those from `start` on, to lane k % LANES."""
+    """Add number k of the row to lane k % LANES. `values` are the numbers from `start` on."""
     at = min(values.size, -start % LANES)
     if at:
         _add_run(kind, lanes[start % LANES :], values[:at], mean, factor)
@@ -126,7 +127,7 @@ def _add_run(kind, totals, values, mean, factor):
 
 @_inlined
 def _in_pairs(lanes):
-    """The sum of the lanes, of adjacent pairs until one is left."""
+    """The sum of the lanes: adjacent pairs are added until one number is left."""
     half = lanes.size // 2
     while half:
         for i in range(half):
@@ -137,7 +138,7 @@ def _in_pairs(lanes):
 
 @_inlined
 def _inverse_magnitudes(magnitude, factor, smallest, lanes, inverse):
-    """As in `layers_reference.row_scales`."""
+    """See `layers_reference.row_scales`."""
     lanes[:] = 0
     for i in range(np.uintp(magnitude.size)):
         inverse[i] = magnitude[i] * factor

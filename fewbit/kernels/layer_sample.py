@@ -1,7 +1,8 @@
-"""The loop of the CPU backend that tells of a sample of each channel how it is standardized, or its mean magnitude.
+"""The loop of the CPU backend that computes from a sample how each channel is standardized, or its mean magnitude.
 
-A block of channels is worked on at once, vectorised along them. Its sample lies in scratch memory as tiles of 16 places, as
-many as the accumulators of `fewbit.kernels.layers_reference`, so that every pass is one loop over tiles of a fixed size.
+A block of channels is processed at once, vectorised along the channels. Its sample is in scratch memory as tiles of 16 places,
+which is the number of accumulators in `fewbit.kernels.layers_reference`. Every pass is thus one loop over tiles of a fixed
+size.
 """
 
 from __future__ import annotations
@@ -17,26 +18,27 @@ from fewbit.kernels.loops import _CLAIMED, _DONE, _WORKERS, _array, _compile, _e
 from fewbit.kernels.permutations import permuted_codes
 from fewbit.kernels.spans import SMALLEST_UNIT, copy, drop_what_is_lost, grid_of, load_run, unit, view_of
 
-PLACES = 16  # of a tile: `layers_reference.SAMPLE_LANES`
-_TILES = 14  # to work in
+PLACES = 16  # places of a tile: `layers_reference.SAMPLE_LANES`
+_TILES = 14  # number of scratch tiles
 _CENTER, _LARGEST, _SMALLEST, _SPREAD, _SPARSE, _LEVEL, _MIDDLE, _INVERSE, _ONTO, _MOVE, _ABOUT, _OF_LEVEL, _MEAN = range(13)
-_NUMBERS = _MEAN + 6  # of a channel
+_NUMBERS = _MEAN + 6  # numbers of a channel
 
 
 class SampleBlock(ctypes.Structure):
-    """The arguments of `sampler`: see `fewbit.kernels.layer_loops.EncodeBlock`, and
+    """The arguments of `sampler`: those of `fewbit.kernels.layer_loops.EncodeBlock`, and
 
-    pieces      blocks of `across` channels, a multiple of 16
-    sampled     of the places
-    magnitudes  (channels,) wide: what is to be filled; 0: coding (3, channels) and vectors (vector_rows, channels) are
+    pieces      number of blocks of `across` channels; `across` is a multiple of 16
+    sampled     number of places in the sample
+    magnitudes  (channels,) wide, to be filled; if 0, coding (3, channels) and vectors (vector_rows, channels) are filled
     row_weight  (rows,) wide; weight, bias (channels,) wide
-    thresholds  as in EncodeBlock, of which the first `padding` are repetitions; interval_levels: the levels of their intervals,
-                one more; midpoints: between thresholds, one less; above: the numbers next to the thresholds
-    permuted    as in EncodeBlock, permuted_levels: (16,), levels in the place of codes
-    factor_row, shift_row, move_row   which of the vectors, or -1
+    thresholds  as in EncodeBlock; the first `padding` are repetitions. interval_levels: levels of their intervals, one more;
+                midpoints: between thresholds, one less; above: the next number above each threshold.
+    permuted    as in EncodeBlock; permuted_levels: (16,), levels instead of codes
+    factor_row, shift_row, move_row   rows of the vectors, or -1
     tiny        the spread of zeros
-    by_sample   1 / sampled; usual: the spread of what is constant in the sample, or NaN; doubt: times the squared mean size
-    low, high, outermost   the lowest and highest level, the largest magnitude of a threshold
+    by_sample   1 / sampled; usual: the spread of channels that are constant in the sample, or NaN; doubt: a factor of the
+                squared mean size
+    low, high, outermost   the lowest and the highest level, and the largest magnitude of a threshold
     """
 
     _fields_ = fields(
@@ -60,18 +62,18 @@ class SampleBlock(ctypes.Structure):
 
 
 def width_of_block(channels: int) -> int:
-    """How many channels are worked on at once: many, which lie side by side; few where others would have nothing to do."""
+    """Number of channels of a block: many adjacent ones, but few if other threads would have nothing to do."""
     return 16 if channels <= 16 else 32 if channels <= 64 else 64
 
 
 def sample_scratch(wide: str, sampled: int, across: int) -> int:
-    """Bytes for a thread: the sample of a block, in tiles; the tiles to work in, the block's numbers, and the outer indices."""
+    """Bytes per thread: the tiles of a block's sample, the scratch tiles, the block's numbers, and the outer indices."""
     tiles = -(-sampled // PLACES)
     return ((tiles + _TILES) * PLACES + _NUMBERS) * across * np.dtype(wide).itemsize + 8 * tiles * PLACES
 
 
 def sampler(wide: str) -> Any:
-    """The compiled kernel of magnitudes and standardize: a CFunc of the address of a SampleBlock."""
+    """The compiled kernel of magnitudes and standardize: a CFunc that takes the address of a SampleBlock."""
     values, size_of = np.dtype(wide).type, np.dtype(wide).itemsize
 
     def sample_of_channels(address):
@@ -81,7 +83,7 @@ def sampler(wide: str) -> Any:
         piece = advance(address, _CLAIMED, 1)
         if piece >= block.pieces:
             return
-        of_first = block.n // block.inner if block.by_row else channels  # at least as many as there are
+        of_first = block.n // block.inner if block.by_row else channels  # an upper bound of their number
         shift = _array(pointer(block.shift), of_first if block.shift else 0, values)
         scale = _array(pointer(block.scale), of_first if block.scale else 0, values)
         row_weight = _array(pointer(block.row_weight), block.n // block.inner if block.row_weight else 0, values)
@@ -117,7 +119,7 @@ def sampler(wide: str) -> Any:
 
 @_inlined
 def _gather(view, grid, places, sampled, first, width, across, outers, u):
-    """The sample (sampled, across), 0 for what is not finite and for channels that are not there, and its outer indices."""
+    """The sample (sampled, across) and its outer indices. Numbers that are not finite, and missing channels, are 0."""
     address, outer_stride, channel_stride, inner_stride, kind, _ = view
     u[:] = 0
     for k in range(sampled):
@@ -131,7 +133,7 @@ def _gather(view, grid, places, sampled, first, width, across, outers, u):
 
 @_inlined
 def _first(u, outers, grid, first, width, across, shift, scale, by_row, eps, has_eps):
-    """v to u in place, 0 for what is not finite."""
+    """Turn v into u in place. Numbers that are not finite become 0."""
     number = u.dtype.type
     for at in range(0, u.size, across):
         c = 0
@@ -157,7 +159,7 @@ def _first(u, outers, grid, first, width, across, shift, scale, by_row, eps, has
 
 @_inlined
 def _rows_of(outer, channel, grid):
-    """The row of that place, and how many channels from this one on share it."""
+    """The row of a place, and the number of channels from this one on that share it."""
     _, _, per_row, groups, per_group = grid
     group = channel // per_group
     return outer // per_row * groups + group, (group + 1) * per_group - channel
@@ -165,7 +167,7 @@ def _rows_of(outer, channel, grid):
 
 @_inlined
 def _standardize(block, u, outers, grid, first, width, scale, row_weight, work, numbers):
-    """As `layers_reference.standardize`, of a block of channels and its sample u."""
+    """`layers_reference.standardize` for a block of channels with the sample u."""
     number = u.dtype.type
     by_sample, places, channels = number(block.by_sample), block.places, block.channels
     padding, of_thresholds = block.padding, 4 * block.fours + 2 * block.twos
@@ -212,7 +214,7 @@ def _standardize(block, u, outers, grid, first, width, scale, row_weight, work, 
 
 @_inlined
 def _center_and_spread(u, by_sample, tiny, usual, work, numbers):
-    """By channel: center and spread, and the smallest magnitude."""
+    """Center, spread and smallest magnitude of each channel."""
     totals, centers, largest, smallest = work[0], work[1], work[2], work[3]
     across, tile = numbers.shape[1], totals.size
     totals[:] = 0
@@ -246,7 +248,7 @@ def _center_and_spread(u, by_sample, tiny, usual, work, numbers):
 
 @_inlined
 def _put_zero_on_a_level(numbers, c, low, high, thresholds, levels):
-    """As `layers_reference._with_zero_on_a_level`, of a channel that has zeros."""
+    """`layers_reference._with_zero_on_a_level` for one channel that has zeros."""
     center, spread = numbers[_CENTER, c], numbers[_SPREAD, c]
     zero = -center / spread
     beyond = zero / low if zero < 0 else zero / high
@@ -261,7 +263,7 @@ def _put_zero_on_a_level(numbers, c, low, high, thresholds, levels):
 
 @_inlined
 def _put_zero_on_a_threshold(numbers, c, weight, bias, thresholds, midpoints, above, outermost):
-    """As `layers_reference._with_zero_on_a_threshold`, of a channel."""
+    """`layers_reference._with_zero_on_a_threshold` for one channel."""
     center, spread = numbers[_CENTER, c], numbers[_SPREAD, c]
     factor, offset, two = spread * weight, center * weight + bias, numbers.dtype.type(2)
     zero = -offset / factor
@@ -278,7 +280,7 @@ def _put_zero_on_a_threshold(numbers, c, weight, bias, thresholds, midpoints, ab
 
 @_inlined
 def _interval(thresholds, value):
-    """How many thresholds are below the value: all, for NaN."""
+    """The number of thresholds below the value; all for NaN."""
     low, high = 0, thresholds.size
     while low < high:
         middle = (low + high) // 2
@@ -291,8 +293,8 @@ def _interval(thresholds, value):
 
 @_inlined
 def _means(block, u, outers, grid, first, width, scale, row_weight, thresholds, levels, by_sample, work, numbers):
-    """By channel, the means of the value u * w, of level * w, of w, and of the magnitude of the value; and of the square of the
-    standardized deviation, and of its product with that of the level: see `layers_reference._of_gain_one`."""
+    """The means for each channel of: the value u * w, level * w, w, the magnitude of the value, the square of the standardized
+    deviation, and its product with the deviation of the level (see `layers_reference._of_gain_one`)."""
     z, level, w, middle, inverse, onto = work[0], work[1], work[2], work[3], work[4], work[5]
     about, of_level, totals = work[6], work[7], work[8:14]
     across, tile = numbers.shape[1], z.size
@@ -326,7 +328,7 @@ def _means(block, u, outers, grid, first, width, scale, row_weight, thresholds, 
 
 @_inlined
 def _weights(outers, grid, first, width, across, scale, row_weight, eps, w):
-    """What u is times to be the value, for a tile; 0 for what is not finite."""
+    """The factors that turn u into the value, for a tile; 0 for factors that are not finite."""
     number = w.dtype.type
     for k in range(outers.size):
         c = 0
@@ -340,7 +342,7 @@ def _weights(outers, grid, first, width, across, scale, row_weight, eps, w):
 
 @_inlined
 def _keep_means(numbers, c, doubt):
-    """The spread of gain one, then stretched, or the move, so that the channel keeps its mean."""
+    """Set the spread to that of gain one. Then stretch it, or set the move, so that the channel keeps its mean."""
     number = numbers.dtype.type
     mean, mean_level, mean_weight, size = numbers[_MEAN, c], numbers[_MEAN + 1, c], numbers[_MEAN + 2, c], numbers[_MEAN + 3, c]
     gain = numbers[_MEAN + 4, c] / numbers[_MEAN + 5, c]
@@ -367,7 +369,7 @@ def _tile(of_channels, tile):
 
 @_inlined
 def _in_pairs(totals, across):
-    """The sums of the accumulators of each channel, of adjacent pairs until one is left, which comes first."""
+    """Sum the accumulators of each channel: adjacent pairs are added until one is left. The sum comes first."""
     half = PLACES // 2
     while half:
         for k in range(half):
@@ -390,7 +392,7 @@ def _add_magnitudes(values, factor, totals):
 
 @_inlined
 def _extremes(u, center, largest, smallest):
-    """The largest deviation, NaN if there is one, and the smallest magnitude."""
+    """The largest deviation, or NaN if any is NaN, and the smallest magnitude."""
     for i in range(np.uintp(u.size)):
         deviation, size = abs(u[i] - center[i]), abs(u[i])
         largest[i] = largest[i] if largest[i] >= deviation or largest[i] != largest[i] else deviation
@@ -407,7 +409,7 @@ def _join_extremes(other_largest, other_smallest, largest, smallest):
 
 @_inlined
 def _add_moments(u, center, largest, factor, totals):
-    """The eighth powers of the deviations, in units of the largest."""
+    """Add the eighth powers of the deviations, in units of the largest one."""
     for i in range(np.uintp(u.size)):
         relative = (u[i] - center[i]) / largest[i]
         power = relative * relative

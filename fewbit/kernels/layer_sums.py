@@ -1,7 +1,7 @@
 """The loops of the CPU backend for the backward passes of norms.
 
-Sums are taken of fixed blocks of rows, or of lines of channels, and then of these in order, so that they do not depend on the
-number of threads.
+Sums are taken over fixed blocks of rows, or over lines of channels. These partial sums are then added in order, so results do
+not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from fewbit.kernels.spans import (
     view_of,
 )
 
-ROW = 4096  # elements: rows up to that size are read once
+ROW = 4096  # rows of up to this many elements are read once
 _PARTS = 64  # accumulators of the sums of gradients
 
 
 class BackwardBlock(ctypes.Structure):
-    """The arguments of the backward passes: x is grad; see `fewbit.kernels.layer_loops.RebuildBlock`, and
+    """The arguments of the backward passes: those of `fewbit.kernels.layer_loops.RebuildBlock`, with grad as x, and
 
-    rows            of a norm along rows; for one of channels, the outer size
-    rows_of_piece   a piece is that many of them; `channels_of_piece`: and that many channels, for one of channels
+    rows            number of rows of a norm along rows; for a norm of channels, the outer size
+    rows_of_piece   rows per piece of work; for a norm of channels a piece also has only `channels_of_piece` channels
     row_size        elements of a row, or of a channel
-    scale, weight   wide, of rows or channels, (channels,) or 0
-    training        for norms of channels: whether the statistics depend on x; of rows: whether a mean is taken
-    partial         (pieces of rows, 2, channels) wide, in which partial sums of the gradients of weight and bias are taken; of
-                    a norm of channels it is (…, 3, channels): those of x̂, too
-    sums            (2, channels) wide: these, or 0 where none are wanted; of a norm of channels
+    scale, weight   wide; scales of rows or channels; weights (channels,) or 0
+    training        for norms of channels: whether the statistics depend on x; along rows: whether a mean is subtracted
+    partial         wide; partial sums of the gradients of weight and bias, (pieces of rows, 2, channels); for a norm of
+                    channels (…, 3, channels), with sums of x̂ too
+    sums            (2, channels) wide: the gradients of weight and bias for a norm of channels; 0 if they are not wanted
     combined        (3, channels) wide: grad_x is combined[0] * level + combined[1] + combined[2] * grad
     """
 
@@ -52,12 +52,12 @@ class BackwardBlock(ctypes.Structure):
 
 
 def backward_scratch(wide: str) -> int:
-    """Bytes for a thread: for each element of a chunk an int32 and three numbers; four times `_PARTS`."""
+    """Bytes per thread: an int32 and three numbers for each element of a chunk, and four times `_PARTS` numbers."""
     return ROW * (4 + 3 * np.dtype(wide).itemsize) + 4 * _PARTS * np.dtype(wide).itemsize
 
 
 def rows_backward(wide: str) -> Any:
-    """The compiled backward pass of norms along rows: a CFunc of the address of a BackwardBlock."""
+    """The compiled backward pass of norms along rows: a CFunc that takes the address of a BackwardBlock."""
     values, size_of = np.dtype(wide).type, np.dtype(wide).itemsize
     scratch = backward_scratch(wide)
 
@@ -120,8 +120,8 @@ def rows_backward(wide: str) -> Any:
 
 
 def channel_sums(wide: str) -> Any:
-    """The compiled sums of channels, of grad * level, of grad and of level, and what grad_x is by these: a CFunc of the address
-    of a BackwardBlock."""
+    """The compiled sums of grad * level, of grad and of level by channel, and the factors of grad_x that follow from them: a
+    CFunc that takes the address of a BackwardBlock."""
     values, size_of, scratch = np.dtype(wide).type, np.dtype(wide).itemsize, backward_scratch(wide)
 
     def sums_of_channels(address):
@@ -181,7 +181,7 @@ def _in_halves(parts):
 
 @_inlined
 def _add_values(values, parts):
-    """Add values to their parts, number k to part k % _PARTS."""
+    """Add value number k to part k % _PARTS."""
     at = 0
     while at + _PARTS <= values.size:
         _add(parts, values[at : at + _PARTS])
@@ -191,7 +191,7 @@ def _add_values(values, parts):
 
 @_inlined
 def _add_products(grad, x_hat, parts):
-    """Add grad * x̂ and grad to their parts, number k to part k % _PARTS."""
+    """Add number k of grad * x̂ and of grad to part k % _PARTS of each."""
     at = 0
     while at + _PARTS <= grad.size:
         _add_both(grad[at : at + _PARTS], x_hat[at : at + _PARTS], parts[0], parts[1])
@@ -208,7 +208,8 @@ def _add_both(grad, x_hat, of_products, of_grads):
 
 @_inlined
 def _add_to_channels(grad, x_hat, begin, grid, sums, parts):
-    """Add grad * x̂, grad and, where there are three sums, x̂ to those of their channels; parts: scratch, (_PARTS,) for each."""
+    """Add grad * x̂, grad and, if there are three sums, x̂ to the sums of their channels. parts: scratch, (_PARTS,) for
+    each."""
     at = 0
     while at < grad.size:
         _, channel, _, _, size = segment(begin + at, grid)
@@ -231,7 +232,7 @@ def _add_to_channels(grad, x_hat, begin, grid, sums, parts):
 
 @_inlined
 def _sums(grad, x_hat, parts):
-    """Of grad * x̂ and of grad."""
+    """The sums of grad * x̂ and of grad."""
     if grad.size >= 2 * _PARTS:
         parts[:] = 0
         _add_products(grad, x_hat, parts)
@@ -261,9 +262,9 @@ def _add_up(partial, sums):
 
 @_inlined
 def _of_sums(block, found, count):
-    """The gradients of weight and bias, and what grad_x is: see `layers_reference.channels_backward`.
+    """The gradients of weight and bias, and the factors of grad_x: see `layers_reference.channels_backward`.
 
-    found  the sums (3, channels), where `repeat` channels in a row are one
+    found  the sums (3, channels), in which each channel has `repeat` adjacent entries
     """
     repeat, zero = block.repeat, found.dtype.type(0)
     channels = block.channels // repeat
@@ -283,7 +284,7 @@ def _of_sums(block, found, count):
             of_product, of_grad, of_level = of_product + found[0, i], of_grad + found[1, i], of_level + found[2, i]
         factor = scale[c] * weight[c] if weight.size else scale[c]
         if block.training:
-            # (grad - mean grad - x̂ mean(grad x̂)) * factor, with x̂ = a * (level - its mean): NaN where what was lost is marked
+            # (grad - mean grad - x̂ mean(grad x̂)) * factor, with x̂ = a * (level - its mean); NaN in marked channels
             mean, a = of_level / count, spread[c] + zero * center[c]
             by_weight = a * (of_product - mean * of_grad)
             by_level = a * by_weight * factor / -count

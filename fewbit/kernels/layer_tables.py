@@ -1,4 +1,4 @@
-"""Tables as the CPU kernels for layers take them."""
+"""Tables in the form that the CPU kernels for layers take."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ Tensor = torch.Tensor
 
 
 class PreparedTable(NamedTuple):
-    """A table as the kernels take it: addresses and numbers, and the arrays that they point to.
+    """A table in the form that the kernels take: addresses and numbers, and the arrays to which they point.
 
-    search    of EncodeBlock: thresholds, codes, fours, twos, permuted, permuted_codes
-    sample    of SampleBlock: fours, twos, padding, thresholds, interval_levels, midpoints, above, permuted, permuted_levels
-    ends      the lowest and highest level, the largest magnitude of a threshold
+    search    fields of EncodeBlock: thresholds, codes, fours, twos, permuted, permuted_codes
+    sample    fields of SampleBlock: fours, twos, padding, thresholds, interval_levels, midpoints, above, permuted,
+              permuted_levels
+    ends      the lowest and the highest level, and the largest magnitude of a threshold
     """
 
     search: tuple[int, ...]
@@ -29,7 +30,8 @@ class PreparedTable(NamedTuple):
 
 
 def levels_of(table: DeviceTable, packed: Tensor) -> Tensor:
-    """The levels of packed codes, of their rung where the table is a ladder: (2**bits,), repeated up to 16; 0 where unused."""
+    """The levels for packed codes, from their rung if the table is a ladder: (2**bits,), repeated up to 16. Unused ones are
+    0."""
     levels = _levels(table)
     if len(levels) == 1:
         return levels[0]
@@ -38,11 +40,11 @@ def levels_of(table: DeviceTable, packed: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def prepared_table(table: DeviceTable) -> PreparedTable:
-    """The table as the kernels take it."""
+    """The table in the form that the kernels take."""
     thresholds, codes, levels = table.thresholds.cpu(), table.codes.cpu(), table.levels.cpu()
     fours, rest = divmod(thresholds.numel(), 4)
     fours, twos, padding = ((fours, 0, 0), (fours, 1, 1), (fours, 1, 0), (fours + 1, 0, 1))[rest]
-    # what is repeated comes first and gives the code of the first interval once more
+    # the repeated threshold comes first; it gives the code of the first interval again
     padded = torch.cat([thresholds[:1].expand(padding), thresholds])
     codes = torch.cat([codes[:1].expand(padding), codes]).long()
     interval_levels = levels[codes]
@@ -63,7 +65,7 @@ def prepared_table(table: DeviceTable) -> PreparedTable:
 
 
 def _permuted(thresholds: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Thresholds and codes as `fewbit.kernels.permutations` takes them, of tables with less than 16."""
+    """Thresholds and codes in the form of `fewbit.kernels.permutations`, for tables with fewer than 16 thresholds."""
     width, m = permutations.WIDTH, thresholds.numel()
     index = torch.arange(width)
     filled = torch.cat([thresholds, thresholds.new_full((2 * width,), torch.inf)])
@@ -73,6 +75,6 @@ def _permuted(thresholds: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=256)
 def _levels(table: DeviceTable) -> tuple[Tensor, ...]:
-    """Of each rung, (2**bits,), repeated up to 16."""
+    """The levels of each rung: (2**bits,), repeated up to 16."""
     levels = cpu.padded_levels(table)
     return levels.repeat(1, max(1, permutations.WIDTH >> table.bits)).unbind()

@@ -1,4 +1,4 @@
-"""What kernels do for layers: one backend per file, all under the contract of `fewbit.kernels.layers_reference`.
+"""Kernels for layers: one backend per file. `fewbit.kernels.layers_reference` specifies what they compute.
 
 `fewbit.kernels.layer_ops` offers the functions below as torch operators.
 """
@@ -30,12 +30,12 @@ def encode_scaled(
     """Codes of x, standardized by channel and scaled by row.
 
     x           (outer, channels, inner), any strides
-    table       of a standard normal number
+    table       table of a standard normal number
     stochastic  whether a value between two levels goes to either at random, so that its mean is the value
-    marks       whether a channel that is not finite is to be rebuilt as NaN
+    marks       whether a channel that is not finite is rebuilt as NaN
 
-    Returns     packed codes; the rows' scales (rows,) and vectors (2, channels), from which `decode` rebuilds x; and whether
-                all is finite, as far as is known
+    Returns     packed codes; scales of rows (rows,) and vectors (2, channels), from which `decode` rebuilds x; and whether all
+                is finite, as far as is known
     """
     backend = backend_of(x)
     scales = backend.row_scales(x, grid, backend.magnitudes(x, grid))
@@ -60,25 +60,25 @@ def encode_normalized(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
     """Codes of x̂ = (x - mean) * scale, standardized by channel.
 
-    mean, scale   (rows,), or with no `eps` (channels,), wide; with an eps both may be None: then they are found here
-    eps           of scale = 1 / sqrt(variance + eps); None: mean and scale belong to the channels
+    mean, scale   wide; (rows,), or (channels,) without `eps`. With an eps both may be None, and are then computed here.
+    eps           that of scale = 1 / sqrt(variance + eps); None if mean and scale belong to channels
     weight, bias  (channels,) of y = weight * x̂ + bias
-    by_sign       whether codes are to tell the sign of y
+    by_sign       whether codes tell the sign of y
     centered      whether a mean is subtracted
 
-    Returns       packed codes; the first two vectors of `Vectors.of` (2, channels), which rebuild x̂; the others (k, channels),
-                  which rebuild y, or, if there are none, the first two; the scale; and whether all is finite, as far as is
-                  known
+    Returns       Packed codes; the first two vectors of `Vectors.of` (2, channels), which rebuild x̂; the others (k, channels),
+                  which rebuild y (if there are none, the first two again); the scale; and whether all is finite, as far as is
+                  known.
     """
     backend, by_row = backend_of(x), eps is not None
     if scale is None:
         moments = backend.row_moments(x, grid, eps, centered)
-        # a σ that is infinite: of a row with infinities, of which nothing can be told
+        # σ is infinite for a row with infinities, about which codes can tell nothing
         mean, scale = (moments[0] if centered else None), torch.where(moments[1] == 0, torch.nan, moments[1])
     assert scale is not None, "found here or given"
     first = First(mean, scale, by_row, eps)
     coding, vectors, where = backend.standardize(x, grid, first, None, table, weight, bias, by_sign, not stochastic)
-    marked = None if by_row else where._replace(offset=where.center)  # readers look at y themselves
+    marked = None if by_row else where._replace(offset=where.center)  # layers that read y check it themselves
     packed, finite = _encode(x, grid, first, coding, table, vectors, marked, stochastic)
     if len(vectors) == 2:
         return packed, vectors, vectors, scale, finite
@@ -108,19 +108,19 @@ def _encode(
 
 
 def decode(codes: Codes, *arguments: Any) -> Tensor:
-    """As `fewbit.kernels.layers_reference.decode`."""
+    """See `fewbit.kernels.layers_reference.decode`."""
     return backend_of(codes.packed).decode(codes, *arguments)
 
 
 def times_slope(codes: Codes, *arguments: Any) -> Tensor:
-    """As `fewbit.kernels.layers_reference.times_slope`."""
+    """See `fewbit.kernels.layers_reference.times_slope`."""
     return backend_of(codes.packed).times_slope(codes, *arguments)
 
 
 def rows_backward(
     codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, centered: bool, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As of the reference; the gradients of weight and bias in the dtype of the weight, if there is one."""
+    """As in the reference, but the gradients of weight and bias have the dtype of the weight, if there is one."""
     backend = backend_of(codes.packed)
     grad_x, by_weight, by_bias = backend.rows_backward(codes, grad, scale, weight, centered, has_bias)
     if weight is None:
@@ -131,34 +131,35 @@ def rows_backward(
 def channels_backward(
     codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As of the reference; the gradients of weight and bias in the dtype of the weight, if there is one."""
+    """As in the reference, but the gradients of weight and bias have the dtype of the weight, if there is one."""
     grad_x, by_weight, by_bias = backend_of(codes.packed).channels_backward(codes, grad, scale, weight, training)
     return grad_x, *((by_weight, by_bias) if weight is None else (by_weight.to(weight.dtype), by_bias.to(weight.dtype)))
 
 
 def gate_backward(up: Codes, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """As `fewbit.kernels.layers_reference.gate_backward`."""
+    """See `fewbit.kernels.layers_reference.gate_backward`."""
     return backend_of(up.packed).gate_backward(up, *arguments)
 
 
 def gate_value(up: Codes, *arguments: Any) -> Tensor:
-    """As `fewbit.kernels.layers_reference.gate_value`."""
+    """See `fewbit.kernels.layers_reference.gate_value`."""
     return backend_of(up.packed).gate_value(up, *arguments)
 
 
 def backend_of(tensor: Tensor) -> Any:
-    """Compiled kernels for plain tensors on a CPU or CUDA device; torch operations for all else: subclasses, fake tensors."""
+    """Compiled kernels for plain tensors on a CPU or CUDA device; torch operations for other tensors (subclasses, fake
+    tensors)."""
     return _on(tensor.device) if type(tensor) in _PLAIN else reference
 
 
 @cache
 def _on(device: torch.device) -> ModuleType:
     if device.type == "cpu":
-        from fewbit.kernels import layers_cpu  # here, since it loads numba
+        from fewbit.kernels import layers_cpu  # imported here because it loads numba
 
         return layers_cpu
     if device.type == "cuda" and cuda.supports(device, torch.float32):
-        from fewbit.kernels import layers_cuda  # loads Triton on first use
+        from fewbit.kernels import layers_cuda  # it loads Triton on first use
 
         return layers_cuda
     return reference

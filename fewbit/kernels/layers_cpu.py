@@ -1,4 +1,4 @@
-"""The CPU backend for layers, compiled by numba: the functions of `fewbit.kernels.layers_reference`, whose bits it keeps."""
+"""The CPU backend for layers, compiled by numba. Its results equal those of `fewbit.kernels.layers_reference` bit for bit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fewbit.torch_internals import is_zero
 
 Tensor = torch.Tensor
 _WIDE = {torch.float32: "float32", torch.float64: "float64"}
-_LONG = 128  # elements from which on a loop of its own pays for each channel
-_PASSES = 4  # over a sample, each of which takes what a pass of other kernels does
+_LONG = 128  # from this many elements per channel on, a separate loop for each channel pays
+_PASSES = 4  # passes over a sample; each takes as long as a pass of other kernels
 _OF_COMBINED = Vectors(factor=0, offset=1, move=2)  # grad * move + level * factor + offset
-_PIECE = 1 << 14  # elements of a piece of work, about, where rows are claimed
+_PIECE = 1 << 14  # approximate elements of a piece of work, if threads claim rows
 
 
 def magnitudes(x: Tensor, grid: Grid) -> Tensor:
-    """As `fewbit.kernels.layers_reference.magnitudes`."""
+    """See `fewbit.kernels.layers_reference.magnitudes`."""
     wide = reference.wide_dtype(x.dtype)
     if not _takes(x.dtype, wide, grid):
         return reference.magnitudes(x, grid)
@@ -37,7 +37,7 @@ def magnitudes(x: Tensor, grid: Grid) -> Tensor:
 
 
 def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
-    """As `fewbit.kernels.layers_reference.row_scales`."""
+    """See `fewbit.kernels.layers_reference.row_scales`."""
     wide = reference.wide_dtype(x.dtype)
     if not _takes(x.dtype, wide, grid, magnitude.dtype):
         return reference.row_scales(x, grid, magnitude)
@@ -49,7 +49,7 @@ def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
 
 
 def row_moments(x: Tensor, grid: Grid, eps: float, centered: bool) -> Tensor:
-    """As `fewbit.kernels.layers_reference.row_moments`."""
+    """See `fewbit.kernels.layers_reference.row_moments`."""
     wide = reference.wide_dtype(x.dtype)
     if not _takes(x.dtype, wide, grid):
         return reference.row_moments(x, grid, eps, centered)
@@ -69,7 +69,7 @@ def standardize(
     by_sign: bool,
     keep_means: bool,
 ) -> tuple[Tensor, Tensor, Vectors]:
-    """As `fewbit.kernels.layers_reference.standardize`."""
+    """See `fewbit.kernels.layers_reference.standardize`."""
     wide = reference.wide_dtype(x.dtype)
     if not _takes(x.dtype, wide, grid, table.levels.dtype):
         return reference.standardize(x, grid, first, row_weight, table, weight, bias, by_sign, keep_means)
@@ -99,7 +99,7 @@ def standardize(
 def encode(
     x: Tensor, grid: Grid, first: First, coding: Tensor, table: DeviceTable, vectors: Tensor, where: Vectors | None
 ) -> tuple[Tensor, bool]:
-    """As `fewbit.kernels.layers_reference.encode`."""
+    """See `fewbit.kernels.layers_reference.encode`."""
     wide = reference.wide_dtype(x.dtype)
     if not _takes(x.dtype, wide, grid, table.levels.dtype, coding.dtype, vectors.dtype) or not vectors.is_contiguous():
         return reference.encode(x, grid, first, coding, table, vectors, where)
@@ -122,7 +122,7 @@ def encode(
 
 
 def decode(codes: Codes, dtype: torch.dtype, below: float = 1.0, above: float = 1.0) -> Tensor:
-    """As `fewbit.kernels.layers_reference.decode`."""
+    """See `fewbit.kernels.layers_reference.decode`."""
     if not _takes(dtype, codes.vectors.dtype, codes.grid, codes.table.levels.dtype):
         return reference.decode(codes, dtype, below, above)
     product = _empty(codes.grid.n, dtype)
@@ -131,7 +131,7 @@ def decode(codes: Codes, dtype: torch.dtype, below: float = 1.0, above: float = 
 
 
 def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tensor:
-    """As `fewbit.kernels.layers_reference.times_slope`."""
+    """See `fewbit.kernels.layers_reference.times_slope`."""
     if not _takes(grad.dtype, codes.vectors.dtype, codes.grid, codes.table.levels.dtype):
         return reference.times_slope(codes, grad, below, above)
     product, codes = _empty(codes.grid.n, grad.dtype), codes._replace(where=codes.where._replace(move=-1))
@@ -142,7 +142,7 @@ def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tenso
 def rows_backward(
     codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, centered: bool, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `fewbit.kernels.layers_reference.rows_backward`."""
+    """See `fewbit.kernels.layers_reference.rows_backward`."""
     grid, wide = codes.grid, codes.vectors.dtype
     if not _takes(grad.dtype, wide, grid, codes.table.levels.dtype):
         return reference.rows_backward(codes, grad, scale, weight, centered, has_bias)
@@ -160,7 +160,7 @@ def rows_backward(
 def channels_backward(
     codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fewbit.kernels.layers_reference.channels_backward`."""
+    """See `fewbit.kernels.layers_reference.channels_backward`."""
     grid, wide = codes.grid, codes.vectors.dtype
     if not _takes(grad.dtype, wide, grid, codes.table.levels.dtype):
         return reference.channels_backward(codes, grad, scale, weight, training)
@@ -178,8 +178,10 @@ def channels_backward(
 
 
 def _merged(grid: Grid, x: Tensor | None) -> tuple[Grid, Any, int]:
-    """The same, with a channel for each element of an outer place where channels have few elements there, so that loops along
-    channels are long; and how many channels then share their numbers."""
+    """The grid and x with inner elements merged into the channels, and the number of channels that then share their numbers.
+
+    This is done if channels have few inner elements, so that loops along channels are long. Else all stays as it is.
+    """
     is_one = x is None or x.stride(1) == grid.inner * x.stride(2)
     if not (1 < grid.inner < _LONG and grid.channels * grid.inner <= _PIECE and is_one):
         return grid, x, 1
@@ -190,7 +192,7 @@ def _merged(grid: Grid, x: Tensor | None) -> tuple[Grid, Any, int]:
 def gate_backward(
     up: Codes, packed: Tensor, grad: Tensor, derivative: DeviceTable, value: DeviceTable
 ) -> tuple[Tensor, Tensor]:
-    """As `fewbit.kernels.layers_reference.gate_backward`."""
+    """See `fewbit.kernels.layers_reference.gate_backward`."""
     if not _takes(grad.dtype, up.vectors.dtype, up.grid, *(each.levels.dtype for each in (derivative, value, up.table))):
         return reference.gate_backward(up, packed, grad, derivative, value)
     of_gate, of_up = _empty(up.grid.n, grad.dtype), _empty(up.grid.n, grad.dtype)
@@ -199,7 +201,7 @@ def gate_backward(
 
 
 def gate_value(up: Codes, packed: Tensor, value: DeviceTable, dtype: torch.dtype) -> Tensor:
-    """As `fewbit.kernels.layers_reference.gate_value`."""
+    """See `fewbit.kernels.layers_reference.gate_value`."""
     if not _takes(dtype, up.vectors.dtype, up.grid, value.levels.dtype, up.table.levels.dtype):
         return reference.gate_value(up, packed, value, dtype)
     product = _empty(up.grid.n, dtype)
@@ -215,8 +217,8 @@ def _rebuild(
     gate: tuple[Tensor, DeviceTable, DeviceTable, Tensor] | None = None,
     slopes: tuple[float, float] = (0.0, 0.0),
 ) -> None:
-    """Fill the product; gate: its codes, the tables of slopes and values, and the second product. Channels may be merged
-    already."""
+    """Fill the product. gate: the codes of gate, the tables of slopes and values, and the second product. Channels may be
+    merged."""
     packed, grid, vectors, where, row, eps, table = of
     wide, words, bits = vectors.dtype, packing.words(grid.n, table.bits), table.bits
     levels, vectors = levels_of(table, packed), _contiguous(vectors, wide)
@@ -257,7 +259,7 @@ def _backward(
     combined: Tensor | None = None,
     repeat: int = 1,
 ) -> None:
-    """Run a kernel of a BackwardBlock."""
+    """Run a kernel that takes a BackwardBlock."""
     packed, grid, vectors, where, _, eps, table = of
     wide, words, bits = vectors.dtype, packing.words(grid.n, table.bits), table.bits
     vectors, scale = _contiguous(vectors, wide), _contiguous(scale, wide)
@@ -300,13 +302,15 @@ def _sample(x: Tensor, grid: Grid, wide: torch.dtype, magnitudes: int, *integers
 
 
 def _takes(dtype: torch.dtype, wide: torch.dtype, grid: Grid, *others: torch.dtype) -> bool:
-    """Whether the kernels take tensors of the dtype and compute in `wide`, in which all others are: all else is rare."""
+    """Whether the kernels take tensors of the dtype and compute in `wide`, which is the dtype of all others. Exceptions are
+    rare."""
     fits = dtype == wide == torch.float64 or (dtype != torch.float64 and wide == torch.float32)
     return fits and dtype in KINDS and grid.n > 0 and all(other == wide for other in others)
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """The same numbers in memory as they are to be read."""
+    """A tensor whose memory holds the numbers themselves, without a pending negation and not a tensor of zeros without
+    memory."""
     return tensor.clone().resolve_neg() if tensor.is_neg() or is_zero(tensor) else tensor
 
 
@@ -334,7 +338,7 @@ def _of_grid(grid: Grid, repeat: int = 1) -> tuple[int, ...]:
 
 
 def _repeated(grid: Grid, repeat: int) -> int:
-    """How many channels need memory for numbers of their own."""
+    """Number of channels that need memory for repeated numbers."""
     return grid.channels if repeat > 1 else 0
 
 
@@ -342,12 +346,12 @@ _NOTHING = (0,) * 6  # the view of no tensor
 
 
 def _view(x: Tensor) -> tuple[int, ...]:
-    """Of a tensor (outer, channels, inner), see `fewbit.kernels.spans`."""
+    """The view of a tensor (outer, channels, inner), see `fewbit.kernels.spans`."""
     return x.data_ptr(), *x.stride(), KINDS[x.dtype], x.is_contiguous()
 
 
 def _rows_of_piece(rows: int) -> int:
-    """How many rows make one partial sum: few enough to round well, and many enough that the sums take little memory."""
+    """Number of rows of one partial sum: few, for small rounding errors, but enough that the sums take little memory."""
     return min(512, max(32, -(-rows // 64)))
 
 

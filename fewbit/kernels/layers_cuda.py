@@ -1,9 +1,9 @@
-"""The CUDA backend of what kernels do for layers, in Triton, as `fewbit.kernels.layers_reference` specifies it.
+"""The CUDA backend for layers, in Triton, as `fewbit.kernels.layers_reference` specifies it.
 
-Nothing waits for the device, and but for results memory is taken for partial sums alone, so that all of it can be captured in
-CUDA graphs. Which partial sums there are depends on sizes, not on the device: results are the same on every GPU of a kind.
+Nothing waits for the device. Besides results, memory is only taken for partial sums. So all of it can be captured in CUDA
+graphs. The partial sums depend on sizes, not on the device, so results are the same on every GPU of a kind.
 
-This module can be imported without Triton, which it loads on first use.
+This module can be imported without Triton. It loads Triton on first use.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fewbit.kernels.grid import Grid
 from fewbit.kernels.layers_reference import COEFFICIENT, HEADROOM, Codes, First, Vectors, wide_dtype
 
 Tensor = torch.Tensor
-_ROWS = 4  # of a program that sums rows in a fixed order
-_CHANNELS = 8  # of a program that holds their sample
-_TILE, _LARGEST_ROW = 1024, 8192  # elements of a program of `rows_backward`, at least and at most
-_PARTS = 512  # partial sums of a channel, at most
+_ROWS = 4  # rows of a program that sums rows in a fixed order
+_CHANNELS = 8  # channels of a program that goes through their sample
+_TILE, _LARGEST_ROW = 1024, 8192  # least and most elements of a program of `rows_backward`
+_PARTS = 512  # most partial sums of a channel
 
 
 class Tile(NamedTuple):
-    """How a program goes through a grid: what it is compiled for.
+    """How a program goes through a grid. All are compile-time values.
 
     block           words of a program that follows the packed layout
-    full            whether all programs have so many, all lanes of them
-    vector          elements of a group, a power of two: see `fewbit.kernels.program_parts`
+    full            whether all programs have this many words, and all lanes of them
+    vector          elements of a group, a power of two; see `fewbit.kernels.program_parts`
     big             whether numbers of elements need 64 bits
-    dense           whether x lies in packed order
+    dense           whether x is in packed order in memory
     along_channels  whether groups lie along channels
     grouped         whether rows have parts of the channels
     whole_rows      whether the elements of a row follow each other in packed order
@@ -52,7 +52,7 @@ class Tile(NamedTuple):
 
     @property
     def warps(self) -> int:
-        """Fewer elements a thread where groups are small, and where they belong takes many registers."""
+        """Number of warps. Small groups get fewer elements per thread, because their places take many registers."""
         return cuda.WARPS * min(4, self.block // (32 * cuda.WARPS) // self.vector)
 
     @classmethod
@@ -65,13 +65,13 @@ class Tile(NamedTuple):
 
 
 class SampleTable(NamedTuple):
-    """A DeviceTable as `standardize` searches it, in memory, by `depth` comparisons.
+    """A DeviceTable in the form that `standardize` searches: in memory, by `depth` comparisons.
 
     bounds   (2**depth - 1,) the thresholds, then infinity
     results  (2**depth,) the levels of the intervals
-    middles  (2**depth - 1,) of the thresholds, then infinity
-    edges    (2**depth,) the threshold that is next to a number below each of them
-    ends     (3,) the lowest and the highest level, the largest magnitude of a threshold
+    middles  (2**depth - 1,) midpoints between thresholds, then infinity
+    edges    (2**depth,) the thresholds, then the last one again: for each interval between midpoints the threshold in it
+    ends     (3,) the lowest and the highest level, and the largest magnitude of a threshold
     """
 
     depth: int
@@ -105,7 +105,7 @@ class SampleTable(NamedTuple):
 
 
 def magnitudes(x: Tensor, grid: Grid) -> Tensor:
-    """As `fewbit.kernels.layers_reference.magnitudes`."""
+    """See `fewbit.kernels.layers_reference.magnitudes`."""
     from fewbit.kernels import sample_programs
 
     x = x.resolve_neg()
@@ -127,7 +127,7 @@ def magnitudes(x: Tensor, grid: Grid) -> Tensor:
 
 
 def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
-    """As `fewbit.kernels.layers_reference.row_scales`."""
+    """See `fewbit.kernels.layers_reference.row_scales`."""
     from fewbit.kernels import row_programs
 
     x, block = x.resolve_neg(), 256
@@ -141,7 +141,7 @@ def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
 
 
 def row_moments(x: Tensor, grid: Grid, eps: float, centered: bool) -> Tensor:
-    """As `fewbit.kernels.layers_reference.row_moments`."""
+    """See `fewbit.kernels.layers_reference.row_moments`."""
     from fewbit.kernels import row_programs
 
     x = x.resolve_neg()
@@ -163,7 +163,7 @@ def standardize(
     by_sign: bool,
     keep_means: bool,
 ) -> tuple[Tensor, Tensor, Vectors]:
-    """As `fewbit.kernels.layers_reference.standardize`."""
+    """See `fewbit.kernels.layers_reference.standardize`."""
     from fewbit.kernels import sample_programs
 
     x = x.resolve_neg()
@@ -195,7 +195,7 @@ def standardize(
 def encode(
     x: Tensor, grid: Grid, first: First, coding: Tensor, table: DeviceTable, vectors: Tensor, where: Vectors | None
 ) -> tuple[Tensor, bool]:
-    """As `fewbit.kernels.layers_reference.encode`."""
+    """See `fewbit.kernels.layers_reference.encode`."""
     from fewbit.kernels import layer_programs
 
     x, tile = x.resolve_neg(), _tile(x, grid)
@@ -228,14 +228,14 @@ def encode(
 
 
 def decode(codes: Codes, dtype: torch.dtype, below: float = 1.0, above: float = 1.0) -> Tensor:
-    """As `fewbit.kernels.layers_reference.decode`."""
+    """See `fewbit.kernels.layers_reference.decode`."""
     product = torch.empty(codes.grid.n, dtype=dtype, device=codes.packed.device)
     kind = "values" if below == above == 1 else "sloped values"
     return _decode(kind, codes, product, slopes=(_bits(below), _bits(above)))
 
 
 def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tensor:
-    """As `fewbit.kernels.layers_reference.times_slope`."""
+    """See `fewbit.kernels.layers_reference.times_slope`."""
     grad = grad.resolve_neg().contiguous().view(codes.grid[:3])
     return _decode("slopes", codes, grad.new_empty(codes.grid.n), grad, slopes=(_bits(below), _bits(above)))
 
@@ -243,7 +243,7 @@ def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tenso
 def rows_backward(
     codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, centered: bool, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `fewbit.kernels.layers_reference.rows_backward`."""
+    """See `fewbit.kernels.layers_reference.rows_backward`."""
     from fewbit.kernels import row_programs
 
     packed, grid, vectors, _, _, eps, table = codes
@@ -280,7 +280,7 @@ def rows_backward(
 def channels_backward(
     codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fewbit.kernels.layers_reference.channels_backward`."""
+    """See `fewbit.kernels.layers_reference.channels_backward`."""
     from fewbit.kernels import row_programs
 
     grid, vectors, grad = codes.grid, codes.vectors, grad.resolve_neg()
@@ -296,7 +296,7 @@ def channels_backward(
 def gate_backward(
     up: Codes, packed: Tensor, grad: Tensor, derivative: DeviceTable, value: DeviceTable
 ) -> tuple[Tensor, Tensor]:
-    """As `fewbit.kernels.layers_reference.gate_backward`."""
+    """See `fewbit.kernels.layers_reference.gate_backward`."""
     grad = grad.resolve_neg()
     product, of_up = grad.new_empty(up.grid.n), grad.new_empty(up.grid.n)
     of_gate = {"gate": packed, "product_other": of_up, "derivative": derivative, "value": value}
@@ -304,7 +304,7 @@ def gate_backward(
 
 
 def gate_value(up: Codes, packed: Tensor, value: DeviceTable, dtype: torch.dtype) -> Tensor:
-    """As `fewbit.kernels.layers_reference.gate_value`."""
+    """See `fewbit.kernels.layers_reference.gate_value`."""
     product = torch.empty(up.grid.n, dtype=dtype, device=packed.device)
     return _decode("gated", up, product, gate=packed, value=value)
 
@@ -344,7 +344,7 @@ def _decode(
 
 
 def _channel_sums(codes: Codes, grad: Tensor) -> Tensor:
-    """(parts, 3, channels): sums of grad * the rebuilt values, of grad and of these values over parts of the places."""
+    """(parts, 3, channels): sums over parts of the places of grad * the rebuilt values, of grad, and of the rebuilt values."""
     from fewbit.kernels import row_programs
 
     packed, grid, vectors, _, row, eps, table = codes
@@ -365,7 +365,7 @@ def _channel_sums(codes: Codes, grad: Tensor) -> Tensor:
 
 
 def _added(parts: Tensor) -> Tensor:
-    """The sum of parts (k, …) over the first dimension."""
+    """The sum of the parts (k, …) over the first dimension."""
     from fewbit.kernels import row_programs
 
     sums, block = torch.empty_like(parts[0]), 64
@@ -382,20 +382,20 @@ def _row_sizes(grid: Grid) -> tuple[int, int, int, int]:
 
 
 def _sample_sizes(grid: Grid) -> tuple[int, int, int, int]:
-    """How many places are sampled, the two numbers by which they are found, and the share of one."""
+    """Number of places in the sample, the two numbers by which they are found, and the share of one place."""
     return grid.sampled, grid.places // grid.sampled, grid.places % grid.sampled, _bits(1 / grid.sampled)
 
 
 def _bits(value: float) -> int:
-    """Those of a float64, as a signed number."""
+    """The bits of a float64 as a signed number."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def _power_of_two(n: int) -> int:
-    """The next one."""
+    """The least power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def _launch(program: Any, programs: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """No multiplication is fused with an addition: codes are those of the reference to the byte."""
+    """Launch a program without fused multiplication and addition, so that codes equal the reference's to the byte."""
     cuda.launch(program, programs, *arguments, enable_fp_fusion=False, **options)

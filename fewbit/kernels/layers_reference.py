@@ -1,8 +1,8 @@
-"""The specification of what kernels do for layers, in torch operations, on any device. Every other backend is held against it.
+"""The specification of the kernels for layers, in torch operations, on any device. Tests compare every other backend with it.
 
-Numbers are computed in float32, or in float64 for float64 inputs: "wide". Every operation is rounded by itself, with no fused
-multiplication and addition, sums are taken in a fixed order, and divisions and square roots are correctly rounded: codes, and
-what stands for them, are then the same bytes on every backend. What is rounded to half precision is clamped to its range.
+Numbers are computed in float32, or in float64 for float64 inputs. This dtype is called wide. Every operation is rounded by
+itself, without fused multiplication and addition. Sums are taken in a fixed order. Divisions and square roots are correctly
+rounded. Codes and statistics are then the same bytes on every backend. Results in half precision are clamped to its range.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ Tensor = torch.Tensor
 HEADROOM = (
     16.0  # above all levels of a normal number: rows are scaled to this norm, so that no product in between is out of range
 )
-ROW_LANES, SAMPLE_LANES = 128, 16  # accumulators of the sums along rows, and of those over the sample
-SMALLEST_UNIT = 2.0**-22  # squared, of a row in units of what is rounded off of 1
-COEFFICIENT = 2.72  # of 4**-bits: the mean squared error of the best quantizer of a normal number (Panter and Dite, 1951)
+ROW_LANES, SAMPLE_LANES = 128, 16  # accumulators of the sums along rows, and of the sums over the sample
+SMALLEST_UNIT = 2.0**-22  # least squared unit of a row, at about the rounding errors of 1
+COEFFICIENT = 2.72  # times 4**-bits: the mean squared error of the best quantizer of a normal number (Panter and Dite, 1951)
 
 
 class First(NamedTuple):
-    """What is done to the values v first: u = (v - shift) * scale.
+    """The first step of coding values v: u = (v - shift) * scale.
 
-    shift, scale  (rows,) or (channels,), wide, as `by_row` says; None: 0 and 1
-    eps           for rows whose scale is 1/σ = 1 / sqrt(variance + eps): u is then taken in units of the root mean square that
-                  variance / (variance + eps) gives a row where that is below a half: scale / unit(scale) in the place of scale
+    shift, scale  wide; (rows,) if `by_row`, else (channels,); None for 0 and 1
+    eps           For rows whose scale is 1/σ = 1 / sqrt(variance + eps). u then has the mean square
+                  variance / (variance + eps). If that is below a half, u is taken in units of its root:
+                  scale / unit(scale) replaces scale.
     """
 
     shift: Tensor | None
@@ -40,10 +41,10 @@ class First(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """Which row of the vectors (k, channels) holds what of a channel; -1: none does.
+    """The rows of the vectors (k, channels) that hold the numbers of a channel; -1 if there is no such row.
 
-    The rebuilt value is (level * factor + offset [+ move]) * unit of its row + shift, or * row; without `move` it has the sign
-    of what was coded. `center` and `spread` rebuild what was coded itself, center + move included.
+    The rebuilt value is (level * factor + offset [+ move]) * unit of its row + shift, or with `row` instead of the unit.
+    Without `move` it has the sign of the coded value. `center` and `spread` rebuild the coded value itself, with center + move.
     """
 
     center: int = 0
@@ -59,7 +60,8 @@ class Vectors(NamedTuple):
 
     @property
     def of_readers(self) -> Vectors:
-        """The same for what readers of y keep: the rows behind center and spread, or these two where there are no others."""
+        """The same for the vectors that readers of y keep: the rows after center and spread, or these two if there are no
+        others."""
         if self.factor == 1:
             return self
         shift, move = (each - 2 if each >= 0 else each for each in (self.shift, self.move))
@@ -68,8 +70,8 @@ class Vectors(NamedTuple):
     @classmethod
     @cache
     def of(cls, has_weight: bool, has_bias: bool, by_sign: bool, by_row: bool) -> Vectors:
-        """Those of a norm: factor and offset are spread and center times its weight; its bias is the shift or, where rows have
-        no units, part of the offset."""
+        """The vectors of a norm. Factor and offset are spread and center times its weight. Its bias is the shift or, if rows
+        have no units, part of the offset."""
         number, found = 2, cls()
         if has_weight or by_sign:
             found, number = found._replace(offset=2, factor=3), 4
@@ -79,12 +81,12 @@ class Vectors(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """Packed codes of a tensor (outer, channels, inner), and what makes its values anew of them:
+    """Packed codes of a tensor (outer, channels, inner), and the numbers that rebuild its values:
     (level * factor + offset [+ move]) * row + shift.
 
-    vectors  (k, channels) wide, of which `where` tells which row is which
-    row      (rows,) wide, or None for 1; with an eps, the scales 1/σ of which `unit` is meant
-    table    in which the levels of the codes stand
+    vectors  (k, channels) wide; `where` tells the meaning of each row
+    row      (rows,) wide, or None for 1; with an eps these are scales 1/σ, and their `unit` is used instead
+    table    the table with the levels of the codes
     """
 
     packed: Tensor
@@ -97,12 +99,12 @@ class Codes(NamedTuple):
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which to compute what is given in the dtype: float64 for itself, float32 for all others."""
+    """The dtype for computations with tensors of the dtype: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def magnitudes(x: Tensor, grid: Grid) -> Tensor:
-    """The mean of |x| by channel, over the sample: (channels,) wide. What is not finite counts 0.
+    """The mean of |x| by channel, over the sample: (channels,) wide. Numbers that are not finite count as 0.
 
     x  (outer, channels, inner), any strides
     """
@@ -111,11 +113,11 @@ def magnitudes(x: Tensor, grid: Grid) -> Tensor:
 
 
 def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
-    """(2, rows) wide: a scale of each row, `HEADROOM` times the norm of x / magnitude, and its inverse.
+    """(2, rows) wide: the scale of each row, `HEADROOM` times the norm of x / magnitude, and its inverse.
 
-    magnitude  (channels,), of which zeros, of channels where the sample saw nothing else, count as the mean of all
+    magnitude  (channels,); zeros, of channels with only zeros in the sample, count as the mean of all
 
-    What is not finite counts 0.
+    Numbers that are not finite count as 0.
     """
     v = x.to(wide_dtype(x.dtype))
     mean = _ordered_sum(magnitude * (1 / grid.channels), ROW_LANES)
@@ -130,7 +132,7 @@ def row_scales(x: Tensor, grid: Grid, magnitude: Tensor) -> Tensor:
 
 
 def row_moments(x: Tensor, grid: Grid, eps: float, centered: bool) -> Tensor:
-    """(2, rows) wide: the mean, or 0 where not `centered`, and 1 / sqrt(mean (v - mean)² + eps) of each row."""
+    """(2, rows) wide: the mean, or 0 if not `centered`, and 1 / sqrt(mean (v - mean)² + eps) of each row."""
     v = _by_row(x.to(wide_dtype(x.dtype)), grid)
     mean = _ordered_sum(v * (1 / grid.row_size), ROW_LANES) if centered else v.new_zeros(grid.rows)
     d = v - mean
@@ -139,7 +141,7 @@ def row_moments(x: Tensor, grid: Grid, eps: float, centered: bool) -> Tensor:
 
 
 def unit(scale: Tensor, eps: float | None) -> Tensor:
-    """In units of what a row is coded whose 1/σ is `scale`: see `First`. NaN where the scale is, or where it is infinite."""
+    """The unit in which a row with 1/σ = `scale` is coded, see `First`. NaN if the scale is NaN or infinite."""
     if eps is None:
         return torch.ones_like(scale)
     share = 1 - (eps * scale) * scale
@@ -157,15 +159,15 @@ def standardize(
     by_sign: bool,
     keep_means: bool,
 ) -> tuple[Tensor, Tensor, Vectors]:
-    """How u, see `First`, is brought to a standard normal number by channel, from the sample.
+    """Compute from the sample how each channel of u (see `First`) is standardized to a normal number.
 
-    row_weight   (rows,) wide: what u is times to be the value that is rebuilt; None: `unit(first.scale)`, or 1
-    weight, bias (channels,) of y = weight * value + bias; None: 1 and 0
-    by_sign      whether y = 0 is to lie on a threshold, instead of zeros of the value on a level
-    keep_means   whether channels are to keep the means of the sample
+    row_weight   (rows,) wide: factors that turn u into the rebuilt value; None for `unit(first.scale)`, or 1
+    weight, bias (channels,) of y = weight * value + bias; None for 1 and 0
+    by_sign      whether y = 0 lies on a threshold; else zeros of the value lie on a level
+    keep_means   whether channels keep the means of the sample
 
-    Returns      coding (3, channels): z = (u - coding[0]) * coding[1] + coding[2] is what is encoded; vectors (k, channels);
-                 and which of these holds what
+    Returns      coding (3, channels), with which z = (u - coding[0]) * coding[1] + coding[2] is encoded; vectors (k, channels);
+                 and the `Vectors` that tell their rows
     """
     v, rows = _sample(x, grid)
     u = _first(v, first, rows)
@@ -179,7 +181,7 @@ def standardize(
     moment = _mean(power * power) * (1 / 105)
     spread = _root(_root(_root(moment))) * largest
     spread = torch.where((1 / spread).isinf(), torch.finfo(spread.dtype).tiny ** 0.5, spread)
-    if grid.sampled < grid.places:  # constant in the sample: of the others all that is known is what is usual
+    if grid.sampled < grid.places:  # channels that are constant in the sample get the usual spread: more is not known
         usual = 1.0 if row_weight is None else 1 / (HEADROOM * grid.row_size**0.5)
         spread = torch.where(largest == 0, usual, spread)
     one = torch.ones_like(center)
@@ -230,9 +232,9 @@ def standardize(
 def encode(
     x: Tensor, grid: Grid, first: First, coding: Tensor, table: DeviceTable, vectors: Tensor, where: Vectors | None
 ) -> tuple[Tensor, bool]:
-    """Packed codes of z, see `standardize`; and False where a backend that sees it has seen a z or a vector that is not finite.
+    """Packed codes of z (see `standardize`), and False if a backend has seen a z or a vector that is not finite.
 
-    where  given, channels of which some z is not finite are marked in the vectors: their center and offset become NaN
+    where  If given, channels in which some z is not finite are marked in the vectors: their center and offset become NaN.
     """
     z = standard(x, grid, first, coding)
     mark(z, vectors, where)
@@ -240,7 +242,7 @@ def encode(
 
 
 def mark(z: Tensor, vectors: Tensor, where: Vectors | None) -> None:
-    """What `encode` does to the vectors."""
+    """Mark channels in the vectors as `encode` does."""
     if where is not None:
         lost = ~z.isfinite().all(2).all(0)
         for row in {where.center, where.offset}:
@@ -258,14 +260,14 @@ def standard(x: Tensor, grid: Grid, first: First, coding: Tensor) -> Tensor:
 
 
 def decode(codes: Codes, dtype: torch.dtype, below: float = 1.0, above: float = 1.0) -> Tensor:
-    """(n,): the values, times `above` where they are positive, else `below`, rounded to the dtype."""
+    """(n,): the rebuilt values times `above` where they are positive, else times `below`, rounded to the dtype."""
     value = _rebuilt(codes, moved=True)
     value = value * _slopes(value, below, above)
     return _narrowed(value, dtype).reshape(-1)
 
 
 def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tensor:
-    """grad (n,), in packed order, times `above` where the value (without the move) is positive, else `below`."""
+    """grad (n,), in packed order, times `above` where the value (without the move) is positive, else times `below`."""
     value = _rebuilt(codes, moved=False).reshape(-1)
     return (grad.to(value.dtype) * _slopes(value, below, above)).to(grad.dtype)
 
@@ -273,9 +275,9 @@ def times_slope(codes: Codes, grad: Tensor, below: float, above: float) -> Tenso
 def rows_backward(
     codes: Codes, grad: Tensor, scale: Tensor, weight: Tensor | None, centered: bool, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Backward of a norm along rows: of LayerNorm, RMSNorm (not `centered`), GroupNorm.
+    """Backward of a norm along rows: LayerNorm, RMSNorm (not `centered`), GroupNorm.
 
-    codes     of x̂: its row is the scale or, where it was coded as it is, None
+    codes     codes of x̂; `row` is the scale, or None if x̂ was coded without units
     grad      (outer, channels, inner), any strides
     scale     (rows,) wide: 1/σ
     Returns   grad_x (n,) of grad's dtype, in packed order; the gradients of weight and bias (channels,) wide, None without them
@@ -299,11 +301,11 @@ def channels_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of a batch norm.
 
-    codes     of x̂
+    codes     codes of x̂
     grad      (outer, channels, inner), any strides
     scale     (channels,) wide: 1/σ
-    training  then x̂ has the mean 0, about which the rebuilt one is taken; else the statistics are constants, and grad_x is
-              grad * weight * scale
+    training  If true, x̂ has the mean 0, and the rebuilt x̂ is centered too. Else the statistics are constants, and grad_x is
+              grad * weight * scale.
     Returns   grad_x (n,) of grad's dtype, in packed order; the gradients of weight and bias (channels,) wide
     """
     places, x_hat = codes.grid.places, _rebuilt(codes, moved=False)
@@ -321,9 +323,9 @@ def channels_backward(
 def gate_backward(
     up: Codes, packed: Tensor, grad: Tensor, derivative: DeviceTable, value: DeviceTable
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up, both (n,) of grad's dtype in packed order, of f(gate) * up.
+    """The gradients of gate and up in f(gate) * up, both (n,) of grad's dtype in packed order.
 
-    packed  codes of gate (n,) in packed order, by the table of which `derivative` and `value` hold the levels
+    packed  codes of gate (n,) in packed order; `derivative` and `value` hold the levels of its joint table
     grad    (outer, channels, inner), any strides
     """
     times = _rebuilt(up, moved=False).reshape(-1)
@@ -333,7 +335,7 @@ def gate_backward(
 
 
 def gate_value(up: Codes, packed: Tensor, value: DeviceTable, dtype: torch.dtype) -> Tensor:
-    """f(gate) * up (n,) of the dtype in packed order, from the codes of both."""
+    """f(gate) * up (n,) of the dtype, in packed order, from codes of both."""
     times = _rebuilt(up, moved=False).reshape(-1)
     return _narrowed(reference.values(packed, up.grid.n, value, times.dtype) * times, dtype)
 
@@ -369,7 +371,7 @@ def _first(v: Tensor, first: First, rows: Tensor) -> Tensor:
 
 
 def _sample(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The sample (k, channels), wide, in which what is not finite is 0, and the rows of its elements."""
+    """The sample (k, channels), wide, and the rows of its elements. Numbers that are not finite are 0."""
     place = torch.arange(grid.sampled, device=x.device) * grid.places // grid.sampled
     outer = place // grid.inner
     v = x[outer, :, place % grid.inner].to(wide_dtype(x.dtype))
@@ -377,13 +379,13 @@ def _sample(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Over the sample (k, channels); divided first, since sums may be out of range."""
+    """The mean over the sample (k, channels). It divides before it sums, because sums may be out of range."""
     return _ordered_sum(values * (1 / values.shape[0]), SAMPLE_LANES)
 
 
 def _ordered_sum(values: Tensor, lanes: int) -> Tensor:
-    """The sum over the first dimension: number k is added to accumulator k % lanes, in ascending order, to 0 at first; then
-    the accumulators are added in adjacent pairs until one is left."""
+    """The sum over the first dimension. Number k is added to accumulator k % lanes, in ascending order; accumulators start at
+    0. Then the accumulators are added in adjacent pairs until one is left."""
     padding = -values.shape[0] % lanes
     parts = torch.cat([values, values.new_zeros(padding, *values.shape[1:])]).view(-1, lanes, *values.shape[1:])
     total = torch.zeros_like(parts[0])
@@ -395,13 +397,13 @@ def _ordered_sum(values: Tensor, lanes: int) -> Tensor:
 
 
 def _by_row(values: Tensor, grid: Grid) -> Tensor:
-    """(row_size, rows) of (outer, channels, inner): the elements of each row, in packed order."""
+    """(row_size, rows) from (outer, channels, inner): the elements of each row, in packed order."""
     parts = values.reshape(-1, grid.per_row, grid.groups, grid.channels // grid.groups, grid.inner)
     return parts.permute(1, 3, 4, 0, 2).reshape(grid.row_size, grid.rows)
 
 
 def _along(statistic: Tensor, grid: Grid, by_row: bool) -> Tensor:
-    """(rows,) or (channels,), as it broadcasts with (outer, channels, inner)."""
+    """(rows,) or (channels,) in a shape that broadcasts with (outer, channels, inner)."""
     if not by_row:
         return statistic.view(1, -1, 1)
     by_group = statistic.view(-1, grid.groups).repeat_interleave(grid.per_row, 0)
@@ -411,9 +413,10 @@ def _along(statistic: Tensor, grid: Grid, by_row: bool) -> Tensor:
 def _with_zero_on_a_level(
     center: Tensor, spread: Tensor, has_zeros: Tensor, table: DeviceTable
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By channel: its spread; whether its zeros are to lie on a level, as they do with the center -level * spread; the level.
+    """For each channel: its spread, whether its zeros are to lie on a level, and the level.
 
-    Where 0 lies farther out than the outermost level, the spread grows until they meet; beyond twice as far zeros are given up.
+    Zeros lie on a level with the center -level * spread. If 0 lies farther out than the outermost level, the spread grows until
+    they meet. If 0 lies more than twice as far out, zeros are given up.
     """
     low, high = table.levels.min(), table.levels.max()
     zero = -center / spread
@@ -426,9 +429,12 @@ def _with_zero_on_a_level(
 def _with_zero_on_a_threshold(
     center: Tensor, spread: Tensor, weight: Tensor | None, bias: Tensor | None, thresholds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """middle, onto, spread, center: with z = (u - middle) / spread + onto, which is (u - center) / spread, the u where
-    weight * u + bias = 0 comes to lie on the threshold next to it, by less than half an interval. A channel with its zero
-    beyond the outermost threshold, but not twice as far, is shrunk until it is there."""
+    """middle, onto, spread and center, such that y = weight * u + bias = 0 lies on a threshold.
+
+    z = (u - middle) / spread + onto, which equals (u - center) / spread. The shift to the nearest threshold is less than half
+    an interval. If y = 0 lies beyond the outermost threshold, but not more than twice as far out, the channel is shrunk until
+    it lies on that threshold.
+    """
     factor = spread if weight is None else spread * weight.to(spread.dtype)
     offset = center if weight is None else center * weight.to(spread.dtype)
     offset = offset if bias is None else offset + bias.to(spread.dtype)
@@ -437,7 +443,7 @@ def _with_zero_on_a_threshold(
     zero = torch.where(near, zero, 0)
     shrink = torch.where(near, outermost / zero.abs().maximum(outermost), 1)
     edge = thresholds[torch.searchsorted(0.5 * (thresholds[1:] + thresholds[:-1]), shrink * zero)]
-    # a z on the threshold has the code below it, where y is negative or, if the factor is, positive: but y is 0
+    # a z on the threshold gets the code below it; with a negative factor that code means y > 0, so y = 0 goes just above it
     edge = torch.where(factor < 0, torch.nextafter(edge, torch.full_like(edge, torch.inf)), edge)
     middle = -(torch.zeros_like(center) if bias is None else bias.to(center.dtype))  # where y = 0, exactly
     middle = middle if weight is None else middle / weight.to(center.dtype)
@@ -451,30 +457,32 @@ def _with_zero_on_a_threshold(
 
 
 def _of_gain_one(d: Tensor, e: Tensor, spread: Tensor) -> Tensor:
-    """The spread a of gain one, by which levels a e are on average as far from their center as the values spread * d that they
-    stand for: <a e, spread d> = <spread d, spread d>. The spread given where that is far from it.
+    """The spread a of gain one: <a e, spread d> = <spread d, spread d>, or the given spread if a is far from it.
 
-    d  deviations from the mean, so that e needs no center, or from where zeros lie on a level, of which e is the distance
+    With it the rebuilt values a e are on average as far from their center as the values spread * d.
 
-    Levels are conditional means: what is rebuilt by them is short of x by the mean squared error, always in the same direction.
-    A norm's backward would then leave a part of the gradient along x̂ in the residual stream, where the exact one leaves none.
+    d  deviations from the mean (e then needs no center) or, if zeros lie on a level, distances from that level
+    e  the same of the levels
+
+    Levels are conditional means. Rebuilt values are thus too small by the mean squared error, always in the same direction. A
+    norm's backward would then leave a part of the gradient along x̂ in the residual stream. The exact backward leaves none.
     """
     gain = _mean(d * d) / _mean(d * e)
     return torch.where((gain >= 0.7) & (gain <= 2), gain * spread, spread)
 
 
 def _positive(scale: Tensor) -> Tensor:
-    """The scale, or, where it is 0, something small to divide by."""
+    """The scale, or a small number to divide by where the scale is 0."""
     return scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
 
 
 def _or_one(scale: Tensor) -> Tensor:
-    """The scale, or, where it is 0, 1: of what is then 0 as well."""
+    """The scale, or 1 where the scale is 0. The numbers that it divides are then 0 as well."""
     return torch.where(scale == 0, 1, scale)
 
 
 def _root(a: Tensor) -> Tensor:
-    """The square root, correctly rounded: on a CPU torch may find the next number."""
+    """The square root, correctly rounded. torch's own may be off by one unit on a CPU."""
     if a.dtype == torch.float32:
         return a.double().sqrt().float()
     is_small = a < 2.0**-500
@@ -495,6 +503,6 @@ def _root(a: Tensor) -> Tensor:
 
 
 def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """value in the dtype: what lies beyond its largest number becomes that."""
+    """value in the dtype. Numbers beyond the dtype's range become its largest number."""
     largest = torch.finfo(dtype).max
     return value.to(torch.promote_types(value.dtype, dtype)).clamp(-largest, largest).to(dtype)

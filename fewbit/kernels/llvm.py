@@ -1,7 +1,7 @@
-"""Operations of LLVM that numba has no name for, or widens, for the loops of the CPU backend.
+"""Operations of LLVM for the loops of the CPU backend. numba has no names for them, or widens them.
 
-numba compiles the kernels of a file anew where that file has changed, and not where this one has: touch `loops.py`, the files
-of layers and `recurrent_loops.py` after a change here, and all but the first after a change of `loops.py`.
+numba compiles the kernels of a file anew if that file has changed, but not if this one has. After a change here, touch
+`loops.py`, the files of layers and `recurrent_loops.py`. After a change of `loops.py`, touch the others.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numba.extending
 from llvmlite import ir
 from numba import types
 
-_intrinsic: Any = numba.extending.intrinsic  # what it decorates is called without the typing context
+_intrinsic: Any = numba.extending.intrinsic  # decorated functions are called without the typing context
 
 
 @_intrinsic
 def advance(typing_context, address, offset, step):
-    """What the counter at that offset of the block was before it was advanced, in one atomic operation."""
+    """Advance the counter at that offset of the block and give its previous value, in one atomic operation."""
 
     def generate(context, builder, signature, arguments):
         counter = builder.gep(builder.bitcast(arguments[0], ir.IntType(8).as_pointer()), [arguments[1]])
@@ -29,7 +29,7 @@ def advance(typing_context, address, offset, step):
 
 @_intrinsic
 def advance_ordered(typing_context, address, offset, step):
-    """As `advance`; and what a thread wrote before is seen by those that find its counter advanced."""
+    """Like `advance`. Threads that see the counter advanced also see what the advancing thread wrote before."""
 
     def generate(context, builder, signature, arguments):
         counter = builder.gep(builder.bitcast(arguments[0], ir.IntType(8).as_pointer()), [arguments[1]])
@@ -75,7 +75,7 @@ def bits_and(typing_context, a, b):
 
 @_intrinsic
 def float_of(typing_context, pattern):
-    """The float32 of a pattern, an int32."""
+    """The float32 with the bit pattern of an int32."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType())

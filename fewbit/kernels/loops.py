@@ -1,15 +1,15 @@
-"""The loops of the CPU backend, compiled by numba: each takes one block of arguments and shares its work with other threads.
+"""The loops of the CPU backend, compiled by numba. Each takes one block of arguments and can share its work with other threads.
 
-A kernel claims chunks of words from a counter in its block, atomically, until none are left: called on one block by many
-threads, it splits the work between them, and the bytes do not depend on how. Blocks hold addresses and counts, so that a
-call costs little, and any runtime that can call a C function can run one.
+A kernel claims chunks of words from a counter in its block, atomically, until none are left. Many threads may call it on one
+block and thus split the work; the bytes written do not depend on the split. Blocks hold addresses and counts. Calls therefore
+cost little, and any runtime that can call a C function can run a kernel.
 
-Kernels allocate nothing, since numba swallows what fails in a function called from C: the caller gives them memory to work in,
-and sees in the block how many words are done.
+Kernels allocate nothing, because numba swallows errors in a function that is called from C. The caller provides scratch memory,
+and the block tells how many words are done.
 
-Every loop over words is simple enough to be vectorised, which takes operations that keep the width of their operands: numba
-itself would widen shifts of int32 to int64, and halve the speed. Half-width floats are compared as integers, 16 bits wide:
-flipping the lower bits of the negative ones makes their order that of the floats.
+Every loop over words is simple enough to be vectorised. This needs operations that keep the width of their operands: numba
+itself would widen shifts of int32 to int64, which halves the speed. Half-width floats are compared as 16-bit integers. Flipping
+the lower bits of the negative ones gives integers the order of the floats.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from fewbit.kernels.llvm import (
 INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF0 << 48}  # patterns
 _BFLOAT16_INFINITY = INFINITY["bfloat16"]
 _ONES = {"uint16": 0x3F80, "int16": 0x3C00}  # the pattern of 1 in bfloat16 and float16
-CHUNK = 4096  # words: one lane of their inputs and its codes stay in the first-level cache or close to it
+CHUNK = 4096  # words; one lane of their inputs and its codes fits into the first-level cache, or nearly
 _inlined = njit(error_model="numpy")
 _array: Any = numba.carray  # type: ignore[attr-defined]
 _COUNTERS = ("claimed", "workers", "done", "infinite")
 _COMMON = (*_COUNTERS, "scratch", "words", "bits", "packed", "n", "x", "rungs")
-_CLAIMED, _WORKERS, _DONE, _INFINITE = 0, 8, 16, 24  # where they lie in a block
+_CLAIMED, _WORKERS, _DONE, _INFINITE = 0, 8, 16, 24  # offsets of the counters in a block
 _LANES = 16  # accumulators of a sample's sum
 _SAMPLE, _MIDDLE, _BOUNDS = device_table.SAMPLE, device_table.MIDDLE, device_table.BOUNDS
 TABLE = 5  # numbers that describe a table to an encoder
@@ -53,41 +53,42 @@ TABLE = 5  # numbers that describe a table to an encoder
 class EncodeBlock(ctypes.Structure):
     """The arguments of an encoder: counts, and addresses of contiguous memory.
 
-    claimed   the words claimed so far, workers: the threads that have claimed some, done: the words done; 0 at first
-    infinite  chunks in which an x is not finite, counted where `checked`
-    scratch   memory to work in: for each thread that finds a chunk, `encoder_scratch` bytes for each word of a chunk
-    x         n floats, or the patterns of half-width ones
-    rungs     of the table; behind the codes of several comes a byte with the number of that which was taken
-    tables    for each rung `TABLE` int64: the addresses of its thresholds, 4 * fours + 2 * twos, of x's type, and of its codes,
-              one more, both as in `fewbit.kernels.cpu.Encoding`; fours, twos, and whether to compare |x|
-    infinity  the pattern of an infinity
+    claimed   words claimed so far; workers: threads that have claimed some; done: words done. All are 0 at first.
+    infinite  number of chunks in which an x is not finite; counted if `checked`
+    scratch   scratch memory: `encoder_scratch` bytes per word of a chunk, for each thread that claims a chunk
+    x         n floats, or the bit patterns of half-width floats
+    rungs     number of rungs of the table; for several, a byte after the codes holds the number of the chosen rung
+    tables    for each rung `TABLE` int64: the address of its thresholds (4 * fours + 2 * twos, of x's type) and of its codes
+              (one more), both as in `fewbit.kernels.cpu.Encoding`; fours, twos, and whether |x| is compared
+    infinity  the bit pattern of infinity
     """
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "tables", "infinity", "checked")]
 
 
 class DecodeBlock(ctypes.Structure):
-    """The arguments of a decoder: x is the incoming gradient, of n elements as the product is, or 0, for ones; levels are
-    (rungs, 2**bits)."""
+    """The arguments of a decoder. x is the incoming gradient of n elements, or 0 for ones. The product has n elements too.
+    levels are (rungs, 2**bits)."""
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "levels", "product")]
 
 
 def encoder_scratch(element: str, wide: bool) -> int:
-    """Bytes of scratch memory that an encoder needs for each word of a chunk: two words, four codes and an element."""
+    """Bytes of scratch memory of an encoder per word of a chunk: two words, four codes and an element."""
     return 2 * (4 if wide else 2) + 5 * np.dtype(element).itemsize
 
 
 def decoder_scratch(element: str) -> int:
-    """The same for a decoder: a word and an element."""
+    """The same for a decoder: one word and one element."""
     return 4 + np.dtype(element).itemsize
 
 
 def encoder(element: str, wide: bool) -> Any:
-    """The compiled encoder of float32, float64, or, as int16, half-width floats.
+    """The compiled encoder for float32, float64 or, as int16, half-width floats.
 
-    wide     more than 16 bits for four lanes' codes: needed by half-width floats beyond 4 bits an element, true for others
-    Returns  a numba CFunc of the address of an EncodeBlock
+    wide     Whether the codes of four lanes take more than 16 bits. Half-width floats need this for more than 4 bits per
+             element; for others it is always true.
+    Returns  a numba CFunc that takes the address of an EncodeBlock
     """
     values, word, halves = np.dtype(element).type, np.int32 if wide else np.int16, element == "int16"
     code = pattern = np.dtype(f"int{8 * np.dtype(element).itemsize}").type
@@ -109,7 +110,7 @@ def encoder(element: str, wide: bool) -> Any:
             sums, sample = _array(pointer(memory), _LANES, widened), min(n, _SAMPLE)
             _sum_fourth_powers(x, sample, block.infinity, sums)
             rung = _rung(sums, sample)
-            packed[bits * word_count] = rung  # by each thread, and by each the same
+            packed[bits * word_count] = rung  # every thread writes the same number
         of_rung = _array(pointer(block.tables), (block.rungs, TABLE), np.int64)[rung]
         size, twos, fold = 4 * of_rung[2] + 2 * of_rung[3], of_rung[3], of_rung[4]
         thresholds, table = _array(pointer(of_rung[0]), size, values), _array(pointer(of_rung[1]), size + 1, code)
@@ -143,9 +144,9 @@ def encoder(element: str, wide: bool) -> Any:
 
 
 def decoder(element: str) -> Any:
-    """The compiled decoder of gradients: float32, float64, bfloat16 as uint16, float16 as int16.
+    """The compiled decoder for gradients of float32, float64, bfloat16 (as uint16) or float16 (as int16).
 
-    Returns a numba CFunc of the address of a DecodeBlock.
+    Returns a numba CFunc that takes the address of a DecodeBlock.
     """
     values = np.dtype(element).type
     wide = np.float64 if element == "float64" else np.float32
@@ -186,8 +187,8 @@ def decoder(element: str) -> Any:
 
 
 def _compile(kernel: Any, block: type[ctypes.Structure], variant: str) -> Any:
-    # Variants of one name would share an index on disk, where numba numbers them: of two processes that add one each at once,
-    # both may take the same number, and a third would be handed the kernel of another dtype. A name each keeps them apart.
+    # Each variant needs its own name. Variants of one name share an index on disk, in which numba numbers them. If two
+    # processes add a variant at once, both may take the same number, and a third process could get the kernel of another dtype.
     kernel.__qualname__ += f".{variant}"
     signature = types.void(types.CPointer(from_dtype(np.dtype(block))))
     return callback(signature, error_model="numpy")(kernel)
@@ -195,8 +196,8 @@ def _compile(kernel: Any, block: type[ctypes.Structure], variant: str) -> Any:
 
 @_inlined
 def _sum_fourth_powers(x, sample, infinity, sums):
-    """The sums (16,) from which the rung is told, as `fewbit.kernels.reference` specifies, over so many elements of x."""
-    one, lanes, size, sample = np.uintp(1), np.uintp(_LANES), np.uintp(x.size), np.uintp(sample)  # unsigned: twice as fast
+    """The sums (16,) that give the rung, as `fewbit.kernels.reference` specifies, over `sample` elements of x."""
+    one, lanes, size, sample = np.uintp(1), np.uintp(_LANES), np.uintp(x.size), np.uintp(sample)  # unsigned is twice as fast
     step, rest, at, behind = size // sample, size % sample, np.uintp(0), np.uintp(0)
     sums[:] = 0
     for k in range(sample):
@@ -209,7 +210,7 @@ def _sum_fourth_powers(x, sample, infinity, sums):
 
 
 def _finite(value: Any, infinity: Any) -> Any:
-    """The float, 0 if it is not finite; of the pattern of a half-width one its magnitude."""
+    """The float, or its magnitude if it is given as a half-width pattern; 0 if it is not finite."""
 
 
 @numba.extending.overload(_finite)
@@ -229,7 +230,7 @@ def _finite_by_type(value, infinity):
 
 @_inlined
 def _rung(sums, sample):
-    """The number of the rung that these sums, which are overwritten, tell."""
+    """The number of the rung for these sums. Overwrites the sums."""
     pairs = _LANES // 2
     while pairs:
         for i in range(pairs):
@@ -245,7 +246,7 @@ def _rung(sums, sample):
 
 @_inlined
 def _is_infinite(patterns, infinity):
-    """Whether one of the floats that the patterns stand for is not finite: as a maximum, which vectorises."""
+    """Whether one of the floats with these patterns is not finite. It takes a maximum, which vectorises."""
     number = patterns.dtype.type
     largest, mask = number(0), shift_right(number(-1), number(1))
     for i in range(np.uintp(patterns.size)):
@@ -256,7 +257,8 @@ def _is_infinite(patterns, infinity):
 
 @_inlined
 def _encode_lane(x, thresholds, table, twos, codes):
-    """The code of each x: the last one, overwritten by that of every interval whose upper threshold is not below x."""
+    """The code of each x. It starts as the last code, and the code of every interval whose upper threshold is not below x
+    overwrites it."""
     codes[: x.size] = table[thresholds.size]
     at = thresholds.size
     for _ in range(twos):
@@ -269,7 +271,7 @@ def _encode_lane(x, thresholds, table, twos, codes):
 
 @_inlined
 def _overwrite_two(x, thresholds, table, codes):
-    """Two at once. One alone would become a store under a mask, and 16-bit stores have none."""
+    """Overwrite for two thresholds at once. One alone would become a masked store, which does not exist for 16 bits."""
     t0, t1, c0, c1 = thresholds[0], thresholds[1], table[0], table[1]
     for i in range(np.uintp(x.size)):
         value, code = x[i], codes[i]
@@ -279,7 +281,7 @@ def _overwrite_two(x, thresholds, table, codes):
 
 @_inlined
 def _overwrite_four(x, thresholds, table, codes):
-    """Four at once, the largest first: as many as 16 vector registers hold with their codes."""
+    """Overwrite for four thresholds at once, the largest first. 16 vector registers hold four with their codes."""
     t0, t1, t2, t3 = thresholds[0], thresholds[1], thresholds[2], thresholds[3]
     c0, c1, c2, c3 = table[0], table[1], table[2], table[3]
     for i in range(np.uintp(x.size)):
@@ -302,7 +304,7 @@ def _join(codes0, codes1, codes2, codes3, bits, words):
 
 @_inlined
 def _take_byte(low, high, shift, split, plane):
-    """The byte at `shift` of the number whose bits are those of `low` up to `split`, and from there on those of `high`."""
+    """The byte at `shift` of a number that has the bits of `low` up to `split`, and the bits of `high` from there on."""
     word = low.dtype.type
     if shift + 8 <= split:
         right = word(shift)
@@ -320,7 +322,7 @@ def _take_byte(low, high, shift, split, plane):
 
 @_inlined
 def _put_byte(plane, shift, width, words):
-    """Add a byte's bits, at `shift`, to words of `width` bits: those that fall outside may be lost or not."""
+    """Add a byte's bits, at `shift`, to words of `width` bits. Bits that fall outside may or may not be lost."""
     word = words.dtype.type
     if 0 <= shift < width:
         left = word(shift)
@@ -334,7 +336,7 @@ def _put_byte(plane, shift, width, words):
 
 @_inlined
 def _multiply(words, shift, bits, levels, grad, product):
-    """product = grad times the level of the code at `shift`: a tree of selections up to 4 bits, beyond it a look-up."""
+    """product = grad times the level of the code at `shift`, by a tree of selections up to 4 bits, else by a look-up."""
     if bits > 4:
         mask = (1 << bits) - 1
         for i in range(np.uintp(grad.size)):
@@ -396,9 +398,9 @@ def _magnitudes(x, magnitudes):
 
 @_inlined
 def _order(patterns, fold, infinity, ordered):
-    """Integers in the order of the floats that the patterns stand for, or of their magnitudes; a NaN is the largest."""
+    """Integers in the order of the floats with these patterns, or of their magnitudes. A NaN is the largest."""
     flip, largest, negative_infinity = np.int16(0x7FFF), np.int16(0x7FFF), np.int16(infinity - 0x8000)
-    if fold:  # a NaN's magnitude is above infinity as it is
+    if fold:  # the magnitude of a NaN's pattern is already above that of infinity
         for i in range(np.uintp(patterns.size)):
             ordered[i] = patterns[i] & flip
     else:

@@ -1,8 +1,8 @@
-"""Encode and decode as torch operators, `torch.ops.fewbit.encode` and `decode`: opaque to compilers and transforms.
+"""Encode and decode as torch operators, `torch.ops.fewbit.encode` and `decode`, which are opaque to compilers and transforms.
 
-Both work on the last dimension, and rows are packed each on its own. Under vmap a sample is a row: were the batch packed as
-one, a sample's codes would lie among those of its neighbours, and whatever reads them without knowing that, as functorch's
-generated rules do, would get gradients of other samples.
+Both work on the last dimension and pack each row separately. Under vmap a sample is a row. If the batch were packed as one, a
+sample's codes would lie among those of its neighbours. Code that does not know this, such as functorch's generated rules, would
+then read gradients of other samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fewbit.torch_internals import is_dispatched, versions_of
 
 Tensor = torch.Tensor
 _TABLE = "Tensor thresholds, Tensor codes, Tensor levels, int bits"
-# torch.library.custom_op would do, at more than twice the overhead, for checks of what is known here: nothing is mutated
+# torch.library.custom_op would work too, at more than twice the overhead: it checks for mutation, which does not occur here
 library = torch.library.Library("fewbit", "DEF")
 _known: dict[tuple, DeviceTable] = {}
 library.define(f"encode(Tensor x, {_TABLE}) -> Tensor")
@@ -32,7 +32,7 @@ def encode(x: Tensor, thresholds: Tensor, codes: Tensor, levels: Tensor, bits: i
 
     x        (*, n), float16, bfloat16, float32 or float64
     others   as in `fewbit.kernels.DeviceTable`
-    Returns  (*, packed_bytes(n)) uint8, `packed_bytes` of the DeviceTable; of a ladder each row takes a rung of its own
+    Returns  (*, packed_bytes(n)) uint8, with `packed_bytes` of the DeviceTable; with a ladder each row takes its own rung
     """
     table = device_table(thresholds, codes, levels, bits)
     if x.dim() == 1:
@@ -67,15 +67,16 @@ def _rows(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def device_table(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> DeviceTable:
-    """The table of these tensors, which keeps what a backend derives from them.
+    """The table of these tensors, which also keeps what a backend derives from them.
 
-    It is found by where they lie in memory, since compiled code passes the same memory as a new tensor object each time, and
-    by their versions, which count changes in place. Known tables hold their memory, so that no other tensor comes to lie there.
+    Known tables are found by the addresses of their tensors, because compiled code passes the same memory as new tensor
+    objects, and by their versions, which count in-place changes. Known tables hold their memory, so no other tensor can have
+    the address.
     """
     tensors = thresholds, codes, levels
     try:
         key = (bits, versions_of(*tensors), *[(each.data_ptr(), each.shape, each.dtype) for each in tensors])
-    except RuntimeError:  # made in inference mode: no version
+    except RuntimeError:  # tensors made in inference mode have no version
         _check_sizes(*tensors, bits)
         return DeviceTable(*tensors, bits)
     table = _known.get(key)
@@ -88,7 +89,7 @@ def device_table(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -
 
 
 def _check_sizes(thresholds: Tensor, codes: Tensor, levels: Tensor, bits: int) -> None:
-    """What the kernels rely on: they read memory by address."""
+    """Raise InputError for sizes or dtypes that do not fit. Kernels read memory by address and rely on them."""
     *rungs, m = thresholds.shape or (-1,)
     is_table = list(codes.shape) == [*rungs, m + 1] and codes.dtype == torch.uint8
     has_levels = list(levels.shape[:-1]) == rungs and 1 <= levels.shape[-1] <= 2**bits <= 256
@@ -135,8 +136,8 @@ def _check_shared(in_dims: tuple[int | None, ...]) -> None:
 
 
 def operator(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The operator of that schema, which runs `function`, and `fake` where tensors hold no numbers. Of a batch, vmap runs it on
-    one sample after the other."""
+    """The operator of that schema. It runs `function`, or `fake` if tensors have no numbers. vmap runs it on one sample after
+    the other."""
     name = schema[: schema.index("(")]
     library.define(schema)
     library.impl(name, function, "CompositeExplicitAutograd")
@@ -165,8 +166,8 @@ def _looped(operator: Any) -> Callable[..., Any]:
 
 
 def constants(table: DeviceTable) -> tuple[Tensor, Tensor, Tensor]:
-    """Thresholds, codes and levels as operators take them. Fake-tensor modes and tracers have to be told that they are
-    constants; a compiler has replaced them by inputs of its graph."""
+    """Thresholds, codes and levels for operators. Fake-tensor modes and tracers have to be told that they are constants. In
+    compiled code they are inputs of the graph."""
     tensors = table.thresholds, table.codes, table.levels
     if not is_dispatched():
         return tensors
@@ -174,7 +175,7 @@ def constants(table: DeviceTable) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def refuse_second_derivative(*_: object) -> None:
-    """The backward of a gradient from codes."""
+    """Raise InputError. This is the backward of a gradient from codes."""
     raise InputError(
         "the gradient of a coded activation or layer can be taken once: its codes hold no second derivative; "
         "for double backward (gradient penalties, Hessians) use torch's own"
@@ -187,7 +188,7 @@ torch.library.register_autograd("fewbit::decode", refuse_second_derivative, lib=
 
 
 def values(packed: Tensor, n: int, table: DeviceTable, dtype: torch.dtype) -> Tensor:
-    """As `fewbit.kernels.values`."""
+    """See `fewbit.kernels.values`."""
     return _values(packed, n, *constants(table), table.bits, dtype)
 
 

@@ -1,6 +1,7 @@
-"""Look-ups in 16 float32 numbers by one instruction of AVX-512, which LLVM does not find by itself: 16 elements at once.
+"""Look-ups in 16 float32 numbers for 16 elements at once, by an instruction of AVX-512 that LLVM does not find by itself.
 
-They take a quarter of the time of trees of selections, and of comparisons with all thresholds. Other processors do without.
+They take a quarter of the time of trees of selections, and of comparisons with all thresholds. Processors without AVX-512 use
+these instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from numba import types
 from numba.core.registry import cpu_target
 
 WIDTH = 16
-STEPS = (8, 4, 2, 1)  # of a binary search in 15 thresholds: at index i the next is number i + step - 1
+STEPS = (8, 4, 2, 1)  # steps of a binary search in 15 thresholds: at index i the next threshold is number i + step - 1
 _target: Any = cpu_target.target_context
 IS_SUPPORTED = "+avx512f" in _target.codegen().magic_tuple()[2].split(",")  # of what numba compiles for
 _intrinsic: Any = numba.extending.intrinsic
@@ -21,12 +22,12 @@ _INTEGERS, _FLOATS, _BYTES = (ir.VectorType(each, WIDTH) for each in (ir.IntType
 
 
 def permuted_levels(low: Any, high: Any, shift: int, bits: int, levels: Any, out: Any) -> int:
-    """Fill `out` as far as this way goes, for how many elements is returned; low, high, levels: as for `_take_levels`."""
+    """Fill the part of `out` that this method can, and return its number of elements. Arguments are as for `_take_levels`."""
     raise NotImplementedError("compiled code alone calls this")
 
 
 def permuted_codes(x: Any, thresholds: Any, codes: Any, out: Any) -> int:
-    """The same of codes; thresholds, codes: as for `_take_codes`, or empty."""
+    """The same for codes. Thresholds and codes are as for `_take_codes`, or empty."""
     raise NotImplementedError("compiled code alone calls this")
 
 
@@ -54,7 +55,7 @@ def _codes_by_type(x, thresholds, codes, out):
 
 @_intrinsic
 def _take_levels(typing_context, low, high, shift, levels, out, at):
-    """out[at : at + 16] = levels[(low + 256 * high >> shift) % 16], of those 16 bytes of low and high."""
+    """out[at : at + 16] = levels[(low + 256 * high >> shift) % 16], for bytes at : at + 16 of low and high."""
 
     def generate(context, builder, signature, arguments):
         low, high, shift, levels, out, at = arguments
@@ -71,10 +72,10 @@ def _take_levels(typing_context, low, high, shift, levels, out, at):
 
 @_intrinsic
 def _take_codes(typing_context, x, thresholds, codes, out, at):
-    """out[at : at + 16] = the codes of those 16 x, by a binary search; thresholds are (64,).
+    """out[at : at + 16] = the codes of x[at : at + 16], by a binary search. thresholds are (64,), codes (16,).
 
-    Threshold number i + STEPS[k] - 1, infinite beyond the last, is element 16 * k + i: that of step k at index i. The codes
-    (16,) are those of the intervals, the last one repeated: int32, or levels in their place, float32.
+    Step k at index i compares with element 16 * k + i, which is threshold number i + STEPS[k] - 1, or infinity beyond the last.
+    Codes are those of the intervals, with the last one repeated: int32, or float32 levels instead.
     """
 
     def generate(context, builder, signature, arguments):
@@ -86,7 +87,7 @@ def _take_codes(typing_context, x, thresholds, codes, out, at):
         for row, step in enumerate(STEPS):
             begin = ir.Constant(ir.IntType(64), WIDTH * row)
             ahead = _load(builder, _place(context, builder, signature.args[1], thresholds, begin), _FLOATS)
-            is_above = builder.fcmp_unordered("ugt", x, _permute(builder, ahead, index))  # a NaN is above all
+            is_above = builder.fcmp_unordered("ugt", x, _permute(builder, ahead, index))  # a NaN is above all thresholds
             index = builder.select(is_above, builder.or_(index, ir.Constant(_INTEGERS, [step] * WIDTH)), index)
         _store(builder, _permute(builder, codes, index), _place(context, builder, signature.args[3], out, at))
         return context.get_dummy_value()
@@ -103,7 +104,7 @@ def _permute(builder: Any, table: Any, index: Any) -> Any:
 
 
 def _place(context: Any, builder: Any, array: Any, value: Any, at: Any) -> Any:
-    """The address of an element of an array, of the first if `at` is None."""
+    """The address of an element of an array; of the first one if `at` is None."""
     begin = context.make_array(array)(context, builder, value).data
     return begin if at is None else builder.gep(begin, [at])
 

@@ -1,10 +1,10 @@
-"""What the Triton programs for layers share: numbers, places, rows, the levels of single elements.
+"""Parts that the Triton programs for layers share: numbers, places, rows, the levels of single elements.
 
-A group is `vector` elements that follow each other in packed order, in one row: of one channel where `inner` is above 1, else
-of as many channels. Where an element belongs is found by divisions, once a group; `vector` divides what the groups lie in.
+A group is `vector` elements that follow each other in packed order, in one row. They belong to one channel if `inner` is above
+1, else to `vector` channels. Divisions find the place of a group, once per group; `vector` is chosen so that groups fit evenly.
 
-Every operation is rounded by itself: programs whose results have to be those of `fewbit.kernels.layers_reference` to the bit
-are compiled without fused multiplication and addition.
+Every operation is rounded by itself. Programs whose results have to equal those of `fewbit.kernels.layers_reference` bit for
+bit are compiled without fused multiplication and addition.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
@@ -22,7 +22,7 @@ LEAST_UNIT = tl.constexpr(SMALLEST_UNIT)
 
 @triton.jit
 def number(bits, wide: tl.constexpr):
-    """The float64 of these 64 bits, rounded to `wide`: Triton would pass a float as a float32."""
+    """The float64 with these 64 bits, rounded to `wide`. Triton would pass a float as a float32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(wide)
 
 
@@ -46,13 +46,13 @@ def root(a):
 
 @triton.jit
 def at_least(a, least):
-    """The larger one; NaN where a is."""
+    """The larger of the two; NaN where a is NaN."""
     return tl.where(a < least, least, a)
 
 
 @triton.jit
 def at_most(a, most):
-    """The smaller one; NaN where a is."""
+    """The smaller of the two; NaN where a is NaN."""
     return tl.where(a > most, most, a)
 
 
@@ -64,19 +64,19 @@ def finite(a):
 
 @triton.jit
 def or_one(a):
-    """a, or, where it is 0, 1: to divide what is then 0 as well."""
+    """a, or 1 where a is 0. The numbers that it divides are then 0 as well."""
     return tl.where(a == 0, 1.0, a)
 
 
 @triton.jit
 def positive(a):
-    """a, or, where it is 0, something small to divide by."""
+    """a, or a small number to divide by where a is 0."""
     return at_least(a, 2.0**-511 if a.dtype == tl.float64 else 2.0**-63)
 
 
 @triton.jit
 def narrowed(value, dtype: tl.constexpr):
-    """value in the dtype: what lies beyond its largest number becomes that."""
+    """value in the dtype. Numbers beyond the dtype's range become its largest number."""
     return at_most(at_least(value, -largest_of(dtype)), largest_of(dtype)).to(dtype)
 
 
@@ -95,14 +95,14 @@ def largest_of(dtype: tl.constexpr):
 
 @triton.jit
 def unit(scale, eps):
-    """As `fewbit.kernels.layers_reference.unit`, with an eps."""
+    """`fewbit.kernels.layers_reference.unit` with an eps."""
     share = 1.0 - (eps * scale) * scale
     return tl.where(share > 0.5, 1.0, root(at_least(share, LEAST_UNIT)))
 
 
 @triton.jit
 def folded(parts, lanes: tl.constexpr):
-    """The sums of (rows, lanes) along its rows: adjacent pairs are added until one number is left."""
+    """The sums of (rows, lanes) along rows. Adjacent pairs are added until one number is left."""
     rows: tl.constexpr = parts.shape[0]
     if lanes == 1:
         return tl.reshape(parts, [rows])
@@ -113,7 +113,7 @@ def folded(parts, lanes: tl.constexpr):
 
 @triton.jit
 def located(element, channels, inner):
-    """(outer, channel, inner) of the elements of these numbers."""
+    """(outer, channel, inner) of the elements with these numbers."""
     place = element // inner
     outer = place // channels
     return outer, place - outer * channels, element - place * inner
@@ -127,11 +127,11 @@ def row_of(outer, channel, per_row, group, groups):
 
 @triton.jit
 def level_of(packed, element, along, inside, words, levels, table, bits: tl.constexpr):
-    """The levels of (..., vector) elements of groups that start at these numbers (..., 1), read from the packed bytes.
+    """The levels of (..., vector) elements, in groups that start at these numbers (..., 1), read from the packed bytes.
 
-    along   (vector,), as it broadcasts: 0, 1, …
-    inside  which groups there are
-    table   the levels, where there are at most four
+    along   0, 1, … (vector,) in a shape that broadcasts
+    inside  which groups exist
+    table   the levels in registers, if there are at most four
     """
     lane = element // words
     shift = lane * bits

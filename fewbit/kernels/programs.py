@@ -1,12 +1,11 @@
 """The Triton programs of the CUDA backend. They take pointers, sizes and compile-time plans; `fewbit.kernels.cuda` calls them.
 
-A program handles `block` words, all eight lanes of them. All but the last ones are full: those run a body without masks, chosen
-by a branch that the whole program takes alike. With masks, accesses would not be 128 bits wide for an n that 16 does not
-divide.
+A program handles all eight lanes of `block` words. All programs except the last ones are full and run a body without masks,
+which they choose by a branch. With masks, accesses would not be 128 bits wide if n is not a multiple of 16.
 
-Codes are added up in the packed words themselves. A word starts with the code that an x above no threshold of the run has
-(see `Search`); every comparison then adds, under a predicate, a constant shifted to the lane. Borrows from the lanes above
-cancel out once all of a lane's constants are in.
+Codes are added up in the packed words themselves. A word starts with the code of an x that is above no threshold of the run
+(see `Search`). Every comparison then adds, under a predicate, a constant shifted to the lane. Borrows from the lanes above
+cancel once all constants of a lane are added.
 """
 
 # Triton compiles these functions: pyright cannot follow its types, and Triton no starred expressions (RUF005).
@@ -41,8 +40,8 @@ def encode(
     """Packed codes of x and, with a formula, y = formula(x).
 
     search   a `fewbit.kernels.cuda.Search`
-    formula  one of `fewbit.kernels.formulas`, which reads `count` constants, or None. (Not in a tuple with its count: Triton
-             keys its cache of kernels by the source of functions that it finds among the arguments, but not within them.)
+    formula  One of `fewbit.kernels.formulas`, which reads `count` constants, or None. It is not in a tuple with its count,
+             because keys of Triton's kernel cache include the source of functions that are arguments, but not inside tuples.
     """
     first = tl.program_id(0).to(tl.int64) * block
     if (LANES - 1) * words.to(tl.int64) + first + block <= n:
@@ -53,7 +52,7 @@ def encode(
 
 @triton.jit(do_not_specialize=["n"])
 def decode(packed, grad, levels, product, n, words, bits: tl.constexpr, ladder: tl.constexpr, block: tl.constexpr):
-    """product = grad times the levels of the packed codes; the levels themselves where grad is None."""
+    """product = grad times the levels of the packed codes, or the levels themselves if grad is None."""
     first = tl.program_id(0).to(tl.int64) * block
     if ladder:
         levels += rung_of(packed, words, bits) * (1 << bits)
@@ -89,7 +88,7 @@ def encode_block(
     changes = _load_scalars(codes, search.changes)
     scalars = ((_load_scalars(thresholds, search.scalars), changes), _load_scalars(constants, count))
     word = start_word(tl.full([block], 0, tl.uint32 if bits <= 4 else tl.uint64), changes, search)
-    if search.depth:  # a loop: unrolled, the loads of all lanes would crowd the registers
+    if search.depth:  # a loop; if it were unrolled, the loads of all lanes would take too many registers
         for lane in tl.range(LANES):
             word = _encode_lane(word, lane, tensors, sizes, scalars, search, formula, block, masked)
     else:
@@ -104,7 +103,7 @@ def encode_block(
 def _encode_lane(
     word, lane, tensors, sizes, scalars, search: tl.constexpr, formula: tl.constexpr, block: tl.constexpr, masked: tl.constexpr
 ):
-    """word with the codes of one lane, whose y, with a formula, is written."""
+    """The word with the codes of one lane. With a formula, the lane's y is written too."""
     x, y, thresholds, codes = tensors
     n, words, first = sizes
     table, parameters = scalars
@@ -120,20 +119,20 @@ def _encode_lane(
 
 @triton.jit
 def rung_of(packed, words, bits: tl.constexpr):
-    """The number of the rung, which stands behind the packed codes of a ladder."""
+    """The number of the rung, which comes after the packed codes of a ladder."""
     return tl.load(packed + bits * words.to(tl.int64)).to(tl.int32)
 
 
 @triton.jit
 def at_rung(packed, words, thresholds, codes, search: tl.constexpr):
-    """Where thresholds and codes of the rung stand."""
+    """The addresses of the rung's thresholds and codes."""
     rung = rung_of(packed, words, search.bits)
     return thresholds + rung * search.widths[0], codes + rung * search.widths[1]
 
 
 @triton.jit
 def start_word(zeros, changes, search: tl.constexpr):
-    """Words to which `with_code` adds codes; `changes` of the rung of a ladder."""
+    """Words to which `with_code` adds codes. changes: those of the rung of a ladder."""
     if search.changes:
         return zeros + changes[0].to(zeros.dtype)
     else:
@@ -142,7 +141,7 @@ def start_word(zeros, changes, search: tl.constexpr):
 
 @triton.jit
 def with_code(word, x, inside, lane, thresholds, codes, table, search: tl.constexpr, masked: tl.constexpr):
-    """word with the codes of x in that lane; where not `inside`, of which only a masked body has any, code 0.
+    """The word with the codes of x in that lane. In a masked body, elements that are not `inside` get code 0.
 
     table  the thresholds in registers, and the changes of a ladder's rung
     """
@@ -180,7 +179,7 @@ def decode_block(packed, grad, levels, product, n, words, first, bits: tl.conste
 
 @triton.jit
 def _left(count, block: tl.constexpr):
-    """How many of a block's elements there are, as an int32."""
+    """The number of a block's elements that exist, as an int32."""
     return tl.minimum(tl.maximum(count, 0), block).to(tl.int32)
 
 
@@ -212,9 +211,9 @@ def _load_scalars(pointer, count: tl.constexpr):
 
 @triton.jit
 def _add_code(word, x, table, search: tl.constexpr, shift: tl.constexpr):
-    """word plus, in the lane that starts at bit `shift`, what its start lacks to the code of x."""
+    """word plus, in the lane that starts at bit `shift`, the difference between the code of x and the start code."""
     thresholds, changes = table
-    below = ()  # of the run's thresholds met on the way down, whether x <= threshold; false for NaN
+    below = ()  # for the run's thresholds on the way down, whether x <= threshold; false for NaN
     height: tl.constexpr = search.height
     others: tl.constexpr = len(search.extras)
     for level in tl.static_range(height):
@@ -231,9 +230,9 @@ def _add_code(word, x, table, search: tl.constexpr, shift: tl.constexpr):
 
 @triton.jit
 def _node(table, below, base: tl.constexpr, level: tl.constexpr, height: tl.constexpr):
-    """The threshold to compare next: the middle of that part of the table to which the comparisons so far lead.
+    """The threshold to compare next: the middle of the part of the table to which the comparisons so far lead.
 
-    base, level  the subtree looked at: it starts at table[base], and `level` comparisons lead to it
+    base, level  the current subtree, which starts at table[base] after `level` comparisons
     """
     half: tl.constexpr = 1 << (height - 1 - level)
     if level == len(below):
@@ -246,7 +245,7 @@ def _node(table, below, base: tl.constexpr, level: tl.constexpr, height: tl.cons
 
 @triton.jit
 def _look_up(x, thresholds, codes, search: tl.constexpr):
-    """Code of x, by a binary search in memory, which carries an address: that of the part of the table still to search."""
+    """Code of x, by a binary search in memory. The search carries the address of the part of the table that is left."""
     depth: tl.constexpr = search.depth
     part = thresholds + tl.full(x.shape, 0, tl.int32)
     for level in tl.static_range(depth):
@@ -258,7 +257,7 @@ def _look_up(x, thresholds, codes, search: tl.constexpr):
 
 @triton.jit
 def _level(code, levels, table, bits: tl.constexpr):
-    """The level of each code, of which the lowest `bits` bits count: by selections where the table is in registers."""
+    """The level of each code, whose lowest `bits` bits count. If the table is in registers, selections find it."""
     if bits == 1:
         return tl.where((code & 1) != 0, table[1], table[0])
     elif bits == 2:

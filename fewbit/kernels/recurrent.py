@@ -1,10 +1,10 @@
-"""Backward of recurrent layers, from what they read and what they put out.
+"""Backward of recurrent layers, from their inputs and outputs.
 
-The outputs of all steps are known, and so all gates follow from one product; only the cells of an LSTM need a scan. The
-gradients of pre-activations are those of outputs and cells times factors, which are computed for all steps at once. What is
-left to do step by step is to multiply by these factors and by the recurrent weights.
+The outputs of all steps are known, so one product gives all gates. Only the cells of an LSTM need a scan. The gradients of
+pre-activations are gradients of outputs and cells times factors. The factors are computed for all steps at once. Only the
+products with these factors and with the recurrent weights are computed step by step.
 
-Rows are the places of all steps, one step after another, each with its sequences from the longest to the shortest, as in
+Rows are ordered step by step, and within a step from the longest sequence to the shortest, as in
 `torch.nn.utils.rnn.PackedSequence`. All tensors have one dtype, float32 or float64.
 """
 
@@ -24,7 +24,7 @@ aten = torch.ops.aten  # sigmoid_backward(g, y) is g y (1 - y), tanh_backward(g,
 
 
 class Weights(NamedTuple):
-    """Of one direction of one layer, as torch names them: hr (out, hidden) projects the outputs of an LSTM."""
+    """The weights of one direction of one layer, with torch's names. hr (out, hidden) projects the outputs of an LSTM."""
 
     ih: Tensor
     hh: Tensor
@@ -34,24 +34,24 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], has_biases: bool) -> Weights:
-        """Of the weights as torch lists them."""
+        """From a list of weights in torch's order."""
         ih, hh, *others = tensors
         b_ih, b_hh = others[:2] if has_biases else (None, None)
         return cls(ih, hh, b_ih, b_hh, *others[2 * has_biases :])
 
     def listed(self) -> list[Tensor]:
-        """As torch lists them."""
+        """The weights in torch's order."""
         return [each for each in self if each is not None]
 
 
 class Found(NamedTuple):
-    """Gradients for one direction, and what the gradients of its weights are made of.
+    """Gradients for one direction, and the parts from which the gradients of its weights are computed.
 
     gates        (rows, gates * hidden): gradients with respect to ih x + b_ih
     recurrent    (rows, gates * hidden): gradients with respect to hh h + b_hh
-    before       (rows, out): the outputs of the step before
+    before       (rows, out): the outputs of the previous step
     states       gradients of the states before the first step: outputs (sequences, out), cells (sequences, hidden)
-    outputs      (rows, out): gradients of the outputs, later steps included; None without a projection
+    outputs      (rows, out): gradients of the outputs, including those from later steps; None without a projection
     unprojected  (rows, hidden): the outputs before their projection; None without one
     """
 
@@ -68,7 +68,7 @@ class Found(NamedTuple):
             self.gates.t() @ x,
             self.recurrent.t() @ self.before,
             None if like.b_ih is None else self.gates.sum(0),
-            None if like.b_hh is None else self.recurrent.sum(0),  # a tensor of its own: gradients are changed in place
+            None if like.b_hh is None else self.recurrent.sum(0),  # a separate tensor, because gradients are changed in place
             None if self.outputs is None or self.unprojected is None else self.outputs.t() @ self.unprojected,
         )
 
@@ -76,9 +76,9 @@ class Found(NamedTuple):
 class Recurrence:
     """A kind of recurrent layer.
 
-    states         how many it has: its outputs, and, of an LSTM, its cells
-    kept_by_torch  how many numbers torch's own operation keeps for each of its outputs at least, besides the input
-    keeps_signs    whether backward needs to know exactly which outputs are positive
+    states         number of its states: outputs, and for an LSTM also cells
+    kept_by_torch  least number of elements that torch's own operation keeps per output element, besides the input
+    keeps_signs    whether backward has to know exactly which outputs are positive
     """
 
     states: ClassVar[int] = 1
@@ -99,9 +99,9 @@ class Recurrence:
     ) -> Found:
         """Gradients for one direction, from gradients of its outputs and of its last states, at an input x (rows, in).
 
-        y       (rows, out): the outputs; None where there is one step, unless their signs are needed
-        states  before the first step
-        grads   of y, and of the states behind the last step; None for zeros
+        y       (rows, out): the outputs; None for a single step whose signs are not needed
+        states  states before the first step
+        grads   gradients of y and of the states after the last step; None for zeros
         """
         raise NotImplementedError
 
@@ -109,8 +109,8 @@ class Recurrence:
 class LSTM(Recurrence):
     """Hochreiter and Schmidhuber, "Long short-term memory", 1997, with the forget gates of Gers et al., 2000.
 
-    With a = ih x + b_ih + hh h + b_hh, of which each gate has a quarter: i = σ(a_i), f = σ(a_f), g = tanh(a_g), o = σ(a_o); the
-    cells become c' = f c + i g, and the outputs o tanh(c'), or hr (o tanh(c')) where there is a projection.
+    Each gate has a quarter of a = ih x + b_ih + hh h + b_hh: i = σ(a_i), f = σ(a_f), g = tanh(a_g), o = σ(a_o). The cells
+    become c' = f c + i g, and the outputs o tanh(c'), or hr (o tanh(c')) with a projection.
     """
 
     states, kept_by_torch = 2, 6
@@ -131,9 +131,9 @@ def lstm_back_through_time(
     grads: Sequence[Tensor | None],
     steps: Steps,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """The last three of `Found`, from the pre-activations of an LSTM's gates (rows, 4 * hidden).
+    """The last three entries of `Found`, from the pre-activations of an LSTM's gates (rows, 4 * hidden).
 
-    gates  is overwritten with the gradients of the pre-activations. The other arguments are as in `_propagate`.
+    gates  overwritten with the gradients of the pre-activations; the other arguments are as in `_propagate`
     """
     of_each = gates.view(len(gates), 4, -1)
     of_each[:, :2].sigmoid_()
@@ -153,17 +153,18 @@ def lstm_back_through_time(
 
 def _lstm_backend(gates: Tensor) -> Callable[..., Any]:
     if type(gates) is Tensor and gates.device.type == "cpu" and not is_watched(gates):
-        from fewbit.kernels.recurrent_cpu import back_through_time  # here, since it loads numba
+        from fewbit.kernels.recurrent_cpu import back_through_time  # imported here because it loads numba
 
         return back_through_time
     return lstm_back_through_time
 
 
 class GRU(Recurrence):
-    """Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014, with r behind the product, as in torch.
+    """Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014. r is applied after the product, as in
+    torch.
 
-    With a = ih x + b_ih and b = hh h + b_hh, of which each gate has a third: r = σ(a_r + b_r), z = σ(a_z + b_z),
-    n = tanh(a_n + r b_n), and the outputs are n + z (h - n).
+    Each gate has a third of a = ih x + b_ih and b = hh h + b_hh: r = σ(a_r + b_r), z = σ(a_z + b_z), n = tanh(a_n + r b_n). The
+    outputs are n + z (h - n).
     """
 
     kept_by_torch = 6
@@ -175,7 +176,7 @@ class GRU(Recurrence):
         r, z = of_x[:, :2].add_(of_h[:, :2]).sigmoid_().unbind(1)
         inner = of_h[:, 2]
         n = of_x[:, 2].addcmul_(r, inner).tanh_()
-        # the gates of r, z and n as the recurrent weights see them, and n as the others do
+        # columns: gradients of r, z and n for the recurrent weights, then that of n for the input weights
         of_n = aten.tanh_backward(1 - z, n)
         of_r, of_z = aten.sigmoid_backward(of_n * inner, r), aten.sigmoid_backward(before - n, z)
         through = _Factors(torch.cat([of_r, of_z, of_n * r, of_n], 1), carried=z)
@@ -214,7 +215,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _scan(decay: Tensor, new: Tensor, first: Tensor, steps: Steps) -> Tensor:
-    """c' = decay c + new of all steps: (rows, n), (rows, n), first (sequences, n) -> (rows, n). Overwrites new."""
+    """c' = decay c + new for all steps: (rows, n), (rows, n), first (sequences, n) -> (rows, n). Overwrites new."""
     decays, values, state = decay.split(steps.sizes), new.split(steps.sizes), first
     for step in steps.order():
         state = values[step].addcmul_(decays[step], grown(state, first, steps.sizes[step]))
@@ -224,11 +225,11 @@ def _scan(decay: Tensor, new: Tensor, first: Tensor, steps: Steps) -> Tensor:
 class _Factors(NamedTuple):
     """Factors of gradients. Let h be the gradient of a row's outputs before a projection, and c that of its cells.
 
-    gates       (rows, gates * hidden): times h it is the gradient of the pre-activations, which overwrites it. With cells the
+    gates       (rows, gates * hidden): times h this is the gradient of the pre-activations, which overwrites it. With cells the
                 last gate is multiplied by h, and all others by c.
-    carried     (rows, hidden): times h it is a part of the gradient of the outputs one step before; None for zeros
-    into_cells  (rows, hidden): times h it is added to c; None where there are no cells
-    decay       (rows, hidden): times c it is the gradient of the cells one step before
+    carried     (rows, hidden): times h this is a part of the gradient of the outputs one step earlier; None for zeros
+    into_cells  (rows, hidden): times h this is added to c; None without cells
+    decay       (rows, hidden): times c this is the gradient of the cells one step earlier
     """
 
     gates: Tensor
@@ -250,16 +251,16 @@ def _propagate(
     first: Sequence[Tensor],
     steps: Steps,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Back through time: the gradients of the first states, and, where there is a projection, of the outputs (rows, out).
+    """Go back through time. Gives the gradients of the first states and, with a projection, of the outputs (rows, out).
 
-    recurrent   (seen, out): the weights, of the first `seen` columns of the factors' gates
-    projection  of outputs, (out, hidden)
+    recurrent   (seen, out): the weights for the first `seen` columns of the factors' gates
+    projection  (out, hidden), of outputs; or None
     grads       as in `Recurrence.backward`
-    first       states, whose shapes alone are looked at
+    first       states, of which only the shapes are used
     """
     grad_y, *last = grads
     states = [torch.zeros_like(like) if grad is None else grad.clone() for grad, like in zip(last, first, strict=True)]
-    h, c = states[0], states[-1]  # c is h where there are no cells, and is then not used
+    h, c = states[0], states[-1]  # without cells c is h and is not used
     incoming = None if grad_y is None else grad_y.split(steps.sizes)
     outputs = None if projection is None else factors.gates.new_empty(len(factors.gates), len(projection))
     kept, parts, seen = None if outputs is None else outputs.split(steps.sizes), factors.split(steps.sizes), len(recurrent)

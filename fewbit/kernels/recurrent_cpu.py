@@ -1,7 +1,7 @@
-"""Back through time for LSTMs on the CPU: what `fewbit.kernels.recurrent` does in torch operations, compiled by numba.
+"""Backward through time for LSTMs on the CPU. It computes the same as `fewbit.kernels.recurrent`, but is compiled by numba.
 
-A step of torch operations reads and writes each gate several times, and large factors besides; here it goes once through the
-gates of a step, which become the gradients of the pre-activations.
+In torch operations a step reads and writes each gate several times, and large factors too. Here a step goes through its gates
+once and turns them into the gradients of the pre-activations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def back_through_time(
     grads: Sequence[Tensor | None],
     steps: Steps,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """As `fewbit.kernels.recurrent.lstm_back_through_time`."""
+    """See `fewbit.kernels.recurrent.lstm_back_through_time`."""
     first, begins = [each.contiguous() for each in first], [0, *accumulate(steps.sizes)]
     cells, halves = _activate(gates, first[1], begins, steps)
     grad_y, *last = grads
@@ -57,9 +57,9 @@ def back_through_time(
 
 
 def _activate(gates: Tensor, first: Tensor, begins: Sequence[int], steps: Steps) -> tuple[Tensor, Tensor]:
-    """Pre-activations in place to gates as `recurrent_loops` takes them; the cells, and σ of twice the cells, all (rows, n).
+    """Turn pre-activations in place into gates for `recurrent_loops`. Gives the cells and σ of twice the cells, all (rows, n).
 
-    Both hyperbolic tangents are taken by way of tanh(x) = 2 σ(2x) - 1: torch's tanh takes several times as long as its σ.
+    Both hyperbolic tangents are computed as tanh(x) = 2 σ(2x) - 1, because torch's tanh takes several times as long as its σ.
     """
     gates.view(len(gates), 4, -1)[:, 2].mul_(2)
     gates.sigmoid_()
@@ -82,11 +82,11 @@ def _activate(gates: Tensor, first: Tensor, begins: Sequence[int], steps: Steps)
 
 
 def _step(block: StepBlock, gates: Tensor, halves: Tensor, before: Tensor | None, h: Tensor, y: Tensor | None) -> None:
-    """One step back: gates (sequences, 4 * hidden) become the gradients of their pre-activations, and the block's cells those
-    of the step before.
+    """Go one step back. Gates (sequences, 4 * hidden) become the gradients of their pre-activations. The gradient of cells in
+    the block becomes that of the previous step.
 
-    before  the cells of the step before; None at the first step
-    h, y    gradients of the outputs, from later steps and from readers; their rows are contiguous
+    before  the cells of the previous step; None at the first step
+    h, y    gradients of the outputs, from later steps and from layers that read them; their rows are contiguous
     """
     block.claimed = block.workers = block.done = 0
     block.pieces, block.gates, block.halves, block.h = len(gates), gates.data_ptr(), halves.data_ptr(), h.data_ptr()

@@ -1,9 +1,9 @@
 """The loops of the CPU backend for LSTMs: a scan of the cells, and one step back through time.
 
-As in `fewbit.kernels.loops`: a kernel takes one block of arguments, claims pieces of its work from a counter until none are
-left, and allocates nothing. Each loop writes one array, so that a compiler can tell that it may be vectorised.
+As in `fewbit.kernels.loops`, a kernel takes one block of arguments, claims pieces of its work from a counter until none are
+left, and allocates nothing. Each loop writes one array, so that the compiler can vectorise it.
 
-Gates are (rows, 4 hidden): σ of the pre-activations of i, f and o, and of twice that of g, since tanh(x) = 2 σ(2x) - 1.
+Gates are (rows, 4 hidden): σ of the pre-activations of i, f and o, and σ of twice that of g, because tanh(x) = 2 σ(2x) - 1.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ _COMMON = ("claimed", "workers", "done", "scratch", "pieces", "hidden", "gates",
 
 
 class ScanBlock(ctypes.Structure):
-    """The arguments of `scanner`, addresses of contiguous memory.
+    """The arguments of `scanner`. Addresses are those of contiguous memory.
 
-    pieces     sequences
-    sizes      (steps,) int64: how many sequences each step has; begins (steps,) int64: its first row; backwards: whether the
+    pieces     number of sequences
+    sizes      (steps,) int64: number of sequences in each step; begins (steps,) int64: its first row; backwards: whether the
                last step is taken first
     first      (sequences, hidden): the cells before the first step
-    cells      (rows, hidden), and twice the cells (rows, hidden): are written
+    cells      (rows, hidden): written, as is `doubled` (rows, hidden), twice the cells
     """
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "steps", "sizes", "begins", "backwards", "cells", "doubled")]
 
 
 class StepBlock(ctypes.Structure):
-    """The arguments of `stepper`, which takes one step; addresses of contiguous memory, of the step's first row.
+    """The arguments of `stepper`, which takes one step. Addresses are those of the step's first row in contiguous memory.
 
-    pieces    the sequences of the step
-    gates     is overwritten with the gradients of the pre-activations
-    before    (number, hidden): the cells of the step before; all other sequences begin here, with those of `first`
+    pieces    number of sequences in the step
+    gates     overwritten with the gradients of the pre-activations
+    before    (number, hidden): the cells of the previous step; other sequences begin at this step, with cells from `first`
     halves    (pieces, hidden): σ of twice the cells
-    h         (pieces, hidden): the gradient of the outputs, as later steps give it; y likewise, as their readers give it, or 0,
-              with y_stride elements from row to row
-    c         (pieces, hidden): the gradient of the cells, of this step and then of the step before
+    h         (pieces, hidden): the gradient of the outputs from later steps. y is that from layers that read them, or 0; its
+              rows are y_stride elements apart.
+    c         (pieces, hidden): the gradient of the cells, first of this step, in the end of the previous step
     """
 
     _fields_ = [(name, ctypes.c_int64) for name in (*_COMMON, "before", "number", "halves", "h", "y", "y_stride", "c")]
 
 
 def step_scratch(wide: str, hidden: int) -> int:
-    """Bytes of memory for each thread of `stepper`: four rows."""
+    """Bytes of memory for each thread of `stepper`. It needs four rows."""
     return 4 * hidden * np.dtype(wide).itemsize
 
 
 def scanner(wide: str) -> Any:
-    """The compiled scan of the cells, of float32 or float64."""
+    """The compiled scan of the cells for float32 or float64."""
     values = np.dtype(wide).type
     size_of = np.dtype(wide).itemsize
 
@@ -98,7 +98,7 @@ def _double(values, out):
 
 
 def stepper(wide: str) -> Any:
-    """The compiled step back through time, of float32 or float64."""
+    """The compiled step back through time for float32 or float64."""
     values = np.dtype(wide).type
     size_of = np.dtype(wide).itemsize
 
@@ -133,7 +133,7 @@ def stepper(wide: str) -> Any:
 
 @_inlined
 def _add(values, others, out):
-    """Others may be empty, and is then zeros."""
+    """values + others. An empty `others` counts as zeros."""
     if others.size:
         for k in range(np.uintp(out.size)):
             out[k] = values[k] + others[k]

@@ -1,12 +1,12 @@
-"""The reference backend: encode and decode in torch operations, on any device. Every other backend is held against it.
+"""The reference backend: encode and decode in torch operations, on any device. Tests compare every other backend with it.
 
-Which rung of a ladder an input takes is specified to the last bit, too. Of its n elements R = min(n, SAMPLE) are looked at:
-element floor(k·n / R) for k < R, as a float of the dtype of comparisons, 0 where it is not finite. Their fourth moment tells
-how far the numbers spread: tails count, since a code spoils values most that lie far beyond its outermost levels. With s =
-v·v, the products s·s, each rounded, are summed in a fixed order: the k-th goes to accumulator k mod 16, in ascending order of
-k, and the accumulators are then added in pairs, 0 + 1, 2 + 3, and so on, again and again until one is left. No product is
-fused with a sum. The rung is the number of `BOUNDS` that, times R, are below the sum; it is `MIDDLE` where the sum is 0. It
-is kept in one byte behind the packed codes.
+The choice of the rung of a ladder is also specified to the last bit. R = min(n, SAMPLE) of the n elements are read: element
+floor(k·n / R) for k < R, as a float v in the dtype of comparisons, or 0 if it is not finite. Their fourth moment measures the
+spread. In it tails count much, because values far beyond the outermost levels suffer most from coding. With s = v·v, the
+products s·s, each rounded, are summed in a fixed order: product k is added to accumulator k mod 16, in ascending order of k.
+The accumulators are then added in pairs, 0 + 1, 2 + 3, and so on, until one is left. No product is fused with a sum. The rung
+is the number of `BOUNDS` that, times R, are below the sum, or `MIDDLE` if the sum is 0. It is kept in one byte after the packed
+codes.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def encode(x: Tensor, table: DeviceTable) -> Tensor:
 
 
 def encode_checked(x: Tensor, table: DeviceTable) -> tuple[Tensor, bool]:
-    """The same, and whether all of x is finite, of which nothing is known here."""
+    """The same, and True: this backend does not check whether x is finite."""
     return encode(x, table), True
 
 
 def has_formula(name: str) -> bool:
-    """Whether there is a `forward`, that computes the built-in activation of that name together with the codes."""
+    """Whether there is a `forward` that computes the built-in activation of that name together with the codes."""
     return False
 
 
 def rung_of(x: Tensor, table: DeviceTable) -> Tensor:
-    """The number of the rung of a ladder that x (*) takes: (1,) int64, on x's device."""
+    """The number of the rung of a ladder for x (*): (1,) int64, on x's device."""
     x, size = x.reshape(-1), min(x.numel(), SAMPLE)
     dtype, lanes = table.thresholds.dtype, 16
     sums = torch.zeros(lanes, dtype=dtype, device=x.device)
@@ -80,7 +80,7 @@ def decode(packed: Tensor, grad: Tensor, table: DeviceTable) -> Tensor:
 
     packed   (table.packed_bytes(n),) uint8 from `encode`
     grad     (*) of n elements, contiguous
-    table    the one that encoded; the product is of its levels' dtype, then rounded once to grad's
+    table    the table that encoded; products have its levels' dtype and are rounded once to grad's
     Returns  (*), of grad's shape and dtype
     """
     n, bits, levels = grad.numel(), table.bits, table.levels
@@ -106,9 +106,9 @@ def values(packed: Tensor, n: int, table: DeviceTable, dtype: torch.dtype) -> Te
 
 
 def _code(x: Tensor, table: DeviceTable) -> Tensor:
-    """Code of each x, uint8: the last interval's, plus the differences of the codes, modulo 256, at all thresholds >= x.
+    """Code of each x, uint8: the last interval's code plus the differences of codes, modulo 256, at all thresholds >= x.
 
-    A NaN is below no threshold and so takes the last interval's code.
+    A NaN is below no threshold, so it takes the last interval's code.
     """
     code = table.codes[-1].expand(x.shape).clone()
     for threshold, difference in zip(table.thresholds, table.codes[:-1] - table.codes[1:], strict=True):

@@ -1,4 +1,4 @@
-"""The Triton programs for rows and channels, their sums and the backward of norms; `fewbit.kernels.layers_cuda` calls them."""
+"""The Triton programs for sums of rows and channels, and for the backward of norms. `fewbit.kernels.layers_cuda` calls them."""
 
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
 
@@ -49,9 +49,9 @@ def row_moments(
     count: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """moments (2, rows): the mean, or 0, and 1 / sqrt(mean square + eps) of `count` rows a program.
+    """moments (2, rows): the mean, or 0, and 1 / sqrt(mean square + eps). A program takes `count` rows.
 
-    inverse, eps  bits of float64: 1 / row_size, and what is added
+    inverse, eps  bits of float64: 1 / row_size, and the eps
     tile          a `fewbit.kernels.layers_cuda.Tile`; dense: rows follow each other in x
     """
     wide: tl.constexpr = moments.dtype.element_ty
@@ -78,7 +78,7 @@ def row_moments(
 
 @triton.jit(do_not_specialize=["channels", "inverse"])
 def inverse_magnitudes(magnitude, inverses, channels, inverse, block: tl.constexpr):
-    """inverses (channels,): 1 / magnitude, of which zeros count as the mean of all."""
+    """inverses (channels,): 1 / magnitude. Zero magnitudes count as the mean of all."""
     wide: tl.constexpr = magnitude.dtype.element_ty
     share = number(inverse, wide)
     lanes = tl.arange(0, SUMS)
@@ -109,7 +109,7 @@ def row_scales(
     count: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """scales (2, rows), of `count` rows a program: `HEADROOM` times the norm of x * inverses (channels,), and 1 by that."""
+    """scales (2, rows): `HEADROOM` times the norm of x * inverses (channels,), and its inverse; `count` rows per program."""
     wide: tl.constexpr = scales.dtype.element_ty
     row = tl.program_id(0) * count + tl.arange(0, count)
     sizes = (rows, row_size, inner, per_row, group, groups)
@@ -127,7 +127,7 @@ def row_scales(
 
 @triton.jit
 def _row_part(x, row, start, sizes, strides, count: tl.constexpr, tile: tl.constexpr):
-    """SUMS elements of (count,) rows from `start` on: (count, SUMS // vector, vector); their channels; and which there are."""
+    """SUMS elements of (count,) rows from `start` on: (count, SUMS // vector, vector), their channels, and which exist."""
     rows, row_size, inner, per_row, group, groups = sizes
     outer_stride, channel_stride, inner_stride = strides
     along = tl.arange(0, tile.vector)[None, None, :]
@@ -147,7 +147,7 @@ def _row_part(x, row, start, sizes, strides, count: tl.constexpr, tile: tl.const
 
 @triton.jit
 def _places_of_row(row, k, inner, per_row, group, groups, tile: tl.constexpr):
-    """(outer, channel, inner) of the elements number k of rows."""
+    """(outer, channel, inner) of element number k of each row."""
     outer = (row // groups) * per_row
     if not tile.whole_rows:
         part = k // (group * inner)
@@ -192,11 +192,12 @@ def rows_backward(
     size: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """Backward of a norm along rows; `count` rows at a time, `size` elements of each, which are all of them if `single`.
+    """Backward of a norm along rows: `count` rows and `size` of their elements at a time, which are all if `single`.
 
-    parts  (programs, by_weight + by_bias, channels): what a program's rows add to these gradients; single ones of all channels
+    parts  (programs, by_weight + by_bias, channels): the sums of a program's rows for these gradients; `single` programs write
+           all channels
 
-    Rows that lie in different lanes of the same words are taken one after another, so that the bytes are read once.
+    Rows in different lanes of the same words are processed one after another, so that the bytes are read once.
     """
     index: tl.constexpr = tl.int64 if tile.big else tl.int32
     wide: tl.constexpr = vectors.dtype.element_ty
@@ -205,7 +206,7 @@ def rows_backward(
     sizes = (channels, inner, per_row, group, groups)
     strides = (outer_stride, channel_stride, inner_stride)
     table = _load_scalars(levels, 1 << bits if bits <= 2 else 0)
-    slots = (rows + LANES - 1) // LANES  # rows of a lane
+    slots = (rows + LANES - 1) // LANES  # rows per lane
     to_weight = tl.full([count, size // tile.vector, tile.vector], 0, wide)
     to_bias = tl.full([count, size // tile.vector, tile.vector], 0, wide)
     for turn in tl.range(tl.program_id(0) * count, slots * LANES, tl.num_programs(0) * count):
@@ -266,7 +267,7 @@ def _row_backward(
     tile: tl.constexpr,
     index: tl.constexpr,
 ):
-    """From `start` on in rows: grad, grad * weight, the rebuilt values, the numbers of the elements, and which there are."""
+    """From `start` on in rows: grad, grad * weight, the rebuilt values, the numbers of the elements, and which exist."""
     packed, grad, _, levels, vectors, _, weight = tensors
     rows, row_size, words, _, eps = numbers
     channels, inner, per_row, group, groups = sizes
@@ -303,7 +304,7 @@ def _row_backward(
 
 @triton.jit
 def _sum_of_row(values):
-    """(count, 1, 1) of (count, groups, vector)."""
+    """The sums (count, 1, 1) of (count, groups, vector)."""
     return tl.sum(tl.sum(values, 2), 1)[:, None, None]
 
 
@@ -339,11 +340,11 @@ def channel_sums(
     size: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """parts (programs[1], 3, channels): sums of grad * the rebuilt values, of grad and of these values over some of the places.
+    """parts (programs[1], 3, channels): sums over some places of grad * the rebuilt values, of grad, and of the rebuilt values.
 
-    count  groups of places, or places where groups lie along channels, at a time
-    size   channels of a program: 1 where groups lie along places
-    scale  (rows,), of which with an eps the unit is meant
+    count  groups of places at a time; places, if groups lie along channels
+    size   channels of a program; 1 if groups lie along places
+    scale  (rows,); with an eps its unit is used instead
     """
     index: tl.constexpr = tl.int64 if tile.big else tl.int32
     wide: tl.constexpr = vectors.dtype.element_ty
@@ -388,7 +389,7 @@ def channel_sums(
 
 @triton.jit
 def _over_places(values, tile: tl.constexpr):
-    """(1, groups, vector) of the channels of (count, groups, vector); (1, 1, 1) where groups lie along places."""
+    """Sums by channel, (1, groups, vector), of (count, groups, vector); (1, 1, 1) if groups lie along places."""
     total = tl.sum(values, 0, keep_dims=True)
     if not tile.along_channels:
         total = tl.sum(total, 2, keep_dims=True)
@@ -397,17 +398,17 @@ def _over_places(values, tile: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "size"])
 def add_parts(parts, sums, count, size, block: tl.constexpr):
-    """sums (size,) of the parts (count, size)."""
+    """sums (size,) over the parts (count, size)."""
     i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     tl.store(sums + i, _added(parts, i, count, size, size, block), mask=i < size)
 
 
 @triton.jit(do_not_specialize=["count", "channels", "inverse"])
 def batch_norm_sums(parts, sums, means, count, channels, inverse, block: tl.constexpr):
-    """sums (2, channels) of grad * v and of grad from the parts (count, 3, channels) of `channel_sums`; v: the rebuilt values.
+    """sums (2, channels) of grad * v and of grad, from the parts (count, 3, channels) of `channel_sums`. v: the rebuilt values.
 
-    means    (3, channels) of grad * v, grad and v, and then v is taken about its mean; or None
-    inverse  of the number of places; the bits of a float64
+    means    (3, channels), to be filled with the means of grad * v, grad and v; v is then centered; or None
+    inverse  1 / number of places; the bits of a float64
     """
     i = (tl.program_id(0) * block + tl.arange(0, block))[None, :]
     by_value = _added(parts, i, count, channels, 3 * channels, block)
@@ -425,7 +426,7 @@ def batch_norm_sums(parts, sums, means, count, channels, inverse, block: tl.cons
 
 @triton.jit
 def _added(parts, i, count, size, stride, block: tl.constexpr):
-    """The sums (1, block) of numbers i, below size, of the parts."""
+    """The sums (1, block) over the parts of elements i, which are below size."""
     total = tl.full([32, block], 0, parts.dtype.element_ty)
     for start in tl.range(0, count, 32):
         part = start + tl.arange(0, 32)[:, None]

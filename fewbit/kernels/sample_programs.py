@@ -1,8 +1,8 @@
-"""The Triton programs that look at a sample of the input; `fewbit.kernels.layers_cuda` calls them.
+"""The Triton programs that read a sample of the input. `fewbit.kernels.layers_cuda` calls them.
 
-A program goes through the sample of its channels in tiles (channels, 16): element number k is in lane k % 16 of tile k // 16.
-Sums add the tiles in their order, then the lanes in pairs. Each sum is a loop that reads the sample anew, from the second one
-on out of caches; a few of its turns are unrolled, for as many loads to be under way at once. (All of them unrolled, with the
+A program goes through the sample of its channels in tiles (channels, 16). Element number k is in lane k % 16 of tile k // 16.
+Sums add the tiles in order, then the lanes in pairs. Each sum is a loop that reads the sample again; from the second sum on it
+comes from caches. A few turns of the loop are unrolled, so that several loads run at once. (With all turns unrolled and the
 sample in registers, Triton takes minutes to compile.)
 """
 
@@ -65,8 +65,8 @@ def magnitudes(
 def tell_rung(x, packed, last, size, apart, rest, bounds: tl.constexpr, middle: tl.constexpr, double: tl.constexpr):
     """Write the rung of a ladder that x takes to byte `last`, as `fewbit.kernels.reference` specifies; one program.
 
-    x       in packed order, of which `size` elements are looked at: number k * apart + k * rest // size
-    bounds  of the fourth moments of neighbouring rungs; `middle`: the rung where all is 0
+    x       in packed order; `size` of its elements are read: number k * apart + k * rest // size
+    bounds  bounds between the fourth moments of neighbouring rungs; `middle`: the rung if all elements are 0
     """
     wide: tl.constexpr = tl.float64 if double else tl.float32
     total = tl.full([1, SIDE], 0, wide)
@@ -84,7 +84,7 @@ def tell_rung(x, packed, last, size, apart, rest, bounds: tl.constexpr, middle: 
 
 @triton.jit
 def _sample_tile(x, channel, start, sizes, strides, wide: tl.constexpr, big: tl.constexpr):
-    """The sample from `start` on, in which what is not finite is 0; the outer places of its elements; and which there are."""
+    """The sample from `start` on, with 0 for numbers that are not finite; the outer indices of its elements; which exist."""
     channels, sampled, apart, rest, inner = sizes
     outer_stride, channel_stride, inner_stride = strides
     k = start + tl.arange(0, SIDE)[None, :]
@@ -113,7 +113,7 @@ def _first_tile(
     wide: tl.constexpr,
     big: tl.constexpr,
 ):
-    """u and the weights of its rows from `start` on, both 0 where they are not finite or there is nothing; what there is."""
+    """u and the weights of its rows from `start` on, both 0 for numbers that are not finite or missing; and which exist."""
     per_row, group, groups = rows
     v, outer, inside = _sample_tile(x, channel, start, sizes, strides, wide, big)
     row = row_of(outer, channel[:, None], per_row, group, groups)
@@ -174,14 +174,14 @@ def standardize(
     block: tl.constexpr,
     big: tl.constexpr,
 ):
-    """As `fewbit.kernels.layers_reference.standardize`; `block` channels a program.
+    """`fewbit.kernels.layers_reference.standardize`. A program takes `block` channels.
 
     apart, rest             number k of the sample is place k * apart + k * rest // sampled
-    inverse, usual, doubt, eps  bits of float64: 1 / sampled; the spread of channels of which nothing is known; the share of the
-                            square of the mean size by which a mean may be off; see `fewbit.kernels.layers_reference.First`
-    bounds, results         of `fewbit.kernels.layers_cuda.SampleTable`; middles, edges, ends likewise
-    by_sign                 whether y = 0 is to lie on a threshold, of which there are two or more
-    has_others, is_partial  whether channels have more than one place, and more than the sample has
+    inverse, usual, doubt, eps  bits of float64: 1 / sampled; the spread of channels about which nothing is known; the share of
+                            the squared mean size by which a mean may be off; see `fewbit.kernels.layers_reference.First`
+    bounds, results         those of `fewbit.kernels.layers_cuda.SampleTable`, as are middles, edges and ends
+    by_sign                 whether y = 0 lies on a threshold; there are then at least two thresholds
+    has_others, is_partial  whether channels have more than one place, and more places than the sample
     where                   a `fewbit.kernels.layers_reference.Vectors`
     """
     wide: tl.constexpr = coding.dtype.element_ty
@@ -307,7 +307,7 @@ def _larger(a, b):
 
 @triton.jit
 def _with_zero_on_a_threshold(center, spread, w, b, bias, weight, middles, edges, ends, depth: tl.constexpr):
-    """As the function of that name in `fewbit.kernels.layers_reference`."""
+    """See the function of that name in `fewbit.kernels.layers_reference`."""
     factor, offset = spread, center
     if weight is not None:
         factor, offset = spread * w, center * w
@@ -337,7 +337,7 @@ def _with_zero_on_a_threshold(center, spread, w, b, bias, weight, middles, edges
 
 @triton.jit
 def next_after(a):
-    """The next number above; of infinity and NaN themselves."""
+    """The next larger number. Infinity and NaN stay as they are."""
     whole: tl.constexpr = tl.int64 if a.dtype == tl.float64 else tl.int32
     bits = a.to(whole, bitcast=True)
     following = tl.where(a > 0, bits + 1, tl.where(a < 0, bits - 1, 1)).to(a.dtype, bitcast=True)
@@ -346,7 +346,7 @@ def next_after(a):
 
 @triton.jit
 def looked_up(z, bounds, results, depth: tl.constexpr):
-    """The result (2**depth,) of the interval of each z, which ends at one of the bounds (2**depth - 1,); NaN is above all."""
+    """The entry of results (2**depth,) for the interval of each z between bounds (2**depth - 1,). NaN is above all bounds."""
     at = tl.full(z.shape, 0, tl.int32)
     for level in tl.static_range(depth):
         half = 1 << (depth - 1 - level)

@@ -1,11 +1,12 @@
-"""Spans of a layer's elements in packed order, as the CPU kernels for layers work on them: read, rebuilt, written.
+"""Spans of a layer's elements in packed order. The CPU kernels for layers read, rebuild and write spans.
 
-A span lies in scratch memory, in float32 or float64 ("wide"), whatever the dtype and the strides of the tensor it is read from,
-so that all that is computed of it are loops over short, contiguous arrays. Segments of it share a row and, where inner > 1, a
-channel: what belongs to these is then a number, or, for the channels along a segment, another contiguous array.
+A span is in scratch memory, in float32 or float64 (called wide), for any dtype and strides of the tensor from which it is read.
+All computations on it are loops over short, contiguous arrays. The elements of a segment of a span share a row and, if inner >
+1, a channel. Numbers of rows and channels are then constant along the segment. If inner is 1, numbers of channels along a
+segment are another contiguous array.
 
     grid   (channels, inner, per_row, groups, channels of a group), see `fewbit.kernels.grid`
-    view   (address, strides of outer, channels and inner in elements, kind, whether it is contiguous) of a tensor
+    view   (address, strides of outer, channels and inner in elements, kind, whether it is contiguous) for a tensor
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def view_of(block):
 
 @_inlined
 def of_channels(address, channels, repeat, memory, like):
-    """The numbers at the address, (channels // repeat,) of like's dtype, each repeated; none for address 0.
+    """The numbers at the address, (channels // repeat,) of like's dtype, each repeated. Address 0 gives an empty array.
 
-    memory  an address where there is room for the repeated ones
+    memory  an address with room for the repeated numbers
     """
     given = _array(pointer(address), channels // repeat if address else 0, like.dtype)
     if repeat == 1 or address == 0:
@@ -53,7 +54,7 @@ def of_channels(address, channels, repeat, memory, like):
 
 @_inlined
 def segment(place, grid):
-    """Of an element, by its number: its three indices, its row, and how many elements from there on are one segment."""
+    """For the element with this number: its three indices, its row, and the number of elements from there in one segment."""
     channels, inner, per_row, groups, per_group = grid
     line, within = (place // inner, place % inner) if inner > 1 else (place, 0)
     outer, channel = line // channels, line % channels
@@ -68,7 +69,7 @@ def segment(place, grid):
 
 @_inlined
 def stretches(row, grid):
-    """Where the elements of a row begin in packed order, in how many stretches of which size, how far apart these begin."""
+    """The place in packed order where the elements of a row begin, and the number, size and distance of their stretches."""
     channels, inner, per_row, groups, per_group = grid
     outer, group = row // groups * per_row, row % groups
     begin = (outer * channels + group * per_group) * inner
@@ -79,7 +80,7 @@ def stretches(row, grid):
 
 @_inlined
 def load(view, grid, begin, out):
-    """Read the elements from number `begin` on, as many as `out` holds."""
+    """Read elements from number `begin` on into `out`, until it is full."""
     address, outer_stride, channel_stride, inner_stride, kind, in_order = view
     if in_order:
         load_run(address, begin, 1, kind, out)
@@ -95,7 +96,7 @@ def load(view, grid, begin, out):
 
 @_inlined
 def load_run(address, offset, stride, kind, out):
-    """Read elements of one stride, the first of them at that offset from the address."""
+    """Read elements with one stride. The first is at that offset from the address."""
     if kind == 0:
         _widen_all(_array(pointer(address + out.itemsize * offset), out.size, out.dtype), stride, out)
     elif kind == 1:
@@ -128,7 +129,7 @@ def store(values, address, begin, kind):
 
 @_inlined
 def copy(values, out):
-    """As `out[:] = values`, for which numba may allocate memory."""
+    """out[:] = values, written as a loop because numba may allocate memory for the assignment."""
     for i in range(np.uintp(values.size)):
         out[i] = values[i]
 
@@ -141,7 +142,7 @@ def _narrow_all(values, out):
 
 @_inlined
 def store_clamped(values, largest, address, begin, kind):
-    """The same of values brought to the range from -largest to largest."""
+    """The same, with values clamped to the range from -largest to largest."""
     if kind == 0:
         _copy_clamped(values, largest, _array(pointer(address + values.itemsize * begin), values.size, values.dtype))
     elif kind == 1:
@@ -169,9 +170,11 @@ def _narrow_clamped(values, largest, out):
 
 @_inlined
 def decode_levels(packed, words, bits, begin, levels, codes, ones, out):
-    """The levels of the elements from number `begin` on; codes: scratch of int32, ones: of ones, both as long as `out`.
+    """The levels of the elements from number `begin` on, written into `out`.
 
     levels  (2**bits,), repeated up to 16
+    codes   int32 scratch memory, as long as `out`
+    ones    ones, as many as `out` holds
     """
     at = 0
     while at < out.size:
@@ -194,7 +197,7 @@ def decode_levels(packed, words, bits, begin, levels, codes, ones, out):
 
 @_inlined
 def unit(scale, eps, constants):
-    """As `layers_reference.unit`, of one row; constants: 1 and `SMALLEST_UNIT`, of the scale's type."""
+    """`layers_reference.unit` for one row. constants: 1 and `SMALLEST_UNIT`, of the scale's type."""
     one, smallest = constants
     share = one - (eps * scale) * scale
     if share > 0.5:
@@ -204,7 +207,8 @@ def unit(scale, eps, constants):
 
 @_inlined
 def rebuild(values, begin, grid, factor, offset, move, shift, row, eps, has_eps):
-    """Levels in place to (level * factor + offset + move) * row + shift, as in `layers_reference`; arrays may be empty."""
+    """Turn levels in place into (level * factor + offset + move) * row + shift, as in `layers_reference`. Arrays may be
+    empty."""
     number = values.dtype.type
     at = 0
     while at < values.size:
@@ -260,14 +264,14 @@ def _add_number(values, number):
 
 @_inlined
 def multiply(values, others):
-    """In place, each by its own."""
+    """Multiply values in place, element by element."""
     for i in range(np.uintp(values.size)):
         values[i] *= others[i]
 
 
 @_inlined
 def multiply_channels(values, begin, grid, factor):
-    """Each element times its channel's factor, in place."""
+    """Multiply each element in place by its channel's factor."""
     at = 0
     while at < values.size:
         _, channel, _, _, size = segment(begin + at, grid)
@@ -281,7 +285,7 @@ def multiply_channels(values, begin, grid, factor):
 
 @_inlined
 def drop_what_is_lost(values):
-    """0 for what is not finite."""
+    """Set numbers that are not finite to 0, in place."""
     zero = values.dtype.type(0)
     for i in range(np.uintp(values.size)):
         values[i] = values[i] if values[i] - values[i] == 0 else zero

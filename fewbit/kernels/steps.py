@@ -13,7 +13,7 @@ Tensor = torch.Tensor
 class Steps:
     """The order in which a direction takes its steps.
 
-    sizes      how many sequences each step has, never more than the one before
+    sizes      number of sequences in each step, never more than in the previous step
     backwards  whether the last step is taken first
     """
 
@@ -25,12 +25,12 @@ class Steps:
         return range(len(self.sizes))[:: -1 if self.backwards else 1]
 
     def previous(self, step: int) -> int | None:
-        """The step that is taken before this one; None for the first."""
+        """The step that is taken before this one; None for the first step."""
         found = step + 1 if self.backwards else step - 1
         return found if 0 <= found < len(self.sizes) else None
 
     def before(self, first: Tensor, values: Tensor | None) -> Tensor:
-        """For each row the value of its sequence one step before: first (sequences, n), values (rows, n) -> (rows, n)."""
+        """For each row, the value of its sequence one step earlier: first (sequences, n), values (rows, n) -> (rows, n)."""
         if values is None or len(self.sizes) == 1:
             return first
         if self.sizes[0] == self.sizes[-1]:
@@ -44,5 +44,5 @@ class Steps:
 
 
 def grown(state: Tensor, first: Tensor, size: int) -> Tensor:
-    """The state of that many sequences; sequences that start at this step take it from `first`."""
+    """The state extended to `size` sequences. Sequences that start at this step take their state from `first`."""
     return state[:size] if len(state) >= size else torch.cat([state, first[len(state) : size]])

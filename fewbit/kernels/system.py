@@ -1,4 +1,4 @@
-"""What the CPU backend asks of the operating system: torch's own threads, and huge pages."""
+"""System services for the CPU backend: torch's own threads, scratch memory, and huge pages."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 
 from fewbit.kernels import loops
 
-_GRAIN = 1 << 15  # elements a thread at least, as in torch
-_HUGE = 1 << 25  # bytes from which on glibc maps memory anew for each tensor, of whose faults most of the time goes
+_GRAIN = 1 << 15  # least elements per thread, as in torch
+_HUGE = 1 << 25  # from this many bytes on, glibc maps new memory for each tensor, and page faults take most of the time
 
 
 _KEPT = 1 << 17  # bytes of scratch memory that each thread keeps for small calls
@@ -26,7 +26,7 @@ _of_thread = threading.local()
 
 
 def _own_scratch() -> int:
-    """The address of this thread's own memory: no other call on it begins before a small one, which keeps the GIL, ends."""
+    """The address of this thread's own scratch memory. Small calls keep the GIL, so no other call uses it before one ends."""
     try:
         return _of_thread.address
     except AttributeError:
@@ -36,21 +36,21 @@ def _own_scratch() -> int:
 
 
 class Kernel:
-    """A compiled function of the address of a block, which any number of threads may call at once on the same block.
+    """A compiled function that takes the address of a block. Any number of threads may call it at once on the same block.
 
     scratch  bytes of memory that each thread needs for each word of a chunk
     """
 
     def __init__(self, compiled: Any, scratch: int):
-        self.compiled, self.scratch = compiled, scratch  # compiled owns the machine code
+        self.compiled, self.scratch = compiled, scratch  # `compiled` owns the machine code
         self.address = compiled.address
-        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # which releases the GIL
-        self.call_at_once = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # keeps it, for little work
+        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # releases the GIL
+        self.call_at_once = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(compiled.address)  # keeps the GIL, for little work
 
     def run(self, block: Any, n: int) -> None:
         """Run on a block of `fewbit.kernels.loops` for n elements, in as many threads as torch would use.
 
-        Raises RuntimeError where the kernel did not do all of its work: what it was to write is then not there.
+        Raises RuntimeError if the kernel did not do all of its work; its results are then incomplete.
         """
         words = block.words
         self._start(block, n, -(-words // loops.CHUNK), min(loops.CHUNK, words) * self.scratch)
@@ -58,7 +58,7 @@ class Kernel:
             raise RuntimeError(f"a kernel of fewbit did {block.done} of {words} words; run it again")
 
     def share(self, block: Any, n: int, pieces: int, scratch: int) -> None:
-        """As `run`, for kernels whose work is counted in pieces, and which need that many bytes of memory for each thread."""
+        """Like `run`, for kernels whose work is counted in pieces. Each thread gets `scratch` bytes of memory."""
         self._start(block, n, pieces, scratch)
         if block.done != pieces:
             raise RuntimeError(f"a kernel of fewbit did {block.done} of {pieces} pieces; run it again")
@@ -78,14 +78,14 @@ class Kernel:
         elif threads < 2:
             self.call(argument)
         elif (parallel := _openmp()) is not None:
-            parallel(self.address, argument, threads, 0)  # all of them: a smaller team would end the threads left over
+            parallel(self.address, argument, threads, 0)  # all threads: a smaller team would end the others
         else:
             self._run_in_pool(argument, min(threads, n // _GRAIN))
 
     def _run_in_pool(self, argument: Any, threads: int) -> None:
         others: list[Future] = []
         try:
-            with contextlib.suppress(RuntimeError):  # no more threads can be started: those there are do the work
+            with contextlib.suppress(RuntimeError):  # if no more threads can be started, those that run do the work
                 others.extend(_pool(os.getpid()).submit(self.call, argument) for _ in range(threads - 1))
             self.call(argument)
         finally:  # the block holds addresses of the caller's memory
@@ -94,13 +94,13 @@ class Kernel:
 
 @cache
 def _openmp() -> Callable[..., None] | None:
-    """GOMP_parallel(function, argument, threads, flags) of the OpenMP runtime that torch itself runs on, if it has one.
+    """GOMP_parallel(function, argument, threads, flags) of torch's own OpenMP runtime, if it has one.
 
-    Threads of our own would contend for the cores with torch's, which spin on for a while after each operation.
+    Other threads would compete for the cores with torch's threads, which spin for a while after each operation.
     """
     for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
         try:
-            parallel = ctypes.CDLL(str(library)).GOMP_parallel  # looked up in what torch is linked with
+            parallel = ctypes.CDLL(str(library)).GOMP_parallel  # the lookup includes the libraries that torch is linked with
         except (OSError, AttributeError):
             continue
         parallel.restype, parallel.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
@@ -110,16 +110,16 @@ def _openmp() -> Callable[..., None] | None:
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process, where there is no OpenMP: a forked child has none of its parent's and makes its own."""
+    """Threads of this process, for use without OpenMP. A forked child does not have its parent's threads and makes its own."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fewbit")
 
 
 def in_huge_pages(empty: torch.Tensor) -> torch.Tensor:
-    """A new tensor; where it is large, in huge pages if the system has them: each fault then maps 512 times as much."""
+    """A new tensor. If it is large and the system has huge pages, it is put there: each fault then maps 512 times as much."""
     size = empty.nbytes
     if size >= _HUGE and (advise := _madvise()) is not None:
         begin = -(-empty.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        advise(begin, size - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)  # advice: whether it is taken does not matter
+        advise(begin, size - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)  # the system may ignore this
     return empty
 
 

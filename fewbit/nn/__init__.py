@@ -1,9 +1,9 @@
-"""The module drop-ins: torch's classes and constructors, plus `bits` and its kin.
+"""Modules that replace torch's: the same classes and constructors, plus `bits` and related arguments.
 
-`fewbit.GELU(approximate="tanh", bits=3)` and its siblings, one for every activation in the registry; `fewbit.Linear`,
-convolutions, norms and gated units; dropout, pooling and padding, whose codes lose nothing and take no `bits`. Each is a
-subclass of torch's own module, where there is one, with the same parameters and buffers, so that `state_dict` keys stay the
-same.
+Every activation in the registry has a module, such as `fewbit.GELU(approximate="tanh", bits=3)`. Linear layers, convolutions,
+norms, gated units and recurrent layers have modules too. So have dropout, pooling and padding; their codes are exact and take
+no `bits`. If torch has a module of the same name, fewbit's is a subclass of it with the same parameters and buffers, so
+`state_dict` keys stay the same.
 """
 
 from __future__ import annotations

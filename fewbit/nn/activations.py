@@ -1,6 +1,6 @@
 """The modules of activations: torch's classes and constructors, plus `bits`, `table`, `shared` and `inplace`.
 
-Made from the registry when first asked for. They hold no parameters or buffers beyond torch's.
+They are made from the registry on first use. They have no parameters or buffers beyond torch's.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Tensor = torch.Tensor
 class CodedActivation(Coded):
     """Base of the modules of activations.
 
-    bits   of one code, or None for the table's, or else 3
-    table  the CodeTable given, or None for the ladder of its bits
+    bits    bits of one code; None for the table's bits, or 3 without a table
+    table   the CodeTable given; None for the ladder of these bits
     shared  whether coded layers that read the output keep the same code
     """
 
-    name: ClassVar[str]  # of the activation in the registry
-    coded_kind: ClassVar[str] = "activation"  # of what it keeps, one of fewbit.constants.KINDS
+    name: ClassVar[str]  # name of the activation in the registry
+    coded_kind: ClassVar[str] = "activation"  # kind of what it keeps, one of fewbit.constants.KINDS
     _of_torch: bool  # whether torch has a module of this name, whose constructor takes torch's arguments
-    _taken: tuple[str, ...]  # names of the attributes, arguments of the constructor, that the record depends on
+    _taken: tuple[str, ...]  # names of the constructor arguments that the record depends on; they are attributes too
     bits: int | None
     table: CodeTable | None
     shared: bool
@@ -50,22 +50,22 @@ class CodedActivation(Coded):
 
     @property
     def table_channels(self) -> tuple[str, ...]:
-        """Those of its table: "derivative", and "value" where others read the same code."""
+        """The channels of its table: "derivative", and also "value" if layers share the code."""
         joint = self.shared or (self.table is not None and getattr(self.table, "channels", None) == resolve.JOINT)
         return resolve.JOINT if joint else ("derivative",)
 
     def record(self) -> Activation:
-        """The activation's record at this module's parameters, which are torch's attributes (alpha, negative_slope, …)."""
+        """The activation's record for this module's parameters, which are torch's attributes (alpha, negative_slope, …)."""
         return self.record_of(self)
 
     @classmethod
     def record_of(cls, module: torch.nn.Module) -> Activation:
-        """The same at the parameters of a module of torch's own class."""
+        """The record for the parameters of a module of torch's own class."""
         return cls.record_at(cls._values_of(module))
 
     @classmethod
     def record_at(cls, values: dict[str, Any]) -> Activation:
-        """The same at these values of the attributes that it depends on."""
+        """The record for these values of the attributes that it depends on."""
         return bound_record(activations.get(cls.name), values)
 
     @classmethod
@@ -89,7 +89,7 @@ class CodedActivation(Coded):
 
 
 def module(name: str) -> type[CodedActivation] | None:
-    """The class of that name: one for each activation in the registry."""
+    """The module class of that name; None if no activation in the registry has it."""
     for record in map(activations.get, activations.names()):
         if record.module == name:
             return _module_class(record)
@@ -97,13 +97,13 @@ def module(name: str) -> type[CodedActivation] | None:
 
 
 def names() -> list[str]:
-    """The names of all these classes."""
+    """Names of all module classes of activations."""
     return [activations.get(name).module for name in activations.names()]
 
 
 @cache
 def _module_class(record: Activation) -> type[CodedActivation]:
-    """The class `fewbit.nn.Name` for a record: a subclass of torch's class of that name where there is one."""
+    """The class `fewbit.nn.Name` for a record: a subclass of torch's class of that name, if there is one."""
     torch_class = getattr(torch.nn, record.module, torch.nn.Module) if record.name in activations.BUILT_IN else torch.nn.Module
     arguments = constructor_arguments(record)
     described = f"torch.nn.{record.module}" if torch_class is not torch.nn.Module else f"The module of {record.torch_name}"
@@ -111,7 +111,7 @@ def _module_class(record: Activation) -> type[CodedActivation]:
         "__module__": "fewbit.nn",
         "__qualname__": record.module,
         "__doc__": docstring_of(
-            record, f"{described}: exact forward, backward from codes of a few bits an element.", module=True
+            record, f"{described} with an exact forward. Backward reads codes of a few bits per element.", module=True
         ),
         "__signature__": inspect.Signature(arguments),
         "_taken": tuple(each.name for each in arguments if each.kind is not each.KEYWORD_ONLY and each.name != "inplace"),

@@ -1,4 +1,4 @@
-"""The modules of exact codes: torch's classes and constructors, which keep less for backward and lose nothing."""
+"""Modules with exact codes: torch's classes and constructors. They keep less for backward, and gradients stay exact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ExactlyCoded(Coded):
 
 
 class Dropout(ExactlyCoded, nn.Dropout):
-    """torch.nn.Dropout, which keeps one bit an element."""
+    """torch.nn.Dropout, which keeps one bit per element."""
 
     def forward(self, input: Tensor) -> Tensor:
         return FUNCTIONS["dropout"].quietly(input, self.p, self.training, self.inplace)

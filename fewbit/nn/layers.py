@@ -1,4 +1,4 @@
-"""The modules of layers: torch's classes and constructors, plus what fewbit's functions take: `bits`, `table`, `rounding`."""
+"""The modules of layers: torch's classes and constructors, plus `bits`, `table` and `rounding`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Tensor = torch.Tensor
 class CodedLayer(Coded):
     """Base of all these modules.
 
-    bits      of one code, or None for the table's, or else 4
-    table     the CodeTable given, or None for the optimal one
+    bits      bits of one code; None for the table's bits, or 4 without a table
+    table     the CodeTable given; None for the optimal one
     rounding  "nearest" or "stochastic"
     """
 
     bits: int | None
     table: CodeTable | None
     rounding: str
-    coded_kind: ClassVar[str]  # of what it keeps, one of fewbit.constants.KINDS
+    coded_kind: ClassVar[str]  # kind of what it keeps, one of fewbit.constants.KINDS
     gate: str | None = None  # the activation that its table is for
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -41,7 +41,7 @@ class CodedLayer(Coded):
         layers.check_code(type(self).__name__, code, self.gate)
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Show torch's arguments and then ours as those of the constructor, if it is this one."""
+        """Give the class a signature: torch's arguments (or those of its own constructor), then ours."""
         super().__init_subclass__(**keywords)
         if "__init__" in vars(cls):
             own = inspect.signature(vars(cls)["__init__"].__get__(object())).parameters.values()
@@ -56,7 +56,7 @@ class CodedLayer(Coded):
 
     @property
     def code(self) -> Code:
-        """What its function takes besides torch's own arguments."""
+        """The arguments that its function takes besides torch's."""
         return Code(self.bits, self.table, self.rounding, by_name=False)
 
     def extra_repr(self) -> str:
@@ -66,7 +66,7 @@ class CodedLayer(Coded):
 
 
 class Linear(CodedLayer, nn.Linear):
-    """torch.nn.Linear; the weight's gradient is made from codes of the input."""
+    """torch.nn.Linear. The weight's gradient comes from codes of the input."""
 
     coded_kind = layers.linear.kind
 
@@ -86,15 +86,15 @@ class _Convolution(CodedLayer):
 
 
 class Conv1d(_Convolution, nn.Conv1d):
-    """torch.nn.Conv1d; the weight's gradient is made from codes of the input."""
+    """torch.nn.Conv1d. The weight's gradient comes from codes of the input."""
 
 
 class Conv2d(_Convolution, nn.Conv2d):
-    """torch.nn.Conv2d; the weight's gradient is made from codes of the input."""
+    """torch.nn.Conv2d. The weight's gradient comes from codes of the input."""
 
 
 class Conv3d(_Convolution, nn.Conv3d):
-    """torch.nn.Conv3d; the weight's gradient is made from codes of the input."""
+    """torch.nn.Conv3d. The weight's gradient comes from codes of the input."""
 
 
 class _TransposedConvolution(CodedLayer):
@@ -111,15 +111,15 @@ class _TransposedConvolution(CodedLayer):
 
 
 class ConvTranspose1d(_TransposedConvolution, nn.ConvTranspose1d):
-    """torch.nn.ConvTranspose1d; the weight's gradient is made from codes of the input."""
+    """torch.nn.ConvTranspose1d. The weight's gradient comes from codes of the input."""
 
 
 class ConvTranspose2d(_TransposedConvolution, nn.ConvTranspose2d):
-    """torch.nn.ConvTranspose2d; the weight's gradient is made from codes of the input."""
+    """torch.nn.ConvTranspose2d. The weight's gradient comes from codes of the input."""
 
 
 class ConvTranspose3d(_TransposedConvolution, nn.ConvTranspose3d):
-    """torch.nn.ConvTranspose3d; the weight's gradient is made from codes of the input."""
+    """torch.nn.ConvTranspose3d. The weight's gradient comes from codes of the input."""
 
 
 class LayerNorm(CodedLayer, nn.LayerNorm):
@@ -153,11 +153,11 @@ class _BatchNorm(CodedLayer):
     coded_kind = layers.batch_norm.kind
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor):  # such as a proxy: a trace would leave out the state that changes, too
+        if not isinstance(input, Tensor):  # such as a proxy, whose trace would also leave out the changes of state
             raise InputError(not_codable("batch_norm", input))
         self._check_input_dim(input)
         averages = self.momentum is None and self.training and self.track_running_stats
-        if averages and dynamo_is_loaded():  # compiled, it would be compiled anew for each number of batches
+        if averages and dynamo_is_loaded():  # the compiler would compile it anew for each number of batches
             forward: Any = torch.compiler.disable(_BatchNorm._forward)
             return forward(self, input)
         return self._forward(input)
@@ -187,7 +187,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 
 
 class GLU(CodedLayer, nn.GLU):
-    """torch.nn.GLU, from codes of both halves of its input."""
+    """torch.nn.GLU, with codes of both halves of its input."""
 
     coded_kind = layers.glu.kind
     gate = layers.glu.gate
@@ -197,7 +197,7 @@ class GLU(CodedLayer, nn.GLU):
 
 
 class SwiGLU(CodedLayer):
-    """silu(gate) * up, from codes of both; see `fewbit.functional.swiglu`."""
+    """silu(gate) * up, with codes of both; see `fewbit.functional.swiglu`."""
 
     coded_kind = layers.swiglu.kind
     gate = layers.swiglu.gate
@@ -207,7 +207,7 @@ class SwiGLU(CodedLayer):
 
 
 class GEGLU(CodedLayer):
-    """gelu(gate) * up, from codes of both; see `fewbit.functional.geglu`."""
+    """gelu(gate) * up, with codes of both; see `fewbit.functional.geglu`."""
 
     coded_kind = layers.geglu.kind
 
@@ -224,7 +224,7 @@ class GEGLU(CodedLayer):
 
 
 class ReGLU(CodedLayer):
-    """relu(gate) * up, from codes of both; see `fewbit.functional.reglu`."""
+    """relu(gate) * up, with codes of both; see `fewbit.functional.reglu`."""
 
     coded_kind = layers.reglu.kind
     gate = layers.reglu.gate

@@ -19,7 +19,7 @@ _FUNCTIONS = {getattr(torch, name): layers.FUNCTIONS[name] for mode in KINDS for
 
 
 class _WithCodes(TorchFunctionMode):
-    """Lets torch's own forward call fewbit's operation where it calls torch's. states: whether it is called with some."""
+    """Makes torch's own forward call fewbit's operation instead of torch's. states: whether the user passes states."""
 
     def __init__(self, code: Code, states: bool):
         super().__init__()
@@ -29,19 +29,19 @@ class _WithCodes(TorchFunctionMode):
         ours = _FUNCTIONS.get(func)
         if ours is None:
             return func(*args, **(kwargs or {}))
-        if not self.states:  # torch has made zeros, which would be kept
+        if not self.states:  # torch has made zeros; they would be kept, so pass None instead
             place = 2 if _is_sizes(args[1]) else 1
             args = (*args[:place], None, *args[place + 1 :])
         return ours.with_code(self.code, *args, **(kwargs or {}))
 
 
 def _is_sizes(argument: Any) -> bool:
-    """Whether it is the sizes of the steps of packed sequences, which come between the input and the states."""
+    """Whether the argument holds the sizes of the steps of packed sequences. These come between the input and the states."""
     return isinstance(argument, torch.Tensor) and not argument.is_floating_point()
 
 
 def _with_codes(forward: Any, code: Code, input: Any, hx: Any) -> Any:
-    """What torch's forward gives where its operation is fewbit's."""
+    """The result of torch's forward, with fewbit's operation in place of torch's."""
     with _WithCodes(code, hx is not None):
         return forward(input, hx)
 
@@ -50,7 +50,7 @@ class _Layers(CodedLayer):
     coded_kind = recurrent.lstm.kind
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        # torch.compile leaves such modules out of its graphs, but would look into what they call
+        # torch.compile leaves such modules out of its graphs, but would trace what they call
         call: Any = torch.compiler.disable(_with_codes) if dynamo_is_loaded() else _with_codes
         return call(super().forward, self.code, input, hx)
 
@@ -65,31 +65,31 @@ class _Cell(CodedLayer):
 
 
 class LSTM(_Layers, nn.LSTM):
-    """torch.nn.LSTM, from codes of what each layer reads and puts out."""
+    """torch.nn.LSTM, with codes of each layer's inputs and outputs."""
 
 
 class GRU(_Layers, nn.GRU):
-    """torch.nn.GRU, from codes of what each layer reads and puts out."""
+    """torch.nn.GRU, with codes of each layer's inputs and outputs."""
 
 
 class RNN(_Layers, nn.RNN):
-    """torch.nn.RNN, from codes of what each layer reads and puts out."""
+    """torch.nn.RNN, with codes of each layer's inputs and outputs."""
 
 
 class LSTMCell(_Cell, nn.LSTMCell):
-    """torch.nn.LSTMCell, from codes of its input, of the outputs and of the cells before it."""
+    """torch.nn.LSTMCell, with codes of its input and of the outputs and cells before the step."""
 
 
 class GRUCell(_Cell, nn.GRUCell):
-    """torch.nn.GRUCell, from codes of its input and of the outputs before it."""
+    """torch.nn.GRUCell, with codes of its input and of the outputs before the step."""
 
 
 class RNNCell(_Cell, nn.RNNCell):
-    """torch.nn.RNNCell, from codes of its input and of the outputs before it."""
+    """torch.nn.RNNCell, with codes of its input and of the outputs before the step."""
 
 
 def _show_arguments(cls: type[_Layers], *left_out: str) -> None:
-    """Show the arguments of the constructor, which torch hides behind *args, but for those that the class does not take."""
+    """Give the class the signature that torch hides behind *args. `left_out` are arguments that the class does not take."""
     own = [*inspect.signature(nn.RNNBase).parameters.values()][1:]
     if cls is RNN:
         own.insert(
