@@ -36,7 +36,7 @@ def peaks() -> dict[str, tuple[float, float, float]]:
 
 
 def losses() -> tuple[list[int], dict[str, list[float]]]:
-    """Steps, and the mean training loss up to each for every label of LINES, over the starts and orders that all labels have."""
+    """Steps, and the mean training loss up to each for every label of LINES, over starts and orders that all labels have."""
     runs = _read("final_loss")["runs"]
     places = set.intersection(*({_place(run) for run in runs if run["label"] == label} for label in LINES))
     chosen = {label: [run["means"] for run in runs if run["label"] == label and _place(run) in places] for label in LINES}
