@@ -16,5 +16,5 @@ EXACT = "exact"  # kind of what exact codes keep; every conversion uses them, an
 CODINGS = ("level", "interval", "uniform")
 WEIGHTS = ("student", "normal", "uniform")
 RUNGS = tuple(2.0**k for k in range(-4, 5))  # standard deviations of pre-activations: a ladder has a table for each
-SHIPPED_BITS = (1, 2, 3, 4)
+SHIPPED_BITS = (1, 2, 3, 4, 5)
 SHIPPED_CODINGS = ("level", "interval")

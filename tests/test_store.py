@@ -156,7 +156,7 @@ def test_quantizers_are_shipped(empty_cache):
 
 @pytest.mark.parametrize(
     "other",
-    [{"bits": 5}, {"balance": 3.0}, {"weight": "student"}, {"coding": "uniform"}, {"channels": ("value", "derivative")}],
+    [{"bits": 6}, {"balance": 3.0}, {"weight": "student"}, {"coding": "uniform"}, {"channels": ("value", "derivative")}],
 )
 def test_joint_tables_that_are_not_shipped_are_designed_and_cached(other, empty_cache):
     request = {"bits": 3, "channels": ("derivative", "value"), **other}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def list_activations() -> None:
-    """List all activations, with the error of their shipped tables at 1 to 4 bits."""
+    """List all activations, with the error of their shipped tables at 1 to 5 bits."""
     from fewbit import activations, terminal
     from fewbit.record import plural
     from fewbit.store import load_table

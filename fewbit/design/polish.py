@@ -38,7 +38,9 @@ def polish(grid: Grid, thresholds: Array, codes: Array, count: int) -> Array:
     if not free.any():
         return thresholds
     s = thresholds.copy()
-    width = np.interp(s, grid.edges[:-1], np.diff(grid.edges))
+    cells = np.diff(grid.edges)
+    at = np.clip(np.searchsorted(grid.edges, s), 1, cells.size - 1)
+    width = np.maximum(cells[at - 1], cells[at])  # how far a step may go: cells beside each other differ much in size
     for _ in range(_STEPS):
         residual, slopes, by_level, moves = _stationarity(grid, s, codes, count, low, high)
         step = _solve(slopes[free], by_level[free], moves[:, free], -residual[free])
