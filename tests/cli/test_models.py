@@ -230,7 +230,7 @@ def test_plan(capsys, models):
     status, out, err = run(capsys, "plan", "some_models:make", "--input", "64,8", "--bits", 4, "--optimizer", "adamw", *files)
     assert (status, err) == (0, "")
     assert out.startswith("converted with bits=4, the ")
-    assert "of the 32.0 KiB of exact" in out
+    assert "of the 32.0 KiB that exact training keeps" in out
     assert out.count("peak of a training step: ") == 2
     assert "optimizer" in out
     figures = json.loads((models / "a.json").read_text())

@@ -148,7 +148,7 @@ def test_a_warning_takes_one_line(capsys, models):
         warnings.simplefilter("default")
         status, out, err = run(capsys, "memory", "some_models:recurrent", "--input", "4,2,8", "--fake")
     assert (status, out.count("workspaces of")) == (0, 1)
-    assert err.startswith("fewbit: warning: More is kept: fake tensors tell no size of the workspaces of")
+    assert err.startswith("fewbit: warning: More is kept than counted: fake tensors do not tell the size of the workspaces of")
     assert err.count("\n") == 1
 
 

@@ -18,7 +18,7 @@ class TestWorkspaces:
         x, name = torch.randn(20, 4, 8), "2" if isinstance(model, nn.Sequential) else "the model itself"
         real = fewbit.memory(model, x)
         assert real.note == ""
-        with pytest.warns(UserWarning, match=f"fake tensors tell no size of the workspaces of {name}"):
+        with pytest.warns(UserWarning, match=f"fake tensors do not tell the size of the workspaces of {name}"):
             report = fewbit.memory(model, x, fake=True)
         assert report.activation_bytes < 0.5 * real.activation_bytes
         assert report.note == report.totals()["note"] != ""
@@ -28,7 +28,7 @@ class TestWorkspaces:
         model, x = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8), nn.LSTM(8, 16)), torch.randn(20, 4, 8)
         report = fewbit.memory(model, x)
         plan = report.plan(bits=4)
-        assert "The converted model itself ran" in plan.how
+        assert "the converted model on real tensors" in plan.how
         assert plan.before_bytes == report.activation_bytes
         fewbit.convert(model, bits=4)
         assert plan.after_bytes == fewbit.memory(model, x).activation_bytes
@@ -55,7 +55,7 @@ class MasksFakes(nn.Module):
         return y
 
 
-@pytest.mark.parametrize(("part", "how"), [(0.0002, "ran on fake tensors"), (0.005, "itself ran")])
+@pytest.mark.parametrize(("part", "how"), [(0.0002, "on fake tensors"), (0.005, "on real tensors")])
 def test_what_models_do_on_fake_tensors_alone_is_held_against_what_the_coded_one_keeps(part, how):
     """Half a hundredth of the exact bytes is more than that of an eighth of them."""
     model, x = MasksFakes(part), torch.randn(64, 16)

@@ -135,7 +135,7 @@ def test_what_pays_only_together():
     found = advice_of(plan)
     assert found["1"][0] == found["2"][0] == "code"
     assert "together with 2 (matrix product)" in found["1"][1]
-    assert found["0"] == ("leave", "reads the model's input, which is there anyway")
+    assert found["0"] == ("leave", "reads the model's input, which stays in memory anyway")
     assert plan.outcome.saved["2"] == ROWS * HIDDEN * 4  # alone left exact, it keeps the tensor and the tanh its code
 
 
@@ -144,7 +144,7 @@ def test_frozen_layers_and_products():
     assert found["1"][0] == "code"
     assert found["2"] == ("leave", "keeps nothing itself that coding could shrink")
     found = advice_of(fewbit.memory(WrittenOut(WIDTH, HIDDEN), batch()).plan(bits={"activation": 3}))
-    assert found[""] == ("leave", "keeps the same bytes coded")
+    assert found[""] == ("leave", "keeps as many bytes when coded")
     assert found["down"] == ("leave", "stays exact with these bits")
 
 
@@ -154,7 +154,7 @@ def test_few_rows_are_not_worth_coding():
     assert advice_of(plan)["1"] == ("leave", "2 (matrix product) keeps that tensor anyway, and codes would add 513 B")
     plan = fewbit.memory(mlp(nn.GELU()), batch(rows=1)).plan(bits={"activation": 4})
     assert not plan.outcome.chosen
-    assert advice_of(plan)["1"][1].startswith("the tensor is small beside its scales and padding: coding would add ")
+    assert advice_of(plan)["1"][1].startswith("the tensor is so small that scales and padding would add ")
 
 
 def test_the_filter_and_what_is_converted_already_are_kept():
@@ -288,7 +288,7 @@ def test_a_model_that_looks_at_numbers_runs_itself():
     model, x = LooksAtNumbers(), batch()
     state = torch.get_rng_state()
     plan = fewbit.memory(model, x).plan(4)
-    assert "The converted model itself ran, since fake tensors do not serve (DataDependent" in plan.how
+    assert "converted model on real tensors, since fake tensors do not serve (DataDependent" in plan.how
     assert plan.after_bytes == fewbit.memory(fewbit.convert(model, 4), x).activation_bytes
     assert torch.equal(state, torch.get_rng_state())
     assert type(fewbit.memory(fewbit.revert(model), x).plan({"activation": 3}).convert().body[1]) is fewbit.GELU
@@ -302,7 +302,7 @@ def test_a_compiled_model_is_planned_as_a_whole():
     model = torch.compile(mlp(nn.GELU()), backend="aot_eager_decomp_partition")
     x = batch()
     plan = fewbit.memory(model, x).plan(bits={"activation": 3})
-    assert "it is compiled" in plan.how
+    assert "the model is compiled" in plan.how
     fewbit.convert(model, bits={"activation": 3})
     assert plan.after_bytes == pytest.approx(fewbit.memory(model, x).activation_bytes, rel=0.01)
     assert plan.best_bytes == plan.after_bytes < plan.before_bytes
