@@ -259,7 +259,7 @@ def test_plan_within_a_budget(capsys, models):
     status, out, err = run(capsys, *given, "--json", "a.json", "--plot", "a.png")
     assert (status, err) == (0, "")
     assert "the peak is " in out
-    assert "plan.convert() does it" in out
+    assert "plan.convert() does this" in out
     assert json.loads((models / "a.json").read_text())["budget"] == 50 * 1024
     status, out, _ = run(capsys, *given, "--html", "a.html")
     assert status == 0
@@ -277,7 +277,7 @@ def test_commands_that_run_the_model_are_reproducible(capsys, models, command):
     given = [command, *VECTOR, "--batches", 3, "--json", "a.json", *(["--choices", "2,4"] if command == "allocate" else [])]
     status, out, err = run(capsys, *given)
     assert (status, err) == (0, "")
-    assert "3 batches of random inputs, seed 0: this is of the model as it stands, on such inputs" in out
+    assert "3 batches of random inputs, seed 0: figures are for the model's present weights and such inputs" in out
     figures = json.loads((models / "a.json").read_text())
     assert figures["notes"][0].startswith("Vector, ")
     run(capsys, *given)
@@ -290,7 +290,7 @@ def test_fidelity_is_that_of_the_library(capsys, models):
     status, out, err = run(capsys, "fidelity", *WORDS, "--batches", 4, "--bits", 3, "--by", "module", "--json", "a.json")
     assert (status, err) == (0, "")
     assert "Words, converted with bits=3" in out
-    assert "loss: what the model returns as `loss`" in out
+    assert "loss: the `loss` of the model's output" in out
     assert "all zeros" not in out
     figures = json.loads((models / "a.json").read_text())
     torch.manual_seed(0)
@@ -319,7 +319,7 @@ def test_conversions_are_saved(capsys, models, command):
     assert "loss: some_models:square" in out
     model = fewbit.load(module().Vector(), "conversion.json")
     assert isinstance(model.act, fewbit.GELU)
-    assert command[0] == "allocate" or "the budget of 1.00 MiB is kept" in out
+    assert command[0] == "allocate" or "the budget of 1.00 MiB is met" in out
 
 
 def test_a_model_that_is_converted_stays_so_unless_bits_are_given(capsys, models):
@@ -332,7 +332,7 @@ def test_integers_are_zeros_unless_their_number_of_values_is_given(capsys, model
     status, out, _ = run(capsys, "fidelity", "some_models:Words", "--input", "8,4:int64", "--batches", 2)
     assert status == 0
     assert "all zeros: input 0; give the number of values, as in 8,128:int64:1000" in out
-    assert "the model returns none, so all its outputs times fixed random numbers" in out
+    assert "the sum of all outputs times fixed random numbers, since the output has no" in out
     assert {int(each.max()) for each in module().seen} == {0}
     module().seen.clear()
     run(capsys, "fidelity", "some_models:Words", "--input", "80,40:int64:10", "--batches", 2)
@@ -400,7 +400,7 @@ def test_on_a_device(capsys, models, device):
         (
             ["plan", "some_models:make", "--input", "2,8", "--fake", "--device", "cuda"],
             2,
-            "--fake tensors are those of the CPU",
+            "--fake runs only on the CPU",
         ),
         (["plan", "some_models:make", "--input", "2,8", "--class", "GPT2"], 2, "--class is for hf:config.json"),
         (["plan", "hf:none.json", "--input", "2"], 1, "none.json: No such file"),
@@ -410,25 +410,33 @@ def test_on_a_device(capsys, models, device):
             2,
             "for --device: torch has no device 'abacus'",
         ),
-        (["fidelity", "some_models:fails", "--input", "2,8", "--dtype", "int8"], 2, "it is one of float32, bfloat16, float16"),
+        (
+            ["fidelity", "some_models:fails", "--input", "2,8", "--dtype", "int8"],
+            2,
+            "it must be one of float32, bfloat16, float16",
+        ),
         (
             ["fidelity", "some_models:fails", "--input", "2,8", "--autocast", "float32"],
             2,
-            "it is one of bfloat16, float16; got",
+            "it must be one of bfloat16, float16; got",
         ),
-        (["fidelity", "some_models:fails", "--input", "2,8", "--by", "name"], 2, "it is one of pattern, module, parameter"),
+        (
+            ["fidelity", "some_models:fails", "--input", "2,8", "--by", "name"],
+            2,
+            "it must be one of pattern, module, parameter",
+        ),
         (["fidelity", "some_models:fails", "--input", "2,8", "--seed", -1], 2, "--seed"),
         (["fidelity", "some_models:fails", "--input", "2,8", "--batches", 0], 2, "--batches"),
-        (["fidelity", "some_models:fails", "--input", "2,8:float32:3"], 2, "only integers are drawn from a number of values"),
+        (["fidelity", "some_models:fails", "--input", "2,8:float32:3"], 2, "only integers take a number of values"),
         (["fidelity", "some_models:fails", "--input", "2,8:uint8:300"], 2, "is 1 to 256, got 300"),
         (["fidelity", "some_models:fails", "--input", "2,8:int64:ten"], 2, "--input takes a shape such as"),
-        (["fidelity", "some_models:fails", "--input", "2,8", "--batch-size", 3], 2, "--batch-size is for --data"),
+        (["fidelity", "some_models:fails", "--input", "2,8", "--batch-size", 3], 2, "--batch-size is only for --data"),
         (["fidelity", "some_models:fails", "--input", "2,8", "--data", "x.npy"], 2, "--data and --input exclude each other"),
         (["fidelity", "some_models:fails", "--data", "none.npy"], 1, "none.npy: No such file"),
         (["fidelity", "some_models:fails", "--data", "folder"], 2, "it is not a regular file"),
         (["fidelity", "some_models:fails", "--data", "words.npy"], 2, "--data takes a file of numbers"),
         (["fidelity", "some_models:fails", "--data", "single.npy"], 2, "the first dimension is the samples"),
-        (["fidelity", "some_models:fails", "--data", "lengths.npz"], 2, "as many in all arrays; got a (40, 8), b (30, 8)"),
+        (["fidelity", "some_models:fails", "--data", "lengths.npz"], 2, "the same in all arrays; got a (40, 8), b (30, 8)"),
         (["fidelity", "some_models:fails", "--data", "x.npy", "--batch-size", 41], 2, "40 samples, too few for a batch of 41"),
         (
             ["fidelity", "some_models:fails", "--input", "2,8", "--loss", "square"],

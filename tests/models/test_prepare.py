@@ -49,7 +49,7 @@ def test_a_safe_model():
     assert done.peaks[1].bytes < done.peaks[0].bytes
     assert isinstance(found.head, fewbit.Linear)
     text = str(done)
-    assert "1.00 GiB is kept" in text
+    assert "1.00 GiB is met" in text
     assert "next: train" in text
     assert fewbit.fidelity(found, batches(), loss).level == "safe"
 
@@ -129,7 +129,7 @@ def test_a_model_in_which_nothing_pays():
     found = nn.Linear(4, 4)
     done = fewbit.prepare(found, [torch.randn(8, 4) for _ in range(2)], squares)
     assert type(found) is nn.Linear
-    assert "nothing in this model pays" in done.next_step
+    assert "coding pays nowhere in this model" in done.next_step
 
 
 def test_the_same_as_what_is_saved(tmp_path):

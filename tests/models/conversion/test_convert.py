@@ -313,7 +313,7 @@ class TestTold:
         x = torch.randn(64, 64)
         before = bytes_kept(model, x)
         fewbit.convert(model, bits={"activation": 3})
-        remark = "keep their output, which an exact linear layer behind them keeps anyway"
+        remark = "only keep their output, and an exact linear layer after them keeps it too"
         ((_, line),) = told()
         assert (remark in line) == (keeps is not None)
         assert (f"; {keeps} {remark}" in line) == (keeps is not None)
@@ -324,7 +324,7 @@ class TestTold:
 
     def test_several_are_named_once(self, told):
         fewbit.convert(nn.Sequential(nn.ReLU(), nn.Tanh(), nn.GELU(), nn.ReLU()), bits={"activation": 3})
-        assert "; relu, tanh keep their output" in told()[0][1]
+        assert "; exact relu, tanh only keep their output" in told()[0][1]
 
     def test_a_warning_that_nothing_was_converted(self, model, told):
         for call, setting in (

@@ -160,7 +160,7 @@ class TestRefuses:
         with pytest.raises(InputError, match=rule + "int"):
             fewbit.fidelity(coded_mlp(), 3)
         with pytest.raises(
-            InputError, match="loss_fn must be a function of the model and a batch that gives the loss, got list"
+            InputError, match="loss_fn must be a function of the model and a batch that returns the loss, got list"
         ):
             fewbit.fidelity(coded_mlp(), batches, batches)
 
@@ -203,7 +203,7 @@ class TestRefuses:
     def test_groups(self, batches):
         with pytest.raises(InputError, match="by must be one of 'pattern'"):
             fewbit.fidelity(coded_mlp(), batches, squares, by="layer")
-        with pytest.raises(InputError, match="'all' is taken"):
+        with pytest.raises(InputError, match="'all' means the whole gradient"):
             fewbit.fidelity(coded_mlp(), batches, squares, by=lambda name: "all")
 
 

@@ -57,7 +57,7 @@ class TestVerdict:
     def test_equal_batches(self, batches):
         report = fewbit.fidelity(coded_mlp(), batches[:1] * 3, squares)
         assert report.level == "unknown"
-        assert "its batches are all equal" in report.verdict
+        assert "all batches are equal" in report.verdict
 
     def test_nothing_coded(self, batches):
         model = fewbit.revert(coded_mlp())
@@ -84,7 +84,7 @@ class TestVerdict:
         assert report.not_finite_exact == 1
         assert "1 of 6 batches left out" in report.verdict
         assert report.whole.error == pytest.approx(fewbit.fidelity(model, batches, squares).whole.error)
-        assert "finite in no batch" in fewbit.fidelity(model, [bad[2]] * 2, squares).verdict
+        assert "not finite in any batch" in fewbit.fidelity(model, [bad[2]] * 2, squares).verdict
 
     def test_coded_gradient_alone_not_finite(self, batches):
         model = coded_mlp()

@@ -57,7 +57,7 @@ class TestWarns:
             model[0].weight.mul_(100)
         with fewbit.watch(model, every=1):
             (message,) = caught_in(lambda: model(inputs()))
-        assert message.startswith("1 (Tanh) drifted away from its table: in forward pass 1 its derivative errs by ")
+        assert message.startswith("1 (Tanh) drifted away from its table: in forward pass 1 the error of its derivative is ")
         for text in ("times the design's 0.0544", "mean ", "standard deviation ", "fewbit.calibrate"):
             assert text in message
 
@@ -69,7 +69,7 @@ class TestWarns:
         act = fewbit.GELU(table=joint("gelu"))
         with fewbit.watch(act, every=1) as watching:
             (message,) = caught_in(lambda: act(inputs(10)))
-        assert "its value errs by" in message
+        assert "the error of its value is" in message
         assert watching.report().rows()[0]["channel"] == "value"
 
     @pytest.mark.parametrize(

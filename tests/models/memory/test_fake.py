@@ -22,7 +22,7 @@ class TestWorkspaces:
             report = fewbit.memory(model, x, fake=True)
         assert report.activation_bytes < 0.5 * real.activation_bytes
         assert report.note == report.totals()["note"] != ""
-        assert "tell no size of the workspaces" in " ".join(str(report).split())
+        assert "do not tell the size of the workspaces" in " ".join(str(report).split())
 
     def test_make_plans_run_the_model(self):
         model, x = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8), nn.LSTM(8, 16)), torch.randn(20, 4, 8)
@@ -37,7 +37,7 @@ class TestWorkspaces:
         model, x = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.LSTM(64, 16)), torch.randn(20, 4, 8)
         with pytest.warns(UserWarning, match="workspaces"):
             plan = fewbit.memory(model, x, fake=True).plan(bits=4)
-        assert "workspaces of 2." in plan.how
+        assert "workspaces of 2;" in plan.how
 
 
 class MasksFakes(nn.Module):

@@ -100,7 +100,7 @@ def test_predicted_is_what_is_measured(name, bits):
     model, given = make(), batch_of()
     before = fewbit.memory(model, given)
     plan = before.plan(bits)
-    assert "fake tensors, for" in plan.how
+    assert "on fake tensors" in plan.how
     assert plan.before_bytes == before.activation_bytes == fewbit.memory(model, given).activation_bytes
     fewbit.convert(model, bits)
     assert converted(model) == plan.candidates
