@@ -183,7 +183,7 @@ def test_sizes(text, elements):
 
 @pytest.mark.parametrize("text", ["1M", "0", "-4", "2^32", "2^99", "3^2", "2**4", "1e6", "", "²", "9999999999"])
 def test_bad_sizes(text):
-    with pytest.raises(InputError, match=r"a size is a number of elements from 1 to 2\^31, such as 16384 or 2\^14; got"):
+    with pytest.raises(InputError, match=r"a size must be a number of elements from 1 to 2\^31, such as 16384 or 2\^14; got"):
         measure.parse_size(text)
 
 

@@ -166,10 +166,10 @@ class TestModels:
     @pytest.mark.parametrize(
         ("made", "message"),
         [
-            (nn.Linear(2, 2), r"a factory returns \(model, batch\) or \(model, batch, loss_fn\), got \(Linear\)"),
+            (nn.Linear(2, 2), r"a factory must return \(model, batch\) or \(model, batch, loss_fn\), got \(Linear\)"),
             ((nn.Linear(2, 2),), r"got \(Linear\)"),
             (("model", torch.ones(2)), r"got \(str, Tensor\)"),
-            ((nn.Linear(2, 2), torch.ones(2), 3), "a factory's loss_fn is a function of the model and a batch, got int"),
+            ((nn.Linear(2, 2), torch.ones(2), 3), "a factory's loss_fn must be a function of the model and a batch, got int"),
         ],
         ids=["model alone", "tuple of one", "no model", "no loss"],
     )

@@ -92,14 +92,14 @@ def test_a_path_of_the_home_folder(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["table", "gelu", "--output="], "Invalid value for '--output' / '-o': it takes the name of a file, got '.'"),
-        (["memory", "some_models:make", "--input", "2,8", "--html="], "'--html': it takes the name of a file"),
+        (["table", "gelu", "--output="], "Invalid value for '--output' / '-o': give the name of a file, got '.'"),
+        (["memory", "some_models:make", "--input", "2,8", "--html="], "'--html': give the name of a file"),
         (["memory", "some_models:make", "--input", "2,8", "--html", "folder"], "folder: Is a directory"),
         (
             ["memory", "some_models:make", "--input", "99999,99999,99999,8"],
             "--input 99999,99999,99999,8: there is no such",
         ),
-        (["memory", "some_models:make", "--input", "9" * 40], "there is no such tensor here"),
+        (["memory", "some_models:make", "--input", "9" * 40], "this tensor cannot be made here"),
         (["memory", "some_models:scripted", "--input", "2,8"], "scripted made a scripted module"),
         (["memory", "some_models:leaves", "--input", "2,8"], "cannot make a model of some_models:leaves: SystemExit: 3"),
         (["table", "some_models:leaves"], "leaves must map a float64 tensor"),

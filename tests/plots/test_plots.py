@@ -84,7 +84,7 @@ def test_exact_tables_are_drawn_once():
     figure = plots.plot_tables(record, [fewbit.load_table("relu", bits) for bits in (1, 2, 3, 4)])
     check(figure)
     (axis,) = figure.axes
-    assert axis.get_title() == "exact with 1 bit: 2 levels, 2 intervals\nand so with more bits, not drawn"
+    assert axis.get_title() == "exact with 1 bit: 2 levels, 2 intervals\nalso exact with more bits, not drawn"
     assert "not drawn" not in plots.plot_tables(record, [fewbit.load_table("relu", 1)]).axes[0].get_title()
 
 
@@ -189,7 +189,7 @@ def test_ratios():
             np.testing.assert_allclose(ends, [point[2:] for point in points])
         assert [1.0, 1.0] in [list(line.get_ydata()) for line in axis.get_lines()]
     assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == ["$2^{10}$", "$2^{20}$"]
-    assert figure.axes[0].get_ylabel() == "time over exact's"
+    assert figure.axes[0].get_ylabel() == "time, exact = 1"
 
 
 def test_ratios_of_one_odd_size():
