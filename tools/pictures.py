@@ -20,7 +20,7 @@ PICTURE = ROOT / "docs" / "pictures" / "memory_and_loss.svg"
 MODELS = ("GPT-2", "BERT", "ViT", "ResNet-18")
 # from dark to light, so that grey tells them apart; the paper is white in light and dark surroundings
 WAYS = {"exact": "#3b3b3b", "checkpointed": "#78909c", "coded at 4 bits": "#ffd27f"}
-# the curves lie on each other: a broad pale line for exact, and thin ones on it
+# the curves nearly coincide: exact is a broad pale line, and the others are thin lines on it
 LINES: dict[str, dict[str, Any]] = {
     "exact": {"color": "#b0bec5", "linewidth": 6},
     "5": {"color": "#000000", "linewidth": 1.2},
@@ -36,7 +36,8 @@ def peaks() -> dict[str, tuple[float, float, float]]:
 
 
 def losses() -> tuple[list[int], dict[str, list[float]]]:
-    """Steps, and the mean training losses up to each, for every label of LINES: means over starts and orders that all labels have."""
+    """Steps, and for each label of LINES the mean training losses up to each step: means over starts and orders that all labels
+    have."""
     runs = _read("final_loss")["runs"]
     places = set.intersection(*({_place(run) for run in runs if run["label"] == label} for label in LINES))
     chosen = {label: [run["means"] for run in runs if run["label"] == label and _place(run) in places] for label in LINES}
@@ -54,7 +55,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def picture() -> Figure:
-    """Bars of the peaks, and beside them curves of the losses."""
+    """Bars of the peaks, and next to them curves of the losses."""
     figure = Figure(figsize=(9, 3), layout="constrained", facecolor="white")
     memory, loss = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_peaks(memory)
