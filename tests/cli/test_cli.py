@@ -1,4 +1,4 @@
-"""The command line: an argv -> outcome table, and the pictures and files it writes."""
+"""The command line: a table of arguments and outcomes, and the pictures and files that it writes."""
 
 import json
 import subprocess

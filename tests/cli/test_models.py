@@ -1,4 +1,4 @@
-"""Commands on whole models: what they print and write, where their inputs come from, and what is wrong with a call."""
+"""Commands on whole models: what they print and write, where their inputs come from, and errors of wrong calls."""
 
 import io
 import json
@@ -114,7 +114,7 @@ def test_memory_shows_and_writes_all_of_it(capsys, models, fake):
     assert figures["plan"]["bits"] == {"activation": 3, "linear": 4}
     assert len((models / "a.csv").read_text().splitlines()) == len(figures["rows"]) + 1
     html = (models / "a.html").read_text()
-    assert html.count("<script") == 1  # the page's own
+    assert html.count("<script") == 1  # the page's own script
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "b&amp;&#34;act" in html
     assert not [word for word in ("http:", "https:", "src=", "@import", "url(") if word in html]
@@ -157,7 +157,7 @@ def test_the_peak_and_the_largest_batch(capsys, models):
 
 @pytest.fixture
 def configuration(tmp_path, monkeypatch):
-    """A working folder with one of Hugging Face."""
+    """A working folder with a Hugging Face configuration."""
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
@@ -166,7 +166,7 @@ def configuration(tmp_path, monkeypatch):
 
 
 def test_a_model_of_a_configuration(capsys, configuration):
-    """And inputs with names."""
+    """Files with inputs, also named ones."""
     inputs = ["--input", "input_ids=2,8:int64", "--input", "labels=2,8:int64"]
     status, out, _ = run(capsys, "memory", "hf:config.json", *inputs, "--fake")
     assert status == 0
@@ -184,8 +184,8 @@ def test_a_model_of_a_configuration(capsys, configuration):
         (["./none.py:make", "--input", "2"], 1, "No such file"),
         (["some_models:make", "--input", "2,8", "--optimizer", "adamm"], 2, "adamw"),
         (["some_models:make", "--input", "2,8", "--budget", "much"], 2, "24 GiB"),
-        (["some_models:make", "--input", "x=2,8", "--input", "2"], 2, "either all inputs have names"),
-        (["some_models:make", "--input", "x=2,8", "--input", "x=2"], 2, "either all inputs have names"),
+        (["some_models:make", "--input", "x=2,8", "--input", "2"], 2, "give different names to all inputs"),
+        (["some_models:make", "--input", "x=2,8", "--input", "x=2"], 2, "give different names to all inputs"),
         (["some_models", "--input", "2"], 2, "given as package.module:factory"),
         (["some_models:make", "--input", "2,x"], 2, "--input takes a shape"),
         (["some_models:make", "--input", "2:integer"], 2, "--input takes a shape"),
@@ -200,8 +200,16 @@ def test_a_model_of_a_configuration(capsys, configuration):
             "bits must be an integer from 1 to 8, for every kind, or a map",
         ),
         (["some_models:make", "--input", "2,8", "--bits", "norm=0"], 2, "got {'norm': 0}"),
-        (["some_models:make", "--input", "2,8", "--bits", "four"], 2, "as 4 or as activation=3,linear=4; got 'four'"),
-        (["some_models:make", "--input", "2,8", "--bits", "norm=x"], 2, "as 4 or as activation=3,linear=4; got 'norm=x'"),
+        (
+            ["some_models:make", "--input", "2,8", "--bits", "four"],
+            2,
+            "a number such as 4, or activation=3,linear=4; got 'four'",
+        ),
+        (
+            ["some_models:make", "--input", "2,8", "--bits", "norm=x"],
+            2,
+            "a number such as 4, or activation=3,linear=4; got 'norm=x'",
+        ),
         (["some_models:make", "--input", "2,8", "--bits", "linaer=4"], 2, "unknown kind 'linaer'; did you mean 'linear'?"),
         (["some_models:fails", "--input", "2,8", "--bits", 0], 2, "got 0"),  # before the model is made
         (["some_models:make", "--input", "2,8", "--inputs", 4], 2, "No such option: --inputs"),
@@ -242,7 +250,7 @@ def test_plan(capsys, models):
 
 @pytest.mark.parametrize("command", ["memory", "plan"])
 def test_a_loss_is_part_of_the_step(capsys, models, command):
-    """What the loss keeps counts, too."""
+    """What the loss keeps counts too."""
     given = [command, "some_models:Vector", "--input", "512,8", "--json", "a.json"]
     kept = []
     for loss in ([], ["--loss", "some_models:square"]):
@@ -331,7 +339,7 @@ def test_a_model_that_is_converted_stays_so_unless_bits_are_given(capsys, models
 def test_integers_are_zeros_unless_their_number_of_values_is_given(capsys, models):
     status, out, _ = run(capsys, "fidelity", "some_models:Words", "--input", "8,4:int64", "--batches", 2)
     assert status == 0
-    assert "all zeros: input 0; give the number of values, as in 8,128:int64:1000" in out
+    assert "all zeros: input 0; for random integers give their number, as in 8,128:int64:1000" in out
     assert "the sum of all outputs times fixed random numbers, since the output has no" in out
     assert {int(each.max()) for each in module().seen} == {0}
     module().seen.clear()
@@ -376,7 +384,7 @@ def test_data_without_names(capsys, models, rng, name):
     np.savez("x.npz", x)
     status, out, err = run(capsys, "calibrate", "some_models:Vector", "--data", name)
     assert (status, err) == (0, "")
-    assert "2 batches of 8 samples" in out  # what is left over is too little for a third one
+    assert "2 batches of 8 samples" in out  # the rest is too small for a third one
     assert torch.equal(torch.cat(module().seen), torch.from_numpy(x[:16]).float())
 
 
@@ -428,14 +436,14 @@ def test_on_a_device(capsys, models, device):
         (["fidelity", "some_models:fails", "--input", "2,8", "--seed", -1], 2, "--seed"),
         (["fidelity", "some_models:fails", "--input", "2,8", "--batches", 0], 2, "--batches"),
         (["fidelity", "some_models:fails", "--input", "2,8:float32:3"], 2, "only integers take a number of values"),
-        (["fidelity", "some_models:fails", "--input", "2,8:uint8:300"], 2, "is 1 to 256, got 300"),
+        (["fidelity", "some_models:fails", "--input", "2,8:uint8:300"], 2, "must be 1 to 256, got 300"),
         (["fidelity", "some_models:fails", "--input", "2,8:int64:ten"], 2, "--input takes a shape such as"),
         (["fidelity", "some_models:fails", "--input", "2,8", "--batch-size", 3], 2, "--batch-size is only for --data"),
         (["fidelity", "some_models:fails", "--input", "2,8", "--data", "x.npy"], 2, "--data and --input exclude each other"),
         (["fidelity", "some_models:fails", "--data", "none.npy"], 1, "none.npy: No such file"),
         (["fidelity", "some_models:fails", "--data", "folder"], 2, "it is not a regular file"),
         (["fidelity", "some_models:fails", "--data", "words.npy"], 2, "--data takes a file of numbers"),
-        (["fidelity", "some_models:fails", "--data", "single.npy"], 2, "the first dimension is the samples"),
+        (["fidelity", "some_models:fails", "--data", "single.npy"], 2, "the first dimension counts the samples"),
         (["fidelity", "some_models:fails", "--data", "lengths.npz"], 2, "the same in all arrays; got a (40, 8), b (30, 8)"),
         (["fidelity", "some_models:fails", "--data", "x.npy", "--batch-size", 41], 2, "40 samples, too few for a batch of 41"),
         (
@@ -470,7 +478,7 @@ def test_on_a_device(capsys, models, device):
     ids=lambda each: " ".join(map(str, each[:1] + each[-2:])) if isinstance(each, list) else "",
 )
 def test_what_is_wrong_takes_one_line(capsys, models, rng, argv, status, message):
-    """Calls of a model that fails when it is made are refused before."""
+    """Wrong calls are refused before the model is made: this one fails when it is made."""
     (models / "folder").mkdir()
     np.save("x.npy", rng.normal(size=(40, 8)))
     np.save("words.npy", np.array(["a"]))

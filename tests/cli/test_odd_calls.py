@@ -1,4 +1,4 @@
-"""The command line where it is given what nobody means: odd paths, names and models, full disks, interrupts."""
+"""The command line with unusual arguments: odd paths, names and models, full disks, interrupts."""
 
 import os
 import signal
@@ -97,7 +97,7 @@ def test_a_path_of_the_home_folder(capsys, tmp_path, monkeypatch):
         (["memory", "some_models:make", "--input", "2,8", "--html", "folder"], "folder: Is a directory"),
         (
             ["memory", "some_models:make", "--input", "99999,99999,99999,8"],
-            "--input 99999,99999,99999,8: there is no such",
+            "--input 99999,99999,99999,8: this tensor cannot",
         ),
         (["memory", "some_models:make", "--input", "9" * 40], "this tensor cannot be made here"),
         (["memory", "some_models:scripted", "--input", "2,8"], "scripted made a scripted module"),
@@ -113,7 +113,7 @@ def test_a_path_of_the_home_folder(capsys, tmp_path, monkeypatch):
 def test_what_is_odd_takes_one_line_too(capsys, argv, message, models):
     (models / "folder").mkdir()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of scripts
+        warnings.simplefilter("ignore", DeprecationWarning)  # from torch, about scripts
         status, _, err = run(capsys, *argv)
     assert status in (1, 2)
     assert message in err
@@ -152,7 +152,7 @@ def test_a_warning_takes_one_line(capsys, models):
     assert err.count("\n") == 1
 
 
-# a module of which an import takes long, and which says when it began
+# a module that takes long to import, and says when its import has begun
 SLOW = "import sys, time\nprint('here', flush=True)\n"
 
 
@@ -160,7 +160,7 @@ SLOW = "import sys, time\nprint('here', flush=True)\n"
 @pytest.mark.parametrize("module", ["typer", "numpy", "mine"])
 @pytest.mark.parametrize("swallowed", [False, True])
 def test_interrupted_while_it_imports(module, swallowed, tmp_path):
-    """Also where what is imported makes another exception of the interrupt."""
+    """Also if the imported module turns the interrupt into another exception."""
     lost = "try: time.sleep(100)\nexcept KeyboardInterrupt: raise ImportError" if swallowed else "time.sleep(100)"
     (tmp_path / f"{module}.py").write_text(SLOW + lost)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(fewbit.__file__).parents[1]}"}

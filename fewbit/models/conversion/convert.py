@@ -143,8 +143,9 @@ def _caveat(converted: Sequence[Converted], setting: Setting) -> str:
     if not names:
         return ""
     return (
-        f"; exact {', '.join(names)} only keep their output, and an exact linear layer after them keeps it too: there, codes "
-        "would take additional bytes; fewbit.memory(model, batch).plan(bits).convert() leaves such activations exact"
+        f"; exact training keeps only the output of {', '.join(names)}, and an exact linear layer after it keeps that output "
+        "too: there, codes take additional bytes; fewbit.memory(model, batch).plan(bits).convert() leaves such activations "
+        "exact"
     )
 
 

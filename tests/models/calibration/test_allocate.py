@@ -128,7 +128,10 @@ class TestAllocate:
             assert (allocation.budget, set(allocation.bits.values())) == (least, {2})
         before = snapshot(coded)
         for budget, got in (
-            (least - 1, rf"at least {least} bytes \(6.25% of {exact}\), the fewest bits in every layer; got {least - 1}"),
+            (
+                least - 1,
+                rf"at least {least} bytes \(6.25% of {exact}\), which the fewest bits in every layer take; got {least - 1}",
+            ),
             ("1%", rf"the budget must be at least {least} bytes .*; got {exact // 100}"),
             ("2 KiB", rf"the budget must be at least {least} bytes .*; got 2048"),
             (0.06, rf"the budget must be at least {least} bytes .*; got {int(0.06 * exact)}"),

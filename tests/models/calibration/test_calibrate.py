@@ -364,7 +364,7 @@ def test_transformer_layers_whose_activation_is_a_module():
     calibration = fewbit.calibrate(encoder(nn.GELU()), [torch.randn(4, 5, 8)], bits={"activation": 2})
     model = calibration.install(encoder(nn.GELU()))
     assert model.layers[0].activation.table == calibration.layers[0].table
-    with pytest.raises(InputError, match="that code calls as functions cannot be calibrated"):
+    with pytest.raises(InputError, match="Activations called as functions cannot be calibrated"):
         fewbit.calibrate(encoder("gelu"), [torch.randn(4, 5, 8)], bits={"activation": 2})
 
 

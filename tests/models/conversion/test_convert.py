@@ -257,7 +257,7 @@ def test_the_uniform_coding(model):
         (
             {"bits": 4, "filter_fn": 4},
             InputError,
-            r"filter_fn must be a function .* got 4\. Numbers of bits by kind go into bits",
+            r"filter_fn must be a function .* got 4\. Give numbers of bits by kind as bits",
         ),
     ],
 )
@@ -313,10 +313,10 @@ class TestTold:
         x = torch.randn(64, 64)
         before = bytes_kept(model, x)
         fewbit.convert(model, bits={"activation": 3})
-        remark = "only keep their output, and an exact linear layer after them keeps it too"
+        remark = "and an exact linear layer after it keeps that output too"
         ((_, line),) = told()
         assert (remark in line) == (keeps is not None)
-        assert (f"; {keeps} {remark}" in line) == (keeps is not None)
+        assert (f"; exact training keeps only the output of {keeps}, {remark}" in line) == (keeps is not None)
         assert (bytes_kept(model, x) > before) == (keeps is not None)
         fewbit.convert(model, bits={"activation": 3, "linear": 3})
         assert remark not in told()[-1][1]
@@ -324,7 +324,7 @@ class TestTold:
 
     def test_several_are_named_once(self, told):
         fewbit.convert(nn.Sequential(nn.ReLU(), nn.Tanh(), nn.GELU(), nn.ReLU()), bits={"activation": 3})
-        assert "; exact relu, tanh only keep their output" in told()[0][1]
+        assert "only the output of relu, tanh, and" in told()[0][1]
 
     def test_a_warning_that_nothing_was_converted(self, model, told):
         for call, setting in (

@@ -92,7 +92,7 @@ class TestBits:
 
     @pytest.mark.parametrize("text", ["", "four", "linear", "linear=", "linear=3,norm", "linear=3;norm=4", "4.0"])
     def test_wrong_on_the_command_line(self, text):
-        with pytest.raises(DesignError, match="bits are given as 4 or as activation=3,linear=4; got"):
+        with pytest.raises(DesignError, match="bits must be a number such as 4, or activation=3,linear=4; got"):
             parse_bits(text)
 
     def test_on_the_command_line(self):
