@@ -1,4 +1,4 @@
-"""`fewbit bench`: what is measured and how it is shown. How long anything takes is no concern here."""
+"""`fewbit bench`: what is measured and how it is shown. Times themselves are not tested."""
 
 import copy
 import io
@@ -225,7 +225,7 @@ def test_defaults(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses deprecated parts of torch
 def test_torch_compile():
     found = measure.run(settings(names=["gelu"], compiled=True, dtypes=["float32"], repeats=2))
     if found.notes:  # without a C++ compiler

@@ -1,4 +1,4 @@
-"""`fewbit bench --model`: what is measured and how it is shown. How long anything takes is no concern here."""
+"""`fewbit bench --model`: what is measured and how it is shown. Times themselves are not tested."""
 
 import io
 import json
@@ -72,7 +72,7 @@ def test_figures_are_those_of_the_step(report):
             assert run.seconds["median"] > 0
         assert set(exact.ratio.values()) == {1.0}
         assert exact.products["aten.addmm"]["calls"] == 8
-        assert checkpoint.products["aten.addmm"]["calls"] == 14  # but for the last of each block, which nothing is kept of
+        assert checkpoint.products["aten.addmm"]["calls"] == 14  # except the last of each block, of which nothing is kept
 
 
 def test_json_form(report):
@@ -102,7 +102,7 @@ def test_table(report):
 def test_operators_stand_side_by_side(report):
     text = shown(report, operators=True)
     rows = [line.split() for line in text.splitlines()]
-    assert ["aten.gelu_backward", *["2", "96.0", "KiB"] * 2] in rows  # which coded runs have none of
+    assert ["aten.gelu_backward", *["2", "96.0", "KiB"] * 2] in rows  # coded runs have none of them
     assert ["aten.gelu", "2", "64.0", "KiB", "4", "128", "KiB", *["2", "64.0", "KiB"] * 2] in rows
     assert any(row[:1] == ["fewbit.decode"] and len(row) == 7 for row in rows)
 

@@ -1,4 +1,4 @@
-"""What fidelity says of its figures, in a line, a table and a picture."""
+"""The verdict of fidelity on its figures, in a line, a table and a picture."""
 
 import math
 
@@ -101,7 +101,7 @@ class TestVerdict:
         assert str(report)
 
     def test_a_coded_gradient_that_is_not_finite_leaves_no_systematic_error(self):
-        """The others are judged without it, but the sum of the errors holds it."""
+        """The other batches are judged without it, but the sum of the errors contains it."""
         data, model = [1 + torch.randn(16, 8) for _ in range(5)], coded_mlp()
 
         def loss(model, batch):

@@ -1,4 +1,4 @@
-"""Where fake tensors do not tell what a model keeps: the model itself runs, or the report says so."""
+"""Fake tensors that do not tell what a model keeps: the model runs on real ones, or the report says so."""
 
 import logging
 
@@ -11,7 +11,7 @@ from fewbit.torch_internals import fake_tensor_class
 
 
 class TestWorkspaces:
-    """Of an LSTM on a CPU, which holds more than all else that it keeps."""
+    """The workspace of an LSTM on a CPU is larger than all else that it keeps."""
 
     @pytest.mark.parametrize("model", [nn.LSTM(8, 16), nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LSTM(8, 16))])
     def test_are_named(self, model):
@@ -41,7 +41,7 @@ class TestWorkspaces:
 
 
 class MasksFakes(nn.Module):
-    """Makes a mask on fake tensors alone, of a small part of what is kept, as transformers does."""
+    """Makes a mask only on fake tensors, as transformers does. It is a small part of what is kept."""
 
     def __init__(self, part):
         super().__init__()
@@ -57,7 +57,7 @@ class MasksFakes(nn.Module):
 
 @pytest.mark.parametrize(("part", "how"), [(0.0002, "on fake tensors"), (0.005, "on real tensors")])
 def test_what_models_do_on_fake_tensors_alone_is_held_against_what_the_coded_one_keeps(part, how):
-    """Half a hundredth of the exact bytes is more than that of an eighth of them."""
+    """0.5 % of the exact bytes is more than 1 % of the coded bytes, which are an eighth of them."""
     model, x = MasksFakes(part), torch.randn(64, 16)
     plan = fewbit.memory(model, x).plan(bits=4)
     assert how in plan.how
@@ -67,7 +67,7 @@ def test_what_models_do_on_fake_tensors_alone_is_held_against_what_the_coded_one
 
 def test_torchs_log_of_what_fails_on_fake_tensors_is_left_out(caplog):
     class Grouped(nn.Module):
-        """Whose operation has no fake form for this dtype, as mixtures of experts have them."""
+        """A module whose operation has no fake form for this dtype, as in mixtures of experts."""
 
         def __init__(self):
             super().__init__()
