@@ -36,7 +36,7 @@ def write_again_and_again(folder: Path) -> None:
 
 
 def start(folder: Path, code: str, **variables: str) -> subprocess.Popen:
-    """A process that runs the code in the folder, with its cache there."""
+    """Start a process that runs the code in the folder, with its cache there."""
     root = str(Path(fewbit.__file__).parents[1])
     variables = {**os.environ, "PYTHONPATH": root, "FEWBIT_CACHE_DIR": str(folder / "cache"), **variables}
     return subprocess.Popen(
@@ -75,7 +75,7 @@ def kills(count: int, draw: random.Random, folder: Path) -> Counter[str]:
             try:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 write_again_and_again(folder)
-            finally:  # whatever an interrupt became in it
+            finally:  # the interrupt may have become another error in it
                 os._exit(0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         time.sleep(draw.random() * 0.1)
@@ -84,14 +84,14 @@ def kills(count: int, draw: random.Random, folder: Path) -> Counter[str]:
             if os.waitpid(child, os.WNOHANG)[0]:
                 break
             time.sleep(0.01)
-        else:  # the interrupt came in a callback, and was lost
+        else:  # the interrupt came in a callback and was lost
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         seen["kills"] += 1
         check(folder, seen)
-        for path in (folder / "cache").glob("*.json"):  # for the next one to design anew
+        for path in (folder / "cache").glob("*.json"):  # so that the next process designs again
             path.unlink()
-        for path in folder.rglob(".fewbit-*.tmp"):  # as if an hour had gone by
+        for path in folder.rglob(".fewbit-*.tmp"):  # as if they were an hour old
             before = time.time() - 7200
             os.utime(path, (before, before))
     for path in (folder / "text", folder / "cache" / "x"):

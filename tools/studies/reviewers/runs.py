@@ -36,7 +36,7 @@ class Runs:
             common.write(self.name, {"runs": [*self, run]}, self.directory)
 
     def fill(self, wanted: Iterable[Run], work: Callable[..., Run]) -> None:
-        """Add each of the wanted runs that is not there. What tells it from others are the arguments of `work`."""
+        """Add each wanted run that is missing. The arguments of `work` identify a run."""
         for each in wanted:
             with self._locked(json.dumps(each, sort_keys=True), wait=False) as claimed:
                 if claimed and not any(each.items() <= run.items() for run in self):

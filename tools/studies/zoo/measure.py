@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 BITS, MORE_BITS = 4, 8
 NEAR_ZERO = 1e-3
-TRIED = 60  # modules, in larger models than that a plan tries no conversions by themselves, which is what takes long
+TRIED = 60  # modules; in larger models, a plan does not try single conversions, which takes long
 
 
 class Pass(NamedTuple):
@@ -159,7 +159,7 @@ def masks(model: nn.Module, batch: Any) -> set[Slot]:
     """The saved tensors that only hold 0 and one other number, as dropout's masks do."""
 
     def roles() -> dict[int, str]:
-        # the collector knows what the hooks of `record` made of the tensors saved, which are still held by the graph
+        # the hooks of `record` made tokens of the saved tensors; the graph holds them, and the garbage collector finds them
         tensors = [each.tensor for each in gc.get_objects() if type(each) is saved._Token]
         return {storage_key(each.untyped_storage()): "mask" for each in tensors if _is_mask(each)}
 
@@ -216,7 +216,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _seed(number: int) -> None:
-    """Of all random numbers that models draw: torch's for dropout, the others' for layers left out and masked spans."""
+    """Seed all random numbers that models draw: torch's for dropout, the others for skipped layers and masked spans."""
     random.seed(number)
     np.random.seed(number)  # noqa: NPY002  the one that models draw from
     torch.manual_seed(number)
