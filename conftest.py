@@ -8,12 +8,12 @@ from hypothesis import settings
 from fewbit import activations, store
 from fewbit.kernels import layer_loops, layer_rows, layer_sample, layer_sums, loops
 
-settings.register_profile("fewbit", deadline=None)  # how long an example takes depends on what else the machine does
+settings.register_profile("fewbit", deadline=None)  # the time of an example depends on the load of the machine
 settings.load_profile("fewbit")
 
 
 def pytest_collection_modifyitems(items):
-    """In any order, but the longest first: else one process might wait for another's."""
+    """Any order is allowed, but the longest tests come first, so that no process waits for another's."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
@@ -29,7 +29,7 @@ def rng():
 
 @pytest.fixture(scope="session")
 def session_folder(request, tmp_path_factory):
-    """One for all processes that test side by side."""
+    """A folder for all processes that test at the same time."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if hasattr(request.config, "workerinput") else own  # of pytest-xdist
 
@@ -55,7 +55,7 @@ KERNELS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_kernels(request, session_folder):
-    """Processes that test side by side share the compilation of kernels, a minute of work: else each would do all."""
+    """Processes that test at the same time share the compilation of kernels, which takes a minute."""
     if not hasattr(request.config, "workerinput"):
         return
     for i, (make, *arguments) in enumerate(KERNELS):
@@ -68,7 +68,7 @@ def compiled_kernels(request, session_folder):
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    """An empty cache folder, and nothing of it remembered in memory before or after."""
+    """An empty cache folder. Nothing is remembered in memory before or after."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("FEWBIT_CACHE_DIR", str(folder))
     for memory in (store._load, store._warn_once):
@@ -86,7 +86,7 @@ def record(request):
 
 @pytest.fixture(autouse=True)
 def registry_restored():
-    """Activations that a test registers are gone after it."""
+    """Activations that a test registers are removed after it."""
     before = dict(activations._REGISTRY)
     yield
     activations._REGISTRY.clear()
@@ -95,7 +95,7 @@ def registry_restored():
 
 @pytest.fixture
 def fresh_compiler():
-    """torch.compile has nothing of other tests, and leaves nothing to them."""
+    """torch.compile has nothing left of other tests, and leaves nothing to them."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()

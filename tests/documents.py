@@ -1,4 +1,4 @@
-"""README.md and the pages of docs/, and what their blocks of Python are about."""
+"""README.md and the pages of docs/, and the objects that their blocks of Python use."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 class Block(nn.Module):
-    """It calls an activation as a function, too."""
+    """It calls an activation as a function too."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ def blocks(path):
 
 
 def words(path):
-    """The text of a page in one line, its tables without lines: what a reader sees of the figures."""
+    """The text of a page on one line, with tables as plain text: the figures as a reader sees them."""
     return " ".join(re.sub(r"\|[-:| ]+\|\n|\|", " ", path.read_text(encoding="utf-8")).split())
 
 
@@ -54,7 +54,7 @@ def commands(path):
 
 
 def namespace():
-    """What the blocks are about: a user's own model and data; and stand-ins for what other packages make of a model."""
+    """What the blocks use: a user's own model and data; and stand-ins for models from other packages."""
     model, same = Model(), MagicMock(side_effect=lambda model, *_: model)
     batches = [torch.randn(16, 1024) for _ in range(3)]
     return {

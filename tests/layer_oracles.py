@@ -1,6 +1,6 @@
 """Naive code for the coded layers: what they read instead of their input, and gradients in closed form, all in float64.
 
-Nothing here calls what it checks, but for the tables, which are plain numbers.
+Nothing here calls what it checks, except for the tables, which are plain numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import fewbit
 
 
 class Case(NamedTuple):
-    """A layer: the name of its function in torch and in fewbit, and what to call it with."""
+    """A layer: the name of its function in torch and in fewbit, and its arguments."""
 
     function: str
     x: tuple[int, ...]
@@ -113,7 +113,7 @@ def leaves(x, parameters):
 
 
 def gradients(case, x, parameters, grad, **code):
-    """The coded layer's, by name, after a check of its output."""
+    """The gradients of the coded layer, by name, after a check of its output."""
     x, parameters = leaves(x, parameters)
     y = case.coded(x, parameters, **code)
     assert torch.equal(y, case.exact(x, parameters))
@@ -126,7 +126,7 @@ def value_table(bits):
 
 
 def lookup(table, x, channel=0):
-    """The levels of x, float64, of its shape."""
+    """The levels of x: float64, of x's shape."""
     return torch.from_numpy(table.levels[channel, table.encode(x.detach().double().numpy())].reshape(x.shape))
 
 
@@ -140,8 +140,8 @@ def standardized(x, rest):
 
 
 def standards(x, channel, table):
-    """Row scale, center and spread: x is (number * spread + center) * row with a number like a standard normal one, and, where
-    a channel has zeros, one for which the code of a zero stands for 0."""
+    """Row scale, center and spread: x is (number * spread + center) * row, with a number like a standard normal one. If a
+    channel has zeros, the number is such that the code of a zero stands for 0."""
     wide = x.detach().double()
     channel %= wide.dim()
     rest = tuple(dim for dim in range(wide.dim()) if dim != channel)
@@ -159,15 +159,15 @@ def standards(x, channel, table):
 
 
 def of_gain_one(u, q, spread, zero=None):
-    """The spread by which spread * q has gain one against u, about the means, or about 0 where zeros have the level `zero`."""
+    """The spread for which spread * q has gain one against u, about the means, or about 0 if zeros have the level `zero`."""
     d, e = (u - u.mean(), q - q.mean()) if zero is None else (u, q - zero)
     gain = (d.square().sum() / (d * e).sum() / spread).item()
     return spread * gain if 0.7 <= gain <= 2 else spread
 
 
 def scaled_values(table, x, channel):
-    """What codes with these standards stand for, with the mean of each channel; x itself if it is a single row, of which codes
-    and statistics would take more."""
+    """The decoded values for these standards, with the mean of each channel. A single row is kept as x itself, since codes and
+    statistics would take more."""
     if x.dim() == 1:
         return x.detach().double()
     wide, (row, center, spread) = x.detach().double(), standards(x, channel, table)
@@ -192,16 +192,16 @@ def scaled_values(table, x, channel):
 
 
 def row_scaled_values(table, x):
-    """The same with a plain scale for each row of (rows, channels)."""
+    """The same with a single scale for each row of (rows, channels)."""
     scale = x.double().square().mean(1, keepdim=True).sqrt()
     return lookup(table, x.double() / scale) * scale
 
 
 def product_gradients(case, x, parameters, grad, table):
-    """Those of x and the bias as torch has them at x, that of the weight at what codes of x stand for."""
+    """The gradients: of x and the bias as torch has them at x, of the weight at the decoded values of x."""
     dims = 0 if case.function == "linear" else int(case.function[-2])
     seen = x.detach().double()
-    if case.keywords.get("padding") == "same":  # codes are of the input with what torch adds to one side alone
+    if case.keywords.get("padding") == "same":  # the codes are of the input, with what torch adds to one side only
         sizes = zip(case.keywords["dilation"], parameters["weight"].shape[2:], strict=True)
         odd = [step * (size - 1) % 2 for step, size in sizes]
         seen = functional.pad(seen, [part for each in reversed(odd) for part in (0, each)])
@@ -222,7 +222,7 @@ def product_gradients(case, x, parameters, grad, table):
 
 
 def torch_gradients(case, x, parameters, grad):
-    """torch's own, by name."""
+    """torch's own gradients, by name."""
     leaves = {"x": x.detach().clone(), **{name: each.detach().clone() for name, each in parameters.items()}}
     for leaf in leaves.values():
         leaf.requires_grad_()
@@ -231,7 +231,7 @@ def torch_gradients(case, x, parameters, grad):
 
 
 def moves_to_thresholds(factor, offset, thresholds):
-    """For each channel (shrink, shift) that puts the z where factor * z + offset = 0 on a threshold, or (1, 0) too far out."""
+    """For each channel (shrink, shift) that puts the z with factor * z + offset = 0 on a threshold, or (1, 0) if too far."""
     moves = []
     for f, o in zip(factor.flatten().tolist(), offset.flatten().tolist(), strict=True):
         zero, outermost = (-o / f if f else math.inf), np.abs(thresholds).max()
@@ -244,7 +244,7 @@ def moves_to_thresholds(factor, offset, thresholds):
 
 
 def norm_gradients(case, x, parameters, grad, table):
-    """In closed form, at the levels of the normalized values; torch's own for a single row, of which codes would take more."""
+    """The gradients in closed form, at the levels of the normalized values. For a single row torch's own: codes take more."""
     if x.dim() == len(case.keywords.get("normalized_shape", ())):
         wide = {name: each.detach().double() for name, each in parameters.items()}
         return torch_gradients(case, x.detach().double(), wide, grad.double())

@@ -1,4 +1,4 @@
-"""Independent, naive code that the tests hold the library against. Nothing here calls what it checks."""
+"""Independent, naive code with which the tests compare the library. Nothing here calls what it checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy import optimize, stats
 
 
 def cell_moments(df, density, edges):
-    """∫ w, ∫ w f', ∫ w f'² over each cell, w normalised: a 40-point midpoint rule, (cells,) each."""
+    """∫ w, ∫ w f', ∫ w f'² over each cell, with normalised w: a 40-point midpoint rule, (cells,) each."""
     fractions = (np.arange(40) + 0.5) / 40
     x = edges[:-1, None] + np.diff(edges)[:, None] * fractions
     w = density(x) * np.diff(edges)[:, None] / 40
@@ -24,12 +24,12 @@ def cell_moments(df, density, edges):
 
 @njit(cache=True)
 def quadratic_program(mass, first, second, count):
-    """The least error of splitting points 0..n-1 into at most k runs, for k = 1..count: every split tried, O(count · n²)."""
+    """The least error of splitting points 0..n-1 into at most k runs, for k = 1..count: every split is tried, O(count · n²)."""
     n = mass.size
     m, f, s = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
     for i in range(n):
         m[i + 1], f[i + 1], s[i + 1] = m[i] + mass[i], f[i] + first[i], s[i] + second[i]
-    best = np.full((n + 1, count + 1), np.inf)  # of the first j points, by k
+    best = np.full((n + 1, count + 1), np.inf)  # best error of the first j points, by k
     best[0] = 0.0
     for j in range(1, n + 1):
         for i in range(j):
@@ -66,9 +66,9 @@ def lloyd_max(count):
 
 
 def uniform_codes(x, bias, bits):
-    """Codes and values as Chakrabarti & Moseley's formulas have them, for x and bias in units of the standard deviation.
+    """Codes and values by Chakrabarti & Moseley's formulas, for x and bias in units of the standard deviation.
 
-    Theirs but for min(): their shift grows beyond the last code, where all x lose their sign.
+    Only min() is not theirs: without it, their shift grows beyond the last code, where all x lose their sign.
     """
     bins = 2**bits
     shift = min(max(1, bins // 2 - math.floor(bias * bins / 6)), bins - 1)
@@ -106,7 +106,7 @@ def brute_force_clusters(values, weights, count):
 
 
 def dense_mse(table, df, density, points=2_000_001):
-    """∫ w (f' - table)² by a midpoint rule over the table's domain, w normalised."""
+    """∫ w (f' - table)² by a midpoint rule over the table's domain, with normalised w."""
     low, high = table.domain
     x = low + (high - low) * (np.arange(points) + 0.5) / points
     w = density(x)
@@ -114,7 +114,7 @@ def dense_mse(table, df, density, points=2_000_001):
 
 
 def lookup(x, thresholds, codes):
-    """Code of each x: that of the first interval whose upper threshold x does not exceed; NaN and the rest take the last."""
+    """The code of each x: that of the first interval whose upper threshold x does not exceed. NaN and other x take the last."""
     below = x[:, None] <= thresholds[None, :]
     return codes[np.where(below.any(1), below.argmax(1) if thresholds.size else 0, thresholds.size)]
 
@@ -131,7 +131,7 @@ def pack(codes, bits, words):
 
 
 def rung_of(x, wide: Any = np.float32):
-    """Which of nine rungs the numbers take, one at a time: from the fourth moment of 509 of them, in the order of memory."""
+    """The rung of nine that the numbers take, one at a time: by the fourth moment of 509 of them, in the order of memory."""
     x = x.detach().cpu()
     x = x.permute(sorted(range(x.dim()), key=lambda dim: -x.stride(dim))).reshape(-1)
     size = min(x.numel(), 509)
@@ -160,5 +160,5 @@ def expected_gradient(table, x, grad):
 
 
 def expected_by_row(table, x, grad):
-    """The same, where each row of x takes a rung of its own, as under vmap."""
+    """The same, if each row of x takes its own rung, as under vmap."""
     return torch.stack([expected_gradient(table, *pair) for pair in zip(x, grad, strict=True)])

@@ -1,4 +1,4 @@
-"""What many tests do: count the bytes kept, take gradients, compile, and small models to do it with."""
+"""Functions that many tests use: they count kept bytes, take gradients and compile; and small models."""
 
 import inspect
 
@@ -10,9 +10,9 @@ from fewbit.measuring import saved_storages
 
 
 def bytes_kept(function, *inputs, leave_out=()):
-    """Bytes of the distinct storages that function(*inputs) keeps for backward; the output lives until they are counted.
+    """Bytes of the distinct storages that function(*inputs) keeps for backward. The output lives until they are counted.
 
-    Left out are the inputs, the tensors in `leave_out`, and, where the function is a module, its parameters and buffers.
+    Inputs and the tensors in `leave_out` do not count. If the function is a module, its parameters and buffers do not count.
     """
     owned = (*function.parameters(), *function.buffers()) if isinstance(function, nn.Module) else ()
     given = [each for each in (*inputs, *leave_out, *owned) if isinstance(each, torch.Tensor)]
@@ -35,7 +35,7 @@ def squares(model, x):
 
 
 def gradients(model, batch, loss=squares):
-    """Name -> gradient of loss(model, batch), of all parameters that get one."""
+    """Name -> gradient of loss(model, batch), for all parameters that get one."""
     model.zero_grad()
     loss(model, batch).backward()
     return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
@@ -44,7 +44,7 @@ def gradients(model, batch, loss=squares):
 def all_gradients(module, x, grad=None):
     """The output, the gradient of the input, and those of the parameters, in order.
 
-    grad  the gradient that comes in; left out, that of the sum of the squares
+    grad  the incoming gradient; without it, the gradient of the sum of squares
     """
     leaf = x.clone().requires_grad_()
     module.zero_grad()
@@ -65,12 +65,12 @@ def gradient_at(function, x):
 
 
 def compiled(function, backend="aot_eager", **keywords):
-    """The function, compiled as a whole; by the backend that runs the graph as it is, unless another is named."""
+    """The compiled function, without graph breaks; by the backend that runs the graph as it is, unless another is named."""
     return torch.compile(function, fullgraph=True, backend=backend, **keywords)
 
 
 def signature(function):
-    """How a function is called, as text, without annotations."""
+    """The signature of a function as text, without annotations."""
     whole = inspect.signature(function)
     parameters = [each.replace(annotation=each.empty) for each in whole.parameters.values()]
     return str(whole.replace(parameters=parameters, return_annotation=whole.empty))

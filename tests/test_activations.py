@@ -11,7 +11,7 @@ import fewbit
 from fewbit import activations
 from fewbit.errors import ActivationError
 
-# each parameter moved off its default, to see that it has its effect
+# each parameter differs from its default, so that its effect shows
 VARIANTS = [
     ("softplus", {"beta": 2.5, "threshold": 4.0}),
     ("elu", {"alpha": 0.5}),
@@ -56,7 +56,7 @@ def test_jumps_are_where_the_derivative_jumps_and_nowhere_else(record):
     h = 1e-9
     for jump in record.derivative_shape.jumps:
         step = abs(record.df(np.array(jump + h)) - record.df(np.array(jump - h)))
-        assert step > (1e-10 if "softplus" in record.name else 1e-3)  # softplus: where torch goes over to the identity
+        assert step > (1e-10 if "softplus" in record.name else 1e-3)  # softplus: where torch changes to the identity
     x = np.linspace(-11.0, 11.0, 8191)
     at_jump = np.min(np.abs(x[:, None] - np.array([*record.derivative_shape.jumps, np.inf])), axis=1) < 2 * h
     steps = np.abs(record.df(x + h) - record.df(x - h))[~at_jump]
@@ -199,7 +199,7 @@ class TestRegister:
             activations.register("mine", lambda x, **parameters: x, parameters={name: 1.0})
 
     def test_what_stands_in_the_way_is_known(self):
-        """The lists of names are those of what there is."""
+        """The lists of names agree with what exists."""
         functions = {"operation", "activations", "layers", "recurrent"} & set(vars(fewbit.functional))
         assert {*fewbit.functional.layers.FUNCTIONS} | functions == activations.TAKEN
         assert {*fewbit.nn.layers.CLASSES, *fewbit.nn.recurrent.CLASSES} == activations.TAKEN_MODULES

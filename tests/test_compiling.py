@@ -1,4 +1,4 @@
-"""Compiled functions are kept on disk where that is possible, and work where it is not."""
+"""Compiled functions are cached on disk if that is possible, and work if it is not."""
 
 import warnings
 
@@ -27,7 +27,7 @@ WAYS = {
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """numba's cache is in this test's folder, and nothing was said of it yet."""
+    """numba's cache is in this test's folder, and no warning was given yet."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compiling, "_told", [])
     return tmp_path
@@ -71,7 +71,7 @@ def test_a_damaged_file_is_mended(way, damage, suffix, own_folder):
     (path,) = paths(own_folder, suffix)
     whole = path.read_bytes()
     path.write_bytes(DAMAGE[damage](whole))
-    if (damage, suffix) == ("one byte", "nbi"):  # of a key: the index then lacks the function
+    if (damage, suffix) == ("one byte", "nbi"):  # of a key: then the index does not have the function
         quietly(way)
     else:
         (index,) = paths(own_folder, "nbi")
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_mended(way, damage, suffix, own_folder):
 
 
 def test_data_of_another_function_are_not_taken(way, own_folder):
-    """A process killed between the index and its data leaves an index that names an older file."""
+    """A process that is killed between writing the index and its data leaves an index that names an older file."""
     for function in (square, cube):
         quietly(way, function)
     first, second = paths(own_folder, "nbc")

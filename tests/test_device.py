@@ -1,4 +1,4 @@
-"""Whole models on a CUDA device: gradients as on the CPU, memory, and what is special to such devices."""
+"""Whole models on a CUDA device: gradients as on the CPU, memory, and special cases of such devices."""
 
 import copy
 import warnings
@@ -19,7 +19,7 @@ WIDTH, TOKENS, BATCH = 128, 64, 4
 
 
 class Residual(nn.Module):
-    """Convolutions and group norms whose input is added to what they put out."""
+    """Convolutions and group norms. The input is added to their output."""
 
     def __init__(self, channels):
         super().__init__()
@@ -33,7 +33,7 @@ class Residual(nn.Module):
 
 
 class Gated(nn.Module):
-    """A gated product in whatever activation, and a norm of rows before it."""
+    """A gated product with any activation, and a norm of rows before it."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Gated(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer and what reads its last steps."""
+    """A recurrent layer, and a layer that reads its last steps."""
 
     def __init__(self, kind, **options):
         super().__init__()
@@ -98,7 +98,7 @@ def subject(name, dtype=torch.float32, device="cuda"):
     torch.manual_seed(0)
     x = torch.randn(BATCH, 3, 64, 64) if name == "convolutional" else torch.randn(BATCH, TOKENS, WIDTH)
     model = MODELS[name]()
-    model(x)  # for layers that are lazy
+    model(x)  # for lazy layers
     return model.to(device, dtype), x.to(device, dtype)
 
 
@@ -112,7 +112,7 @@ def loss(model, x):
 
 
 def distance(found, expected):
-    """Of all gradients as one vector, relative."""
+    """The relative distance of all gradients, taken as one vector."""
     assert found.keys() == expected.keys()
     found, expected = (torch.cat([each.double().flatten().cpu() for each in one.values()]) for one in (found, expected))
     assert bool(found.isfinite().all())
@@ -121,7 +121,7 @@ def distance(found, expected):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_the_cpu(name):
-    """In float64, where rounding moves hardly any number across a threshold."""
+    """In float64, since its rounding hardly moves any number across a threshold."""
     found = {}
     for device in ("cpu", "cuda"):
         model, x = subject(name, torch.float64, device)
@@ -154,7 +154,7 @@ def test_twice_the_same(name):
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "convolutional"])
 def test_what_is_kept_is_what_the_report_says(name):
-    """To what the allocator rounds up, and small sums."""
+    """Up to the rounding of the allocator, and small sums."""
     model, x = subject(name)
     converted, x = coded(model), torch.cat([x] * 8).requires_grad_()
     gradients(converted, x, loss)
@@ -184,7 +184,7 @@ def test_nothing_waits_for_the_device(name):
 def test_steps_in_a_cuda_graph(name):
     model, x = subject(name)
     converted = coded(model)
-    converted.eval()  # so that running statistics stay
+    converted.eval()  # so that running statistics do not change
     expected = gradients(converted, x, loss)
     static = x.clone()
     stream = torch.cuda.Stream()
@@ -239,7 +239,7 @@ def test_compiled(name):
 
 
 def test_checkpointed():
-    """The boundary is exact, and a block's codes are those of its second run, whose dropout is that of the first."""
+    """The boundary is exact. A block's codes are those of its second run, which has the dropout of the first."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Dropout(0.3), nn.Linear(WIDTH, WIDTH)).cuda()
     converted, x = coded(body), torch.randn(512, WIDTH, device="cuda")
@@ -258,7 +258,7 @@ def test_checkpointed():
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout(p):
-    """The numbers that torch drops are dropped, and the others' gradients are exact."""
+    """The numbers that torch drops are dropped, and the gradients of the others are exact."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(1000, WIDTH, device="cuda", dtype=dtype).requires_grad_()
         torch.manual_seed(3)

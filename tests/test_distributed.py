@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two processes: the gradients of one process that takes their shares of the batch in turn."""
+"""DDP and FSDP2 on two processes: the gradients equal those of one process that runs their shares of the batch in turn."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ CASES = [*[f"{way}, {mode}" for way in ("ddp", "fsdp") for mode in ("eager", "co
 
 
 class Calls(torch.nn.Module):
-    """Attention, dropout, pooling and products, all as calls of torch's functions; on (batch, tokens, 32)."""
+    """Attention, dropout, pooling and products, all called as torch's functions, on (batch, tokens, 32)."""
 
     def __init__(self, p):
         super().__init__()
@@ -63,7 +63,7 @@ def make_batch(case):
 
 
 def gradients(model, x):
-    """Gradients of the mean square of what the model returns."""
+    """Gradients of the mean square of the model's output."""
     model.zero_grad()
     torch.manual_seed(3)
     model(x).pow(2).mean().backward()
@@ -84,7 +84,7 @@ def distribute(case):
         return DistributedDataParallel(model)
     mesh = dist.init_device_mesh("cpu", (PROCESSES,))
     for block in model:
-        if case.endswith("apart"):  # the weights of a norm are gone before the readers of its codes run backward
+        if case.endswith("apart"):  # the weights of a norm are freed before backward of the readers of its codes
             for layer in (block.norm1, block.qkv, block.norm2, block.up, block.down):
                 fully_shard(layer, mesh=mesh)
         fully_shard(block, mesh=mesh)
@@ -92,7 +92,7 @@ def distribute(case):
 
 
 def work(rank, folder):
-    """What each process runs: its share of the batch through every case; the gradients go to a file."""
+    """The code of each process: its share of the batch in every case. Gradients go to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     shares = {case: make_batch(case).chunk(PROCESSES)[rank] for case in CASES}
@@ -103,7 +103,7 @@ def work(rank, folder):
 
 def found(folder):
     """For each process, the gradients of each case."""
-    interface = "lo0" if sys.platform == "darwin" else "lo"  # the machine's name need not resolve
+    interface = "lo0" if sys.platform == "darwin" else "lo"  # in case the machine's name does not resolve
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", __file__]
     processes = [
@@ -121,7 +121,7 @@ def found(folder):
 
 
 def test_gradients_are_those_of_one_process(tmp_path):
-    """All cases in one test: the processes are started once, whichever tests run beside it."""
+    """All cases in one test, so that the processes are started only once."""
     by_process = found(tmp_path)
     for case in CASES:
         # by shares, since codes are standardized over the batch that a process has

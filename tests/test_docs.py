@@ -1,4 +1,4 @@
-"""docs/: the Python of each page runs, from its first block to its last; commands, names and figures are there."""
+"""docs/: the Python of each page runs, from its first block to its last; commands, names and figures exist."""
 
 import re
 import subprocess
@@ -31,7 +31,7 @@ def test_all_blocks_run():
 
 @pytest.fixture(scope="module")
 def known():
-    """The commands that there are."""
+    """The commands that exist."""
     listed = subprocess.run([sys.executable, "-m", "fewbit", "--help"], capture_output=True, text=True).stdout
     return set(re.findall(r"^│ (\w+) ", listed, re.MULTILINE))
 
@@ -82,7 +82,7 @@ def test_picture_shows_the_results(tmp_path):
     pictures.draw(tmp_path / "drawn.svg")
     drawn, kept = (path.read_text(encoding="utf-8") for path in (tmp_path / "drawn.svg", pictures.PICTURE))
     assert texts(drawn) == texts(kept)
-    assert lines(drawn) == pytest.approx(lines(kept), abs=0.1)  # points: bars and curves end where the results say
+    assert lines(drawn) == pytest.approx(lines(kept), abs=0.1)  # in points: bars and curves end where the results say
     labels = [f"{each[i]:.2f}" for i in range(3) for each in pictures.peaks().values()]
     assert " ".join(labels) in " ".join(texts(kept))
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, through links and devices, and read in bounds."""
+"""Files are written completely or not at all, through links and devices, and reading is bounded."""
 
 import errno
 import os
@@ -119,7 +119,7 @@ class TestWhatIsThere:
     @pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="there is no /dev/stdout here")
     @pytest.mark.parametrize("piped", [False, True])
     def test_standard_output(self, piped, tmp_path):
-        """What stood in the file, and what is printed before and after, stays in order."""
+        """The old content of the file, and what is printed before and after, stay in order."""
         code = "from fewbit import files; print('a'); files.write('/dev/stdout', 'b\\n'); print('c')"
         path = tmp_path / "out"
         path.write_text("0\n")
@@ -174,7 +174,7 @@ def test_what_a_killed_process_left_is_collected_later(tmp_path):
     left, fresh = tmp_path.iterdir()
     os.utime(left, (time.time() - 7200,) * 2)
     files.write(tmp_path / "b", "")
-    assert sorted(tmp_path.iterdir()) == sorted([fresh, tmp_path / "b"])  # that of a process that may live stays
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, tmp_path / "b"])  # the file of a process that may still live stays
 
 
 class TestReading:

@@ -1,4 +1,4 @@
-"""Values that no caller should give, and files that no fewbit wrote: errors of fewbit, short ones, in no time."""
+"""Values that no caller should give, and files that fewbit did not write: short errors of fewbit, at once."""
 
 import json
 import os
@@ -23,14 +23,14 @@ VALUES = [
     *([], [[]], [1] * 10**6, [10**400], [1e300], [[1, 2], [3]], ["a"], [None], [[[1]]], {}, {"a": 10**400}, {1: 2}, ((),)),
     *(np.array([]), np.array(1e300), np.array(["a"]), np.array([object()]), np.zeros((2, 2, 2))),
 ]
-# what JSON can say
+# values of JSON
 JSON = [value for value in VALUES if isinstance(value, type(None) | bool | str | int | float | list | dict) and value != {1: 2}]
 JSON = [value for value in JSON if value != 10**5000]
 LARGE = [1e300, -1e300, 1e-300, 5e-324, 10**400, 10**5000]
 
 
 def check(call, *arguments, **named):
-    """That a call succeeds, or raises a short error of fewbit."""
+    """Assert that a call succeeds, or raises a short error of fewbit."""
     try:
         said = repr(call(*arguments, **named))
     except FewbitError as error:
@@ -177,7 +177,7 @@ def test_no_power():
 @pytest.mark.skipif(os.name != "posix", reason="pipes and links as POSIX has them")
 @pytest.mark.parametrize("load", ["CodeTable", "Calibration"])
 def test_what_is_no_file_of_tables(load, tmp_path):
-    """In a process with little memory, which a hang or an endless file would show."""
+    """In a process with little memory, which shows hangs and endless files."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "endless").symlink_to("/dev/zero")
     with open(tmp_path / "spaces", "wb") as file:

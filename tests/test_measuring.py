@@ -31,7 +31,7 @@ def clock(monkeypatch):
 
 
 def test_samples_of_one_round_belong_together(clock):
-    """The machine slows down from round to round; both tasks feel it, and their ratio does not."""
+    """The machine slows down from round to round. Both tasks slow down, and their ratio does not change."""
     pace = iter(np.linspace(1, 9, 50))
     slowness = {"now": 1.0}
     tasks = {

@@ -1,4 +1,4 @@
-"""The notebooks run from start to end, and what is stored in them is what such a run shows."""
+"""The notebooks run from start to end, and their stored outputs are of the kinds that such a run shows."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def code_cells(notebook):
 
 
 def shown(notebook):
-    """The kinds of what each code cell shows: "text/plain", "image/png", …"""
+    """The kinds of output of each code cell: "text/plain", "image/png", …"""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     return [sorted(output.get("data", {"stream": ""})) for output in outputs]
 
@@ -34,7 +34,7 @@ def test_is_stored_as_one_run_left_it(path):
 
 @pytest.mark.slow
 @each_notebook
-# the kernel talks over sockets of this machine, of which jupyter warns
+# the kernel uses sockets of this machine, and jupyter warns of it
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore:.*event loop:RuntimeWarning")
 def test_runs(path, tmp_path):
     notebook = nbformat.read(path, 4)

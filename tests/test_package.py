@@ -1,4 +1,4 @@
-"""The package as a whole: what an import costs, and which way imports point."""
+"""The package as a whole: what an import costs, and the direction of imports."""
 
 import ast
 import graphlib
@@ -42,7 +42,7 @@ MODELS = [
     {"preserve", "arguments", "report", "blocks"},
     {"grouping"},
 ]
-# no torch at module level, and nothing of the machinery
+# no torch at module level, and no imports of the machinery
 MATHEMATICS = {"store", "design", "activations", "weights", "record"}
 MACHINERY = {"autograd", "kernels", "packing", "torch_internals"}
 
@@ -79,7 +79,7 @@ def test_imports_point_down(path):
 
 
 def imported_files(path):
-    """The files of fewbit that a file imports, but for what type checkers alone import."""
+    """The files of fewbit that a file imports, except what only type checkers import."""
     tree = ast.parse((PACKAGE / path).read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -94,7 +94,7 @@ def imported_files(path):
 
 
 def test_no_file_imports_itself_through_others():
-    """Imports inside of functions count, too: they put a circle off, but leave it there."""
+    """Imports inside of functions count too: they delay a cycle, but do not remove it."""
     imports = {path: set(imported_files(path)) - {path} for path in FILES}
     assert Path("functional/operation.py") in imports[Path("functional/layers.py")]
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
@@ -186,7 +186,7 @@ def test_public_names():
 
 @pytest.mark.slow
 def test_the_wheel_works_away_from_the_source(tmp_path):
-    """Built, unpacked elsewhere and used from there: shipped tables are inside, and found."""
+    """Built, unpacked elsewhere and used from there: the shipped tables are inside, and are found."""
     root = PACKAGE.parent
     built = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, root],

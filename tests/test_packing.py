@@ -29,7 +29,7 @@ def test_lanes_cover_every_element_once(n, bits):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_fields_are_the_bytes_of_the_word(bits):
-    """Against the definition: bits 8p to 8p + 7 of the sum of code << (lane · bits), a lane of all ones at a time."""
+    """By the definition: bits 8p to 8p + 7 of the sum of code << (lane · bits), with one lane of all ones at a time."""
     for lane in range(packing.LANES):
         word = (2**bits - 1) << (lane * bits)
         fields = {field.plane: field.shift for field in packing.fields(bits, lane)}

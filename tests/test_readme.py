@@ -1,4 +1,4 @@
-"""README.md: its Python runs, from the first block to the last, on a small model; its commands and links are there."""
+"""README.md: its Python runs on a small model, from the first block to the last; its commands and links exist."""
 
 import re
 import subprocess
@@ -24,7 +24,7 @@ def test_blocks_run_in_order(tmp_path, monkeypatch, capsys):
 
 
 def test_calls_are_there():
-    """Those that the text names, outside of the blocks, too."""
+    """The commands that the text names, also outside of the blocks."""
     named = set(re.findall(r"`(?:with )?fewbit\.([\w.]+)\(", TEXT))
     assert named >= {"convert", "prepare", "patch", "exact", "GELU", "functional.linear"}
     for name in named:

@@ -1,4 +1,4 @@
-"""Ten thousand random calls, many at a time: never a wrong gradient, and no growth of memory."""
+"""Ten thousand random calls, many at the same time: gradients are never wrong, and memory does not grow."""
 
 import ctypes
 import gc
@@ -42,14 +42,14 @@ def random_leaf(rng):
 
 
 def one_call(seed):
-    """A random coded activation, whose gradient is compared with the oracle's; sometimes with an error on the way."""
+    """A random coded activation. Its gradient is compared with the oracle's. Sometimes there is an error on the way."""
     rng = np.random.default_rng(seed)
     name, bits = rng.choice(NAMES), int(rng.integers(1, 5) if rng.random() < 0.9 else rng.integers(5, 9))
     leaf = random_leaf(rng)
     layout = rng.choice(list(LAYOUTS))
     x = LAYOUTS[layout](leaf)
     inplace = bool(rng.random() < 0.3) and layout not in ("expanded", "every other")
-    before = LAYOUTS[layout](leaf).detach()  # as x lies in memory: torch's last bit depends on that
+    before = LAYOUTS[layout](leaf).detach()  # with x's own strides: torch's last bit depends on them
     y = getattr(fewbit.functional, name)(x, bits=bits, inplace=inplace)
     assert torch.equal(y, activations.get(name).forward(before)), (seed, name, "forward")
     scale = 1
@@ -108,12 +108,12 @@ def soak():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to tell how much memory is resident")
 def test_ten_thousand_random_calls():
-    """In a process of its own, whose memory no other test has shaped."""
+    """In a process of its own, so that other tests do not influence its memory."""
     code = "import json, test_soak; print(json.dumps(test_soak.soak()))"
     environment = {
         **os.environ,
-        "MALLOC_ARENA_MAX": "1",  # several arenas hide a leak in what they hold back: 6 MiB, by chance
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",  # else torch's gelu keeps 28 KiB for each of 1024 sizes
+        "MALLOC_ARENA_MAX": "1",  # several arenas hide a leak in the memory that they hold back: 6 MiB, by chance
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",  # otherwise torch's gelu keeps 28 KiB for each of 1024 sizes
     }
     folder = Path(__file__).parent
     result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)

@@ -27,10 +27,10 @@ def cached_file(folder):
 
 
 def check_shipped(name):
-    """That the shipped file of a name is what a design gives, number for number.
+    """Assert that the shipped file of a name is the result of a design, number for number.
 
-    But for which of two mirror images it is: where f' is symmetric and the best table is not, both have the same error, and the
-    last bit decides, in which processors differ.
+    Mirror images count as equal: if f' is symmetric and the best table is not, both have the same error. Then the last bit
+    decides, which depends on the processor.
     """
     shipped, designed = (store.tables_directory() / f"{name}.json").read_text(), store.shipped_text(name)
     if shipped == designed:
@@ -45,7 +45,7 @@ def check_shipped(name):
 
 
 def check_mirrored(ours, theirs):
-    """That the first table's levels are the other's where -x is, for the derivative alone."""
+    """Assert that the first table's levels at x are the other's at -x, for tables of the derivative alone."""
     np.testing.assert_allclose(ours["thresholds"], -theirs["thresholds"][::-1], rtol=1e-8)
     by_interval = [each["levels"][0][each["codes"]] for each in (ours, theirs)]
     even = np.allclose(by_interval[0], by_interval[1][::-1], rtol=1e-8)

@@ -1,4 +1,4 @@
-"""What editors and type checkers see: the stubs are those of today's names, and a user's code checks strictly."""
+"""Stubs for editors and type checkers: they agree with today's names, and a user's code passes strict checks."""
 
 import subprocess
 import sys
@@ -63,7 +63,7 @@ def test_are_those_of_todays_names(capsys):
 
 
 def checked(tool, text, folder):
-    """What the tool says of a file with this text, away from the project."""
+    """The tool's output for a file with this text, outside of the project."""
     file = folder / "snippet.py"
     file.write_text(text)
     commands = {"mypy": ["mypy", "--strict", "--no-incremental"], "pyright": ["pyright", "--pythonpath", sys.executable]}

@@ -1,4 +1,4 @@
-"""What is shown while something takes long: on a terminal alone."""
+"""Progress bars: they are shown only on a terminal."""
 
 import io
 
@@ -12,7 +12,7 @@ HARMLESS = "\\x1b[2J\\x9b31m\\u202e[bold]x[/bold][/y]:warning:"
 
 
 def shown(monkeypatch, is_terminal):
-    """What a progress of two steps writes."""
+    """The output of a progress bar with two steps."""
     screen = Console(file=io.StringIO(), force_terminal=is_terminal, width=80)
     monkeypatch.setattr(terminal, "console", lambda stderr: screen)
     with terminal.progress("measuring layers", 2) as advance:

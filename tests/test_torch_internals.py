@@ -1,4 +1,4 @@
-"""Every private name of torch that fewbit leans on is there and does what fewbit takes it to do; no other file has one."""
+"""Every private name of torch that fewbit uses exists and does what fewbit expects; and only one file uses them."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != HOME]
 
 
 def names_of_torch(path):
-    """Dotted names that begin with torch, and modules of torch that are imported, in a file."""
+    """Dotted names that begin with torch, and imported modules of torch, in a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -33,7 +33,7 @@ def names_of_torch(path):
                 yield name
 
 
-# attributes of tensors and modules that torch keeps to itself, by whatever name the object goes
+# private attributes of torch's tensors and modules, for objects of any name
 ATTRIBUTES = {"_version", "_base", "_cdata", "_is_view", "_is_zerotensor", "_indices", "_values", "_orig_mod"}
 ATTRIBUTES |= {"_compiled_call_impl", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_post_accumulate_grad_hooks"}
 
@@ -259,7 +259,7 @@ class TestWhatRuns:
         assert internals.allocations(act) == [1000, 3000, -3000, -1000]
 
     def test_allocations_write_nothing(self):
-        """In a process of its own: in this one another profile may have been first, with messages."""
+        """In a process of its own: in this one, an earlier profile may have given the messages."""
         code = "import torch; from fewbit import torch_internals; print(torch_internals.allocations(lambda: torch.empty(100)))"
         found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
         assert (found.stdout.strip(), found.stderr) == ("[400, -400]", "")

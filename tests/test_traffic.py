@@ -1,4 +1,4 @@
-"""The count of operators and bytes, against counts by hand."""
+"""The count of operators and bytes, compared with counts by hand."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_attention_written_out_is_a_softmax_between_products():
 
 
 def again(module, given):
-    """The total of one more forward and backward pass, which begins with ones and adds to the gradients that are there."""
+    """The total of another forward and backward pass. It begins with ones and adds to the existing gradients."""
 
     def step():
         y = module(given())
@@ -108,7 +108,7 @@ def again(module, given):
     return traffic(step).total
 
 
-# calls, and bytes in units of the input, of exact blocks in bfloat16, known before this count was written
+# calls, and bytes in units of the input, of exact blocks in bfloat16; these figures are older than this count
 @pytest.mark.parametrize(
     ("name", "sizes", "calls", "units"),
     [("gpt", {"blocks": 1}, 30, 77), ("conv", {"size": 32}, 38, 58)],
@@ -146,13 +146,13 @@ def test_a_block_of_a_gpt_by_hand():
         "aten.native_layer_norm_backward": 2,
         "aten.gelu": 1,
         "aten.gelu_backward": 1,
-        "aten.add": 4,  # of the residuals, and of the gradients that meet there
+        "aten.add": 4,  # of the residuals, and of gradients that are added there
         "aten.sum": 4,  # gradients of biases
         "aten.stack": 1,  # gradients of queries, keys and values as one
         "aten.clone": 1,
     }
     units = 2 * 2 + 2 * 3 + 2 * 4 + 3 * 4 + 4 * 3 + (3 + 1 + 4 + 1) + 2 * 3 + 2 * 3
-    assert found.total.bytes / subject.batch.nbytes == pytest.approx(units, rel=1e-3)  # but for vectors
+    assert found.total.bytes / subject.batch.nbytes == pytest.approx(units, rel=1e-3)  # without vectors
     assert set(found.products) == {
         "aten.addmm",
         "aten.mm",
@@ -171,7 +171,7 @@ def test_steps_differ_in_nothing(name):
 
 
 def test_every_operator_of_fewbit_is_counted():
-    """Those of the built-in models and of a gated unit are all that there are; none hides among products or views."""
+    """The built-in models and a gated unit use all of fewbit's operators. None of them counts as a product or a view."""
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fewbit::")}
     seen = set()
     for make in models.BUILT_IN.values():

@@ -3,10 +3,10 @@
     python -m tools.aot_layers --bits 4 --dtypes bfloat16 --arch 80 90
     python -m tools.aot_layers --calls "layer norm" "batch norm"
 
-Each call is made on tensors of the CPU, and what it would launch is compiled instead. Instructions an element are given where
-the text is that of full programs, without loops: of what follows the packed layout, but for maps of 7 × 7 and ladders, whose
-text has a body with masks, too. In the text are the slow paths of divisions and roots, and the rare one that marks what is not
-finite.
+Each call runs on CPU tensors, and the kernels that it would launch are compiled instead. Instructions an element are given only
+if the text has neither loops nor masks. This holds for kernels on the packed layout, except for maps of 7 × 7 and for ladders:
+their text also has a body with masks. The text includes the slow paths of divisions and roots, and the rare path that marks
+numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # program, arguments, opti
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel of a call; loads and stores: width in bits -> number of accesses to global memory in the text."""
+    """One kernel of a call. loads, stores: width in bits -> number of accesses to global memory in the text."""
 
     call: str
     kernel: str
@@ -62,7 +62,7 @@ class Row:
 
 
 def calls(dtype: torch.dtype, bits: int) -> dict[str, Callable[[], object]]:
-    """What layers do, by name: on (1024, 1024) tokens, (16, 64, 32 × 32) images and (16, 64, 7 × 7) maps."""
+    """Name -> call of a layer, on (1024, 1024) tokens, (16, 64, 32 × 32) images or (16, 64, 7 × 7) maps."""
     wide, tokens, images, maps = wide_dtype(dtype), Grid(1024, 1024), Grid(16, 64, 1024), Grid(16, 64, 49)
     x, image, small = (torch.zeros(grid[:3], dtype=dtype) for grid in (tokens, images, maps))
     packed = torch.zeros(bits * tokens.n // 8 + 1, dtype=torch.uint8)[:-1]
@@ -107,7 +107,7 @@ def calls(dtype: torch.dtype, bits: int) -> dict[str, Callable[[], object]]:
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:
-    """What the call would launch on a GPU."""
+    """The kernels that the call would launch on a GPU."""
     found: list[Launch] = []
 
     def note(program: Any, programs: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -119,7 +119,7 @@ def launches(call: Callable[[], object]) -> list[Launch]:
 
 
 def report(call: str, dtype: str, bits: int, arch: int) -> list[Row]:
-    """Compile the kernels of a call for that architecture and read what came out."""
+    """Compile the kernels of a call for that architecture, and read their figures from the result."""
     return [_row(call, dtype, bits, arch, *launch) for launch in launches(calls(DTYPES[dtype], bits)[call])]
 
 
@@ -153,7 +153,8 @@ def _row(call: str, dtype: str, bits: int, arch: int, program: Any, arguments: t
 
 
 def _source(program: Any, arguments: tuple[Any, ...]) -> Any:
-    """As Triton specializes a launch: 1 is a constant, multiples of 16 are known to be such, and so are addresses."""
+    """The source, specialized as Triton does for a launch: 1 is a constant; integers and addresses that 16 divides are marked
+    as such."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}

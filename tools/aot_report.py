@@ -3,10 +3,10 @@
     python tools/aot_report.py --bits 3 4 --dtypes bfloat16 --arch 90
     python tools/aot_report.py --kernels forward --activations gelu silu tanh
 
-Triton brings the assembler and disassembler. Registers and spills are those of the whole kernel; accesses and instructions are
-those of its unmasked body, which all programs but the last ones run, compiled as a kernel of its own. Instructions are counted
-in the text, with the slow paths of divisions. It has no loops but one: where a table is searched in memory, as those beyond 4
-bits are, the text is that of one lane, and the numbers are a lane's.
+Triton brings the assembler and disassembler. Registers and spills are those of the whole kernel. Accesses and instructions are
+those of its unmasked body, compiled as a kernel of its own; all programs except the last ones run that body. Instructions are
+counted in the text, which includes the slow paths of divisions. The text has only one loop, over lanes, for tables of more than
+4 bits, which are searched in memory. There the figures are those of one lane.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Row:
 
     wide_loads, wide_stores  number of 128-bit accesses in the whole kernel
     loads, stores            width in bits -> number of accesses in the unmasked body
-    instructions             of the unmasked body, an element
-    lanes                    in the text of the body: eight, or one that a loop runs through
+    instructions             instructions of the unmasked body for each element
+    lanes                    lanes in the text of the body: eight, or one if a loop runs over them
     scalars                  thresholds, constants or levels that a program keeps in registers
     """
 
@@ -60,7 +60,8 @@ class Row:
 
 
 def report(kernel: str, activation: str, dtype: str, bits: int, arch: int, n_divides: bool = False) -> Row:
-    """Compile a kernel for that architecture and read what came out. `n_divides`: tell the compiler that 16 divides n."""
+    """Compile a kernel for that architecture, and read its figures from the result. `n_divides`: tell the compiler that 16
+    divides n."""
     whole = _disassemble(kernel, activation, dtype, bits, arch, n_divides, body=False)
     body = _disassemble(kernel, activation, dtype, bits, arch, n_divides, body=True)
     opcodes = opcodes_of(whole.sass)
@@ -178,7 +179,9 @@ def widths_of(opcodes: list[str], family: str) -> dict[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", default=KERNELS, choices=KERNELS)
-    parser.add_argument("--activations", nargs="+", default=["gelu"], help="whose table, and closed form, to take")
+    parser.add_argument(
+        "--activations", nargs="+", default=["gelu"], help="use the tables and closed forms of these activations"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"], choices=DTYPES)
     parser.add_argument("--bits", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--arch", nargs="+", type=int, default=[90], help="80 is an A100, 90 an H100 or H200")

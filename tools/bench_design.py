@@ -1,6 +1,6 @@
-"""Time the dynamic programs of fewbit.design against the plain vectorised numpy one: `python tools/bench_design.py`.
+"""Compare the dynamic programs of fewbit.design with a plain vectorised numpy program: `python tools/bench_design.py`.
 
-Each pair is timed in turn, five times, on the same 4096 points; the figures are medians, with the least and the largest ratio.
+The two are timed in turn, five times, on the same 4096 points. Figures are medians, with the smallest and the largest ratio.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ POINTS, PAIRS = 4096, 5
 
 
 def numpy_program(values: np.ndarray, weights: np.ndarray, count: int) -> float:
-    """Least error of splitting the points into at most `count` runs: one vector operation over i for each (k, j)."""
+    """The least error of splitting the points into at most `count` runs: one vector operation over i for each (k, j)."""
     mass, first, second = (np.concatenate([[0.0], np.cumsum(weights * values**power)]) for power in (0, 1, 2))
     with np.errstate(divide="ignore", invalid="ignore"):
         best = second - first**2 / mass
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def compare(coding: str, values: np.ndarray, weights: np.ndarray, count: int) -> list[str]:
-    """The timed pairs of one problem, after a warm-up of the compiled kernel; both must find the same error."""
+    """The times of both programs for one problem, after a warm-up of the compiled kernel. Both must find the same error."""
     solve = (lambda v, w, k: optimal_runs(v[None], w, k)) if coding == "interval" else optimal_clusters
     solve(values, weights, count)
     plain, own = [], []

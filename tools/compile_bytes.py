@@ -1,7 +1,7 @@
-"""Print what torch.compile keeps for backward, exact and coded, beside eager: `python tools/compile_bytes.py [bits]`.
+"""Print what compiled and eager code keeps for backward, exact and coded: `python tools/compile_bytes.py [bits]`.
 
-Counted are the distinct storages that autograd saves, without parameters and the model's input, in bytes for each element of
-the activation's input (float32: one tensor of its size is 4).
+The figures count the distinct storages that autograd saves, without parameters and the model's input. They are bytes for each
+element of the activation's input: one float32 tensor of its size counts 4.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def kept(model: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    """Bytes for each element of the activation's input that `call`, the model or its compiled form, keeps for backward."""
+    """Bytes that `call`, the model or its compiled form, keeps for backward, for each element of the activation's input."""
     x = torch.randn(BATCH, WIDTH, requires_grad=True)
     owned = {tensor.untyped_storage().data_ptr() for tensor in (x, *model.parameters())}
     saved: dict[int, int] = {}
     with saved_storages(saved, leave_out=owned):
         output = call(x)
     total = sum(saved.values())
-    del output  # which held all that was counted, so that no address was used twice
+    del output  # until here it held all that was counted, so that no address was used twice
     return total / (BATCH * HIDDEN)
 
 

@@ -1,6 +1,6 @@
-"""The docstrings of fewbit as Markdown, for the site: an extension of mkdocstrings, named in mkdocs.yml.
+"""An extension of mkdocstrings, named in mkdocs.yml, that turns the docstrings of fewbit into Markdown for the site.
 
-A docstring lists arguments as a name, two spaces or more, and words, with further lines indented. Doctests are examples.
+An argument is a line with a name, two spaces or more, and words; its further lines are indented. Doctests become examples.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _ENTRY = re.compile(r"(\w[\w, ]*?)  +(\S.*)")
 
 
 def as_markdown(docstring: str) -> str:
-    """Lists for arguments, blocks of code for doctests."""
+    """The docstring with arguments as lists and doctests as blocks of code."""
     return "\n\n".join(map(_paragraph, re.split(r"\n\s*\n", docstring)))
 
 
@@ -36,7 +36,7 @@ def _paragraph(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text outside of backticks: no emphasis, no tags."""
+    """The text with characters escaped that would make emphasis or tags, except within backticks."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(part if part.startswith("`") else re.sub(r"([*_\[])", r"\\\1", part.replace("<", "&lt;")) for part in parts)
 

@@ -1,4 +1,4 @@
-"""Write the stubs by which editors and type checkers see the names that fewbit makes when they are asked for.
+"""Write the stubs that show editors and type checkers the names that fewbit makes on demand.
 
 .venv/bin/python tools/stubs.py            # writes fewbit/__init__.pyi, fewbit/functional/__init__.pyi, fewbit/nn/__init__.pyi
 .venv/bin/python tools/stubs.py --check    # writes nothing; fails if one would change
@@ -79,7 +79,7 @@ def _module(cls: type[nn.Module]) -> str:
 
 
 def _returned(function: object) -> str:
-    """Any, for functions that return a tensor, or a tuple where they are asked for more; a tuple; else Tensor."""
+    """The type in the stub: Any for functions that return a tensor, or a tuple if asked for more; a tuple; else Tensor."""
     returned = inspect.signature(function).return_annotation  # type: ignore[arg-type]
     return returned if returned in ("Any", "tuple[Tensor, ...]") else "Tensor"
 
@@ -99,7 +99,7 @@ def _parameter(parameter: inspect.Parameter) -> str:
     text = "Any" if kind is parameter.empty else kind if isinstance(kind, str) else inspect.formatannotation(kind)
     text = "Tensor" if text == "torch.Tensor" else text.replace("NoneType", "None")
     if parameter.default is None and not {"None", "Any", "Optional"} & set(re.findall(r"\w+", text)):
-        text += " | None"  # which torch leaves out
+        text += " | None"  # torch leaves it out
     return f"{parameter.name}: {text}" + ("" if parameter.default is parameter.empty else f" = {parameter.default!r}")
 
 

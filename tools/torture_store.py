@@ -1,4 +1,4 @@
-"""Torture of the store: kills, full disks, races and damaged files. Prints counts; fails where a file or a table is bad.
+"""Test the store with kills, full disks, races and damaged files. Prints counts, and fails if a file or a table is bad.
 
 .venv/bin/python tools/torture_store.py --kills 300
 """
@@ -25,7 +25,7 @@ from fewbit.errors import TableFileError
 
 
 def write_again_and_again(folder: Path) -> None:
-    """Write tables, designs and texts over those that are there, until killed."""
+    """Overwrite tables, designs and texts until killed."""
     tables = [fewbit.load_table("gelu", bits) for bits in (1, 2, 3, 4)]
     for i in itertools.count(random.randrange(1000)):
         tables[i % 4].save(folder / "table.json")
@@ -36,7 +36,7 @@ def write_again_and_again(folder: Path) -> None:
 
 
 def start(folder: Path, code: str, **variables: str) -> subprocess.Popen:
-    """A process that runs the code in the folder, with its cache there."""
+    """Start a process that runs the code in the folder, with its cache there."""
     root = str(Path(fewbit.__file__).parents[1])
     variables = {**os.environ, "PYTHONPATH": root, "FEWBIT_CACHE_DIR": str(folder / "cache"), **variables}
     return subprocess.Popen(
@@ -45,7 +45,7 @@ def start(folder: Path, code: str, **variables: str) -> subprocess.Popen:
 
 
 def check(folder: Path, seen: Counter[str]) -> None:
-    """Count what is in the folder; raise if any of it is not whole."""
+    """Count the files in the folder. Raises if one of them is not complete."""
     for path in [*(folder / "cache").glob("*.json"), *folder.glob("table.json")]:
         try:
             fewbit.CodeTable.load(path)
@@ -63,19 +63,19 @@ def check(folder: Path, seen: Counter[str]) -> None:
 
 
 def kills(count: int, draw: random.Random, folder: Path) -> Counter[str]:
-    """Kill writers at random moments: after each, every file is whole."""
+    """Kill writers at random moments. After each kill, every file must be complete."""
     seen: Counter[str] = Counter()
     (folder / "link").symlink_to("target")
     os.environ["FEWBIT_CACHE_DIR"] = str(folder / "cache")
     fewbit.load_table("elu", 2, alpha=0.4)  # loads the compiler, before the forks
     for _ in range(count):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it would be lost in what Python does after a fork
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it would be lost in Python's own work after a fork
         child = os.fork()
         if child == 0:
             try:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 write_again_and_again(folder)
-            finally:  # whatever an interrupt became in it
+            finally:  # the interrupt may have become another error in it
                 os._exit(0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         time.sleep(draw.random() * 0.1)
@@ -84,14 +84,14 @@ def kills(count: int, draw: random.Random, folder: Path) -> Counter[str]:
             if os.waitpid(child, os.WNOHANG)[0]:
                 break
             time.sleep(0.01)
-        else:  # the interrupt came in a callback, and was lost
+        else:  # the interrupt came in a callback and was lost
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         seen["kills"] += 1
         check(folder, seen)
-        for path in (folder / "cache").glob("*.json"):  # for the next one to design anew
+        for path in (folder / "cache").glob("*.json"):  # so that the next process designs again
             path.unlink()
-        for path in folder.rglob(".fewbit-*.tmp"):  # as if an hour had gone by
+        for path in folder.rglob(".fewbit-*.tmp"):  # as if they were an hour old
             before = time.time() - 7200
             os.utime(path, (before, before))
     for path in (folder / "text", folder / "cache" / "x"):
@@ -102,12 +102,12 @@ def kills(count: int, draw: random.Random, folder: Path) -> Counter[str]:
 
 
 def full(count: int, draw: random.Random, folder: Path) -> Counter[str]:
-    """Write where there is room for so many bytes: after each error, the old file is whole."""
+    """Write with room for only so many bytes. After each error, the old file must be complete."""
     seen: Counter[str] = Counter()
     table, other = fewbit.load_table("gelu", 3), fewbit.load_table("silu", 4)
     path = folder / "table.json"
     table.save(path)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the limit is then an error, as a full disk is
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # exceeding the limit is then an error, like a full disk
     for _ in range(count):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (draw.randrange(1500), hard))
@@ -126,7 +126,7 @@ def full(count: int, draw: random.Random, folder: Path) -> Counter[str]:
 
 
 def races(count: int, draw: random.Random, folder: Path) -> Counter[str]:
-    """Processes that design the same tables at once, into one cache, and compile into one empty folder of numba's."""
+    """Let processes design the same tables at the same time into one cache, and compile into one empty folder of numba."""
     seen: Counter[str] = Counter()
     code = """
 import fewbit, torch
@@ -156,7 +156,7 @@ print(x.grad.double().sum().item())
 
 
 def damaged(count: int, draw: random.Random, folder: Path) -> Counter[str]:
-    """Change bytes of a file of the cache at random: the table is the same, from the file or designed anew."""
+    """Change random bytes of a cached file. The table must stay the same, read from the file or designed again."""
     seen: Counter[str] = Counter()
     os.environ["FEWBIT_CACHE_DIR"] = str(folder / "cache")
     store._load.cache_clear()

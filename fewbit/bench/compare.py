@@ -1,6 +1,6 @@
 """`fewbit bench --model`: training steps of a model exact, checkpointed and coded, side by side.
 
-Operators and bytes are counted. Times are quantiles over rounds, and each ratio of times is of two of one round.
+Operators and bytes are counted. Times are quantiles over rounds. Each ratio compares two times of the same round.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ EXACT, CHECKPOINT = "exact", "checkpoint"
 class Settings:
     """What to measure: a model at every dtype and on every device, exact, checkpointed, and coded with all `bits`.
 
-    name  what reports call the model
-    make  makes it anew, in float32 on the CPU, with its batch
-    bits  as `fewbit.models.conversion.setting.parse_bits` takes them: "4", or "activation=3,linear=4"
+    name  the model's name in reports
+    make  a function that makes a new model, in float32 on the CPU, and its batch
+    bits  texts for `fewbit.models.conversion.setting.parse_bits`: "4", or "activation=3,linear=4"
 
-    Raises DesignError for bits that cannot be.
+    Raises DesignError for bits that are not allowed.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Settings:
         threads: int | None,
         repeats: int,
     ) -> Settings:
-        """From the words of a command line; `threads` None: as many as torch has. InputError for what torch does not have."""
+        """Settings from the words of a command line. Without `threads`, torch's number. InputError for what torch lacks."""
         places, kinds = [find_device(each) for each in devices], [parse_dtype(each) for each in dtypes]
         return cls(name, make, bits, kinds, places, threads or torch.get_num_threads(), repeats)
 
@@ -76,15 +76,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What was seen of one run.
+    """The figures of one run.
 
-    bits         as they were given; None where nothing is coded
-    calls        of all operators but products: matrix products, convolutions and attention; and the bytes they move
-    products     calls of those and their bytes
-    operators    by name, calls and bytes: of the rest, with what they sum up to
-    kept_bytes   by forward, for backward
-    peak_bytes   of a step, beyond the model; None on devices whose memory torch does not follow
-    ratio        of the step's time to the exact one's
+    bits         as they were given; None if nothing is coded
+    calls        calls of operators that move bytes, except products (matrix products, convolutions and attention)
+    moved_bytes  bytes that these operators read and write
+    products     name -> calls and bytes of products
+    operators    name -> calls and bytes of the other operators
+    kept_bytes   bytes that forward keeps for backward
+    peak_bytes   peak of a step, beyond the model; None on devices whose memory torch does not track
+    seconds      of a step
+    ratio        the step's time, relative to the exact step's
     """
 
     run: str
@@ -112,7 +114,7 @@ class CaseResult:
 
 @dataclass
 class Report:
-    """The results, and on what they were measured; `notes` says what is checkpointed, or that nothing is."""
+    """The results, with the devices and versions of the measurement. `notes` says what is checkpointed, if anything is."""
 
     model: str
     date: str
@@ -124,15 +126,15 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; all times in seconds."""
+        """The JSON form. All times are in seconds."""
         return {"format": "fewbit-bench-model", "version": 1, **asdict(self)}
 
 
 def run(settings: Settings, track: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> Report:
-    """Measure every case; `track` may show how far it is.
+    """Measure every case. `track` may show the progress.
 
-    Raises InputError for a model in which nothing is coded or differentiated, and for a batch that it does not take; for what
-    else fails in it FewbitError, which names the case.
+    Raises InputError if nothing in the model is coded or differentiated, and if it does not take the batch. Raises FewbitError,
+    which names the case, if anything else fails.
     """
     report = Report(
         settings.name,
@@ -148,7 +150,7 @@ def run(settings: Settings, track: Callable[[Sequence[Any]], Iterable[Any]] = it
                 report.cases.append(_measure(settings, device, dtype, report.notes))
             except (FewbitError, MemoryError):
                 raise
-            except Exception as error:  # whatever the model does
+            except Exception as error:  # the model may raise anything
                 where = f"{settings.name} in {dtype_name(dtype)} on {device}"
                 raise FewbitError(f"cannot measure {where}: {first_line(error)}") from error
     report.notes = list(dict.fromkeys(report.notes))
@@ -160,7 +162,7 @@ def _measure(settings: Settings, device: torch.device, dtype: torch.dtype, notes
     subject = moved(settings.make(), device, dtype)
     steps = {label: Step(subject._replace(model=model)) for label, model in _models(settings, subject, notes).items()}
     for step in steps.values():
-        step()  # all that is made once, such as tables, is there when anything is measured
+        step()  # makes all that is made once, such as tables, before anything is measured
     seen = {label: (traffic(step), step.kept_bytes(), step.peak_bytes(device)) for label, step in steps.items()}
     tasks: dict[Key, Task] = {("step", label): Task(lambda: None, lambda _, step=step: step()) for label, step in steps.items()}
     samples = time_rounds(tasks, settings.repeats, device)
@@ -176,22 +178,22 @@ def _measure(settings: Settings, device: torch.device, dtype: torch.dtype, notes
 
 
 def _models(settings: Settings, subject: Subject, notes: list[str]) -> dict[str, torch.nn.Module]:
-    """By the run's label. Appends to `notes` what is checkpointed."""
+    """Label of a run -> its model. Appends to `notes` what is checkpointed."""
     models = {EXACT: subject.model}
     levels = blocks(subject.model)
     for level, found in enumerate(levels):
         label = CHECKPOINT if len(levels) == 1 else f"{CHECKPOINT} {level + 1}"
         models[label] = checkpoint_blocks(copy.deepcopy(subject.model), level)
-        notes.append(f"{label}: around each of {len(found)} {', '.join(sorted({type(each).__name__ for each in found}))}")
+        notes.append(f"{label}: each of {len(found)} {', '.join(sorted({type(each).__name__ for each in found}))}")
     if not levels:
-        notes.append(f"nothing is checkpointed: {settings.name} has no blocks, of one class in a ModuleList or Sequential")
+        notes.append(f"nothing is checkpointed: {settings.name} has no ModuleList or Sequential of blocks of one class")
     for bits in settings.bits:
         models[_label(bits)] = _coded(subject.model, bits)
     return models
 
 
 def _coded(model: torch.nn.Module, bits: str) -> torch.nn.Module:
-    """A copy; InputError where nothing in it is coded."""
+    """A converted copy. InputError if nothing in it is coded."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConversionWarning)
         try:

@@ -1,4 +1,4 @@
-"""How the results of `fewbit bench --model` look: tables for the terminal, and a JSON file."""
+"""The output of `fewbit bench --model`: tables for the terminal, and a JSON file."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fewbit.record import plural
 from fewbit.terminal import bytes_label, three_figures
 
 _KEY = """\
-calls   of operators in forward and backward that move bytes, but for matrix products, convolutions
-        and attention
+calls   calls of operators in forward and backward that move bytes, except matrix products,
+        convolutions and attention
 moved   bytes that these operators read and write
-kept    bytes that forward keeps for backward, but for the batch
-peak    the most that a step holds beyond the model, its gradients included
-×       of exact; of times the median over rounds, and the middle half of the rounds"""
+kept    bytes that forward keeps for backward, without the batch
+peak    the most bytes that a step holds beyond the model, gradients included
+×       relative to the exact step; for times: median and middle half of the rounds"""
 
 
 def show(report: Report, console: Console, operators: bool = False) -> None:
-    """Print a table for each device and dtype, and what its columns mean, on a console as wide as that takes.
+    """Print a table for each device and dtype, and the meaning of its columns. The console becomes as wide as needed.
 
-    operators  also what the calls are made of
+    operators  whether to show each operator too
     """
     on = f"{plural(report.repeats, 'round')}, {plural(report.threads, 'thread')}"
     for case in report.cases:
@@ -41,7 +41,7 @@ def show(report: Report, console: Console, operators: bool = False) -> None:
 
 
 def write(report: Report, path: Path) -> None:
-    """Write all figures as JSON, atomically, and say so."""
+    """Write all figures as JSON, atomically, and print the file's name."""
     files.write(path, json.dumps(report.to_dict(), indent=1) + "\n")
     terminal.say_written(path)
 
@@ -71,7 +71,7 @@ def _times(own: int | None, exact: int | None) -> str:
 
 
 def _operators(case: CaseResult) -> Table:
-    """Calls and bytes of each operator in every run, those that move most in any of them first."""
+    """Calls and bytes of each operator in every run. Operators that move most in any run come first."""
     columns = [f"{run.run}\n{column}" for run in case.runs for column in ("calls", "moved")]
     view = terminal.table(("\noperator",), tuple(columns))
     names = {name for run in case.runs for name in run.operators}

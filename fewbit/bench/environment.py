@@ -1,4 +1,4 @@
-"""On what and when a measure was taken, and the words that name it."""
+"""The machine, versions and time of a measurement."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fewbit.errors import InputError
 
 
 def now() -> str:
-    """The time, as in ISO 8601, to the second."""
+    """The time in ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """Of fewbit, Python and what they compute with, where it is installed."""
+    """Versions of fewbit, Python and the packages that compute, as far as they are installed."""
     yield "fewbit", __version__
     yield "python", platform.python_version()
     for name in ("torch", "numpy", "numba", "triton"):
@@ -44,7 +44,7 @@ def device_name(device: torch.device) -> str:
 
 
 def parse_dtype(text: str) -> torch.dtype:
-    """The dtype of that name; InputError for one that activations are not coded for."""
+    """The dtype of that name. InputError if activations of it are not coded."""
     if text not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {text!r}")
     return getattr(torch, text)
@@ -59,5 +59,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without what follows on more lines."""
+    """The type and the first line of an error."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,8 +1,8 @@
-"""`fewbit bench`: activations exact and coded, forward and backward, timed side by side.
+"""`fewbit bench`: time exact and coded activations, forward and backward, side by side.
 
-All figures are quantiles over rounds, and every ratio is of two times of one round: what slows the machine for a while slows
-both. Outputs and gradients are made anew in each call, as in training; inputs and the copy's target are there already, so that
-small tensors lie in a cache (on CUDA in the second-level one), for the copy as for the activation.
+All figures are quantiles over rounds. Every ratio compares two times of the same round, since a slow phase of the machine slows
+both. Each call makes new outputs and gradients, as in training. Inputs and the copy's target exist before, so small tensors lie
+in a cache (on CUDA in the L2 cache), for the copy and for the activation.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _EXACT, _COPY = "exact", ("copy", "copy")
 class Settings:
     """What to measure: every activation at every dtype, number of elements and device, exact and coded with all `bits`.
 
-    parts     also encode and decode alone
-    compiled  also torch.compile of the exact operation
+    parts     whether to time encode and decode alone too
+    compiled  whether to time the exact operation under torch.compile too
 
     Raises DesignError for bits other than 1 to 8.
     """
@@ -95,11 +95,11 @@ class Run:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What was seen of one run, by phase; ratios and extra seconds are against the exact run.
+    """The figures of one run, by phase. Ratios and extra seconds are relative to the exact run.
 
-    moved_bytes  what forward and backward must read and write: x, y, the incoming gradient, its result, and what is kept, which
-                 is read, and written where it is neither x nor y
-    copy_share   moved_bytes a second, as a share of what the copy moves in a second
+    moved_bytes  bytes that forward and backward must read and write: x, y, the incoming gradient, the resulting gradient, and
+                 what is kept. What is kept is always read, and also written if it is neither x nor y
+    copy_share   moved_bytes in a second, relative to what the copy moves in a second
     """
 
     run: str
@@ -114,7 +114,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class PartResult:
-    """`encode` alone, which reads x and writes codes, or `decode` alone, which reads codes and a gradient and writes one."""
+    """`encode` alone reads x and writes codes. `decode` alone reads codes and a gradient, and writes a gradient."""
 
     part: str
     bits: int
@@ -125,7 +125,7 @@ class PartResult:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """All runs of one case, the exact one first, and the copy they are held against."""
+    """All runs of one case, the exact one first, and the copy that they are compared with."""
 
     activation: str
     parameters: dict[str, float]
@@ -140,7 +140,7 @@ class CaseResult:
 
 @dataclass
 class Report:
-    """The results, and on what they were measured; `notes` says what was left out."""
+    """The results, with the devices and versions of the measurement. `notes` says what was left out."""
 
     date: str
     versions: dict[str, str]
@@ -151,7 +151,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; all times in seconds."""
+        """The JSON form. All times are in seconds."""
         return {"format": "fewbit-bench", "version": 1, **asdict(self)}
 
 
@@ -164,7 +164,7 @@ def settings_of(
     threads: int | None = None,
     **others: Any,
 ) -> Settings:
-    """Settings from the words of a command line; `threads` None: as many as torch has now. Raises as the functions below do."""
+    """Settings from the words of a command line. Without `threads`, torch's number. Raises as the functions below do."""
     places = [find_device(name) for name in devices]
     elements = [parse_size(text) for text in sizes]
     kinds = [parse_dtype(text) for text in dtypes]
@@ -172,7 +172,7 @@ def settings_of(
 
 
 def parse_size(text: str) -> int:
-    """A number of elements; InputError for anything else.
+    """The number of elements that a text means. InputError for anything else.
 
     >>> parse_size("2^14"), parse_size("16384")
     (16384, 16384)
@@ -180,14 +180,14 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(?:2\^(\d{1,2})|(\d{1,10}))", text)
     elements = 0 if match is None else 2 ** int(match[1]) if match[1] else int(match[2])
     if not 1 <= elements <= LARGEST:
-        raise InputError(f"a size is a number of elements from 1 to 2^31, such as 16384 or 2^14; got {text!r}")
+        raise InputError(f"a size must be a number of elements from 1 to 2^31, such as 16384 or 2^14; got {text!r}")
     return elements
 
 
 def run(settings: Settings, track: Callable[[Sequence[Case]], Iterable[Case]] = iter) -> Report:
-    """Measure every case; `track` may show how far it is.
+    """Measure every case. `track` may show the progress.
 
-    Raises FewbitError, naming the case, where torch cannot compute it: too little memory, an operation without this dtype.
+    Raises FewbitError, which names the case, if torch cannot compute it: too little memory, or an operation without this dtype.
     """
     report = Report(
         now(),
@@ -258,11 +258,11 @@ def _part_tasks(each: Run, case: Case, x: Tensor, grad: Tensor) -> dict[Key, Tas
 
 def _compiled(case: Case, x: Tensor, grad: Tensor, notes: list[str]) -> list[Run]:
     """The exact operation compiled by torch, or a note why it cannot be."""
-    torch.compiler.reset()  # else, after some shapes, torch runs the function uncompiled and says nothing
+    torch.compiler.reset()  # without it, torch silently runs the function uncompiled after some shapes
     function = torch.compile(case.record.forward, dynamic=False)
     try:
         torch.autograd.grad(function(x), x, grad)
-    except Exception as error:  # whatever the compilers behind it raise
+    except Exception as error:  # the compilers may raise anything
         notes.append(f"torch.compile left out for {case.record} on {case.device}: {first_line(error)}")
         return []
     return [Run("compiled", function)]

@@ -1,6 +1,6 @@
-"""The models that `fewbit bench --model` knows by name: layers as common networks stack them, on a batch of working size.
+"""The models that `fewbit bench --model` knows by name: the layers of common networks, on a batch of working size.
 
-Neither embeddings nor a head stand around them: what is measured is the layers.
+They have no embeddings and no head, so that only the layers are measured.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ HEAD_WIDTH = 64
 
 
 class Subject(NamedTuple):
-    """What is measured: a model, a batch to call it with, as in `fewbit.models.arguments`, and what makes the loss of both.
+    """What is measured: a model, a batch to call it with, as in `fewbit.models.arguments`, and a function that gives the loss.
 
-    Without a loss function it is the `loss` of what the model returns. If there is none either, backward begins at all that the
-    model returns, with normal numbers for gradients.
+    Without a loss function, the loss is the `loss` of the model's output. If there is none, backward begins at all outputs,
+    with normal numbers as gradients.
     """
 
     model: nn.Module
@@ -34,21 +34,22 @@ class Subject(NamedTuple):
 
     @classmethod
     def of(cls, made: Any) -> Subject:
-        """What a factory made; InputError if it is neither (model, batch) nor (model, batch, loss_fn)."""
+        """The subject that a factory made. InputError if that is neither (model, batch) nor (model, batch, loss_fn)."""
         if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
             kinds = ", ".join(type(each).__name__ for each in made) if isinstance(made, tuple) else type(made).__name__
-            raise InputError(f"a factory returns (model, batch) or (model, batch, loss_fn), got ({kinds})")
+            raise InputError(f"a factory must return (model, batch) or (model, batch, loss_fn), got ({kinds})")
         found = cls(*made)
         if found.loss_fn is not None and not callable(found.loss_fn):
-            raise InputError(f"a factory's loss_fn is a function of the model and a batch, got {type(found.loss_fn).__name__}")
+            got = type(found.loss_fn).__name__
+            raise InputError(f"a factory's loss_fn must be a function of the model and a batch, got {got}")
         return found
 
 
 class LlamaAttention(nn.Module):
-    """Causal attention on (batch, tokens, width), whose queries and keys are turned by their position."""
+    """Causal attention on (batch, tokens, width), with rotary positions of queries and keys."""
 
-    cosine: Tensor  # (tokens, HEAD_WIDTH), as is `sine`
-    sine: Tensor
+    cosine: Tensor  # (tokens, HEAD_WIDTH)
+    sine: Tensor  # (tokens, HEAD_WIDTH)
 
     def __init__(self, width: int, tokens: int):
         super().__init__()
@@ -108,7 +109,7 @@ class ResidualBlock(nn.Module):
 
 
 def gpt(blocks: int = 4, width: int = 512, batch: int = 8, tokens: int = 256) -> Subject:
-    """Blocks of a GPT, the demo's, and what comes into the first: (batch, tokens, width)."""
+    """Blocks of the demo's GPT, and the input of the first block: (batch, tokens, width)."""
     layers = (Block(nn.GELU(), width, width // HEAD_WIDTH) for _ in range(blocks))
     return Subject(nn.Sequential(*layers), torch.randn(batch, tokens, width, requires_grad=True))
 

@@ -1,4 +1,4 @@
-"""How the results of `fewbit bench` look: tables for the terminal, and what the picture shows."""
+"""The output of `fewbit bench`: tables for the terminal, and the picture."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fewbit.terminal import bytes_label, three_figures
 
 WIDTH = 100
 _KEY = """\
-µs          median time of a call; both: forward and backward in one go
-over exact  both over exact's both of the same round: median, and the middle half of the rounds
-extra       both less exact's both of the same round
-of copy     bytes a second that a call must read and write, over copy_'s with a tensor of that size
-kept        storages that autograd holds for backward"""
-_CUDA_KEY = "No cache is flushed between calls: what fits into the GPU's second-level cache may be read from there."
+µs          median time of a call; both: one call that runs forward and backward
+over exact  time of both, relative to the exact one in the same round: median and middle half of the rounds
+extra       time of both minus the exact one's in the same round
+of copy     bytes moved in a second, relative to copy_ on a tensor of that size
+kept        bytes that autograd holds for backward"""
+_CUDA_KEY = "Caches are not flushed between calls: tensors that fit into the GPU's L2 cache may be read from there."
 
 
 def show(report: Report, console: Console) -> None:
-    """Print a table for each device and dtype, at most WIDTH columns wide, and what its columns mean."""
+    """Print a table for each device and dtype, at most WIDTH columns wide, and the meaning of its columns."""
     on = f"{plural(report.repeats, 'round')}, {plural(report.threads, 'thread')}"
     for (device, dtype), group in groupby(report.cases, key=lambda case: (case.device, case.dtype)):
         cases = list(group)
@@ -41,7 +41,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def write(report: Report, json_path: Path | None, plot_path: Path | None) -> None:
-    """Write what is asked for, the JSON file atomically, and say so."""
+    """Write the files that were asked for, and print their names. The JSON file is written atomically."""
     if json_path:
         files.write(json_path, json.dumps(report.to_dict(), indent=1) + "\n")
         terminal.say_written(json_path)
@@ -55,7 +55,8 @@ def write(report: Report, json_path: Path | None, plot_path: Path | None) -> Non
 
 
 def panels(report: Report) -> RatioPanels:
-    """What `plots.plot_ratios` draws: a panel for each activation, dtype and device, a line for each run but the exact."""
+    """The data of `plots.plot_ratios`: a panel for each activation, dtype and device; a line for each run except the exact
+    one."""
     found: RatioPanels = {}
     for case in report.cases:
         title = f"{case.activation}, {case.dtype}"

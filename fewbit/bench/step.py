@@ -19,10 +19,10 @@ Tensor = torch.Tensor
 
 
 class Step:
-    """Forward and backward of a model on one batch, to be called any number of times.
+    """Forward and backward of a model on one batch. It can be called any number of times.
 
-    Each call begins without gradients, as after an optimizer's `zero_grad()`, and leaves those that it computes. Raises
-    InputError for a batch that the model does not take, and where there is nothing to differentiate.
+    Each call begins without gradients, as after an optimizer's `zero_grad()`, and leaves the gradients that it computes. Raises
+    InputError if the model does not take the batch, and if there is nothing to differentiate.
     """
 
     def __init__(self, subject: Subject):
@@ -37,15 +37,15 @@ class Step:
         torch.autograd.backward(roots, self._directions)
 
     def forward(self) -> list[Tensor]:
-        """Where backward begins: the loss, or else all that the model returns."""
+        """Run forward. Returns the tensors at which backward begins: the loss, or else all outputs."""
         return roots_of(self.model, self.batch, self.loss_fn)
 
     def kept_bytes(self) -> int:
-        """What forward keeps for backward, the loss included; neither parameters, buffers and the batch, nor code tables."""
+        """Bytes that forward and the loss keep for backward, without parameters, buffers, the batch and code tables."""
         return total(Forward.of(_Whole(self), self.batch).saved(fake=False))
 
     def peak_bytes(self, device: torch.device) -> int | None:
-        """The most that a step holds beyond the model, its gradients included; None where nobody follows the memory."""
+        """The most bytes that a step holds beyond the model, gradients included; None if the device's memory is not tracked."""
         self._clear()
         return measuring.peak_bytes(self, device) if device.type in ("cpu", "cuda") else None
 
@@ -55,7 +55,7 @@ class Step:
 
 
 class _Whole(nn.Module):
-    """A step's forward pass as a module on the batch: the model, and its loss."""
+    """A step's forward pass, with its loss, as a module on the batch."""
 
     def __init__(self, step: Step):
         super().__init__()
@@ -67,14 +67,14 @@ class _Whole(nn.Module):
 
 
 def _direction(root: Tensor) -> Tensor | None:
-    """Normal numbers; of a norm's output the sum would have no gradient. None for a loss."""
+    """The gradient at an output: normal numbers, since the sum of a norm's output has no gradient. None for a loss."""
     if root.dim() == 0:
         return None
     return torch.randn(root.shape, generator=torch.Generator().manual_seed(0)).to(root)
 
 
 def moved(subject: Subject, device: torch.device, dtype: torch.dtype) -> Subject:
-    """The subject on the device, its numbers of floating point of that dtype; the batch is made of new tensors."""
+    """The subject on the device, with floating-point numbers of that dtype. The batch consists of new tensors."""
 
     def move(tensor: Tensor) -> Tensor:
         kind = dtype if tensor.is_floating_point() else tensor.dtype

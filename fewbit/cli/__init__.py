@@ -30,7 +30,7 @@ app.add_typer(tables_app, name="tables")
 
 
 def _help(command: Callable[..., Any]) -> str:
-    """Its docstring with each paragraph in one line, which the terminal breaks where it ends."""
+    """The command's docstring with each paragraph on one line. The terminal wraps it."""
     return "\n\n".join(" ".join(part.split()) for part in (inspect.getdoc(command) or "").split("\n\n"))
 
 
@@ -43,10 +43,10 @@ for _command in (
     app.command(help=_help(_command))(_command)
 tables_app.command("build")(tables.build)
 
-# the base of all usage errors, which typer exports under no name of its own in some versions
+# the base of all usage errors; some versions of typer do not export it
 _CommandError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-# options with several values, unknown to typer: the commands that take them, and what is such a value
+# options with several values, which typer does not support: the commands that take them, and a test for such a value
 _SPREAD = {
     "--bits": (("plot", "demo", "bench"), lambda text: text.lstrip("-").isdigit()),
     "--channels": (("table", "plot"), CHANNELS.__contains__),
@@ -54,10 +54,10 @@ _SPREAD = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit status: 0, 1 for a failure, 2 for wrong usage. Errors take one line on stderr."""
+    """Run the command line. Returns the exit status: 0, 1 for a failure, 2 for wrong usage. Errors take one line on stderr."""
     arguments = _spread(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks is escaped
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -68,15 +68,15 @@ def _run(arguments: list[str]) -> int:
     try:
         status = app(args=arguments or ["--help"], prog_name="fewbit", standalone_mode=False) or 0
         if sys.stdout is not None:
-            sys.stdout.flush()  # here, where an error can be told
-        return status if status != interrupt.STATUS else _complain("interrupted", status)  # typer says nothing of its own
+            sys.stdout.flush()  # now, while an error can still be reported
+        return status if status != interrupt.STATUS else _complain("interrupted", status)  # typer itself prints nothing
     except _CommandError as error:
         return _complain(error.format_message(), error.exit_code)
     except (ActivationError, DesignError) as error:  # a wrong name or a value out of range on the command line
         return _complain(str(error), 2)
     except FewbitError as error:
         return _complain(str(error), 1)
-    except BrokenPipeError:  # the reader of our output has gone: `fewbit list | head`
+    except BrokenPipeError:  # the reader of our output has ended: `fewbit list | head`
         _drop_output()
         return 1
     except OSError as error:
@@ -90,32 +90,32 @@ def _run(arguments: list[str]) -> int:
 
 
 def _show_warning(message: Any, *_: Any) -> None:
-    """In one line, without the place in the code that it is from."""
+    """Print a warning on one line, without its place in the code."""
     print("fewbit: warning: " + plain(cut(" ".join(str(message).split()), 2000)), file=sys.stderr)
 
 
 def _drop_output() -> None:
-    """What could not be written shall not be tried again when the process ends."""
+    """Keep Python from trying again, when the process ends, to write what could not be written."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str, status: int) -> int:
-    if interrupt.came():  # of which what was interrupted made another error
+    if interrupt.came():  # the interrupted code may have turned the interrupt into another error
         message, status = "interrupted", interrupt.STATUS
-    if message:  # there is none where typer has printed the help of a group without a command
+    if message:  # there is none if typer has printed the help of a group without a command
         print("fewbit: " + plain(cut(" ".join(message.split()), 2000)), file=sys.stderr)
     return status
 
 
 def _spread(arguments: list[str]) -> list[str]:
-    """`plot gelu --bits 1 2 3` -> `plot gelu --bits 1 --bits 2 --bits 3`, and so for each option with several values."""
+    """`plot gelu --bits 1 2 3` -> `plot gelu --bits 1 --bits 2 --bits 3`, and the same for each option with several values."""
     options = {
         option: is_value for option, (commands, is_value) in _SPREAD.items() if arguments[:1] and arguments[0] in commands
     }
     spread: list[str] = []
-    option = None  # the one whose values are being read
+    option = None  # the option whose values are being read
     for argument in arguments:
         if option and options[option](argument):
             if spread[-1] != option:

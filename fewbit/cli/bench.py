@@ -47,14 +47,14 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Rounds. Each round times every run once. By default 30, or 10 with --model.")
     ] = None,
-    parts: Annotated[bool, typer.Option("--parts", help="Time encode and decode alone, too.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Time the exact activation under torch.compile, too.")] = False,
+    parts: Annotated[bool, typer.Option("--parts", help="Also time encode and decode alone.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also time the exact activation under torch.compile.")] = False,
     operators: Annotated[
-        bool, typer.Option("--operators", help="With --model, show the bytes that each operator moves, too.")
+        bool, typer.Option("--operators", help="With --model, also show the bytes that each operator moves.")
     ] = False,
-    json_path: Annotated[Path | None, file_option("--json", help="Write all figures to this file.")] = None,
+    json_path: Annotated[Path | None, file_option("--json", help="Write all figures to this file, as JSON.")] = None,
     plot_path: Annotated[
-        Path | None, file_option("--plot", help="Write a picture of the ratios against size to this file.")
+        Path | None, file_option("--plot", help="Write a picture of the ratios of times, by size, to this file.")
     ] = None,
 ) -> None:
     """Time exact and coded activations side by side, forward and backward, and count the bytes that they keep.
@@ -95,7 +95,7 @@ def bench(
 
 
 def _checked(settings_of: Callable[..., Any], *words: Any, **options: Any) -> Any:
-    """The settings that these words mean; a dtype, size or device that there is not is wrong usage."""
+    """The settings that these words mean. An unknown dtype, size or device is wrong usage."""
     try:
         return settings_of(*words, **options)
     except InputError as error:
@@ -106,7 +106,7 @@ def _check_used_with_model(with_model: bool, of_activations: dict[str, Any], of_
     if with_model and (given := [name for name, value in of_activations.items() if value]):
         raise typer.BadParameter(f"--model takes no {given[0]}: that is for activations")
     if not with_model and (given := [name for name, value in of_models.items() if value]):
-        raise typer.BadParameter(f"{given[0]} is for --model: --model gpt, say")
+        raise typer.BadParameter(f"{given[0]} is only for --model, as in --model gpt")
 
 
 def _number(bits: str) -> int:
@@ -117,7 +117,7 @@ def _number(bits: str) -> int:
 
 
 def _tracker() -> Callable[[Sequence[Any]], Iterable[Any]]:
-    """What shows on stderr how far it is, if that is a terminal."""
+    """Show the progress on stderr, if that is a terminal."""
     from rich.progress import track
 
     from fewbit import terminal
@@ -128,7 +128,7 @@ def _tracker() -> Callable[[Sequence[Any]], Iterable[Any]]:
 
 
 def _factory(name: str, blocks: int | None) -> Callable[[], Subject]:
-    """What makes the model of that name, and its batch; imported with the working folder on the path."""
+    """A function that makes the model of that name and its batch. It is imported with the working folder on the path."""
     from fewbit.bench.models import BUILT_IN, Subject
 
     if name in BUILT_IN:

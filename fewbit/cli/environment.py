@@ -1,4 +1,4 @@
-"""`fewbit env`: what a bug report needs."""
+"""`fewbit env`: the facts that a bug report needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _OTHERS = ("transformers", "peft", "accelerate", "lightning")
 
 
 def env() -> None:
-    """Print what a bug report needs: versions, processor and GPU, the kernels in use, and the folder of cached tables."""
+    """Print the facts that a bug report needs: versions, processor, GPU, kernels in use, and the folder of cached tables."""
     import torch
 
     from fewbit import kernels, store, terminal

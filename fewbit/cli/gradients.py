@@ -70,7 +70,7 @@ def fidelity(
 ) -> None:
     """Say whether training from codes is safe. Compares the gradient from codes with the exact one and with the noise of SGD.
 
-    Inputs are random unless --data gives real ones. The model has the weights that its factory gives it. The verdict holds for
+    Inputs are random unless --data gives real ones. The model has the weights that its factory gives it. The verdict is for
     these weights and these inputs. It may be different on real inputs, or after some training.
 
     Without --loss, the loss is the `loss` of the model's output. If there is none, it is the sum of all outputs times fixed
@@ -117,8 +117,8 @@ def calibrate(
 ) -> None:
     """Design tables for the inputs of a model's own activations and gates, and show how much better they fit.
 
-    Use real inputs (--data) and trained weights. With random ones the tables fit only those. With --loss, tables of
-    derivatives are made for the squared gradient at each pre-activation.
+    Use real inputs (--data) and trained weights. Tables from random inputs fit only random inputs. With --loss, tables of
+    derivatives are designed for the squared gradient at each pre-activation.
     """
     chosen = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed)
     options = BatchOptions(chosen, batches, data, batch_size, loss)
@@ -149,15 +149,18 @@ def allocate(
     loss: LossName = None,
     budget: Annotated[
         str,
-        typer.Option(help="What the codes of a batch may take: 10% of what the coded tensors take exact, or bytes, '512 MiB'."),
+        typer.Option(
+            help="What the codes of a batch may take: a share of what the exact tensors take, such as 10%, or bytes, such as "
+            "'512 MiB'."
+        ),
     ] = "30%",
-    choices: Annotated[str, typer.Option(help="Numbers of bits to choose from, with commas.")] = "1,2,3,4,5,6,7,8",
+    choices: Annotated[str, typer.Option(help="Numbers of bits to choose from, separated by commas.")] = "1,2,3,4,5,6,7,8",
     output: Conversion = None,
     json_path: Json = None,
     csv_path: Csv = None,
     plot_path: Plot = None,
 ) -> None:
-    """Choose the bits of each layer, so that the gradient's error is least within a budget.
+    """Choose the bits of each layer, such that the gradient's error is least within a budget.
 
     The model is converted with every kind, unless it is converted already. This runs a forward and a backward pass for each
     layer. It also designs a table for each activation and each number of bits.
@@ -179,7 +182,7 @@ def allocate(
 
     with terminal.progress("running the model", len(given)) as advance, running(), options.around():
         report = choose(found, _each(given, advance), loss_fn, budget, choices=numbers)
-    own = "what the model returns as `loss`, or without one all its outputs times fixed random numbers"
+    own = "the `loss` of the model's output, or else the sum of all outputs times fixed random numbers"
     notes = [f"{type(found).__name__}, allocated", *options.notes(found, len(given)), f"loss: {loss or own}"]
     _show(report, notes)
     outputs.write(report, {"notes": notes}, output=lambda path: save(found, path))
@@ -209,7 +212,7 @@ def prepare(
     csv_path: Csv = None,
     plot_path: Plot = None,
 ) -> None:
-    """Convert a model as far as that pays and is safe. Gives more bits where gradients err, and calibrates where that helps.
+    """Convert a model as far as that pays and is safe. Gives more bits if gradients err too much. Calibrates if that helps.
 
     Without --loss, the loss is the `loss` of the model's output. If there is none, it is the sum of all outputs times fixed
     random numbers.
@@ -232,7 +235,7 @@ def prepare(
 
 
 def _start(options: BatchOptions, outputs: Outputs) -> tuple[nn.Module, list[Any], LossFunction | None]:
-    """The model, the batches and the loss function, if one is named, after all that can be checked before."""
+    """Check all that can be checked before; then return the model, the batches, and the loss function if one is named."""
     outputs.check()
     options.check()
     loss_fn = options.loss_function()
@@ -241,7 +244,7 @@ def _start(options: BatchOptions, outputs: Outputs) -> tuple[nn.Module, list[Any
 
 
 def _convert(model: nn.Module, bits: Bits | None) -> str:
-    """Convert the model, unless it is converted and no bits are given; words for what it is then."""
+    """Convert the model, unless it is converted and no bits are given. Returns words for its state then."""
     from fewbit.models.conversion.convert import convert
     from fewbit.models.conversion.engine import is_converted
     from fewbit.models.conversion.setting import Setting
@@ -260,7 +263,7 @@ def _convert(model: nn.Module, bits: Bits | None) -> str:
 
 
 class _OwnLoss:
-    """The `loss` of what a model returns, or without one all its outputs times fixed random numbers; prints as which it was."""
+    """The `loss` of a model's output, or else the sum of all outputs times fixed random numbers. `str` says which it was."""
 
     def __init__(self):
         self._is_returned = True
@@ -277,8 +280,8 @@ class _OwnLoss:
 
     def __str__(self) -> str:
         if self._is_returned:
-            return "what the model returns as `loss`"
-        return "the model returns none, so all its outputs times fixed random numbers; --loss names yours"
+            return "the `loss` of the model's output"
+        return "the sum of all outputs times fixed random numbers, since the output has no `loss`; name your own with --loss"
 
 
 def _each(batches: list[Any], advance: Callable[[], None]) -> Iterator[Any]:

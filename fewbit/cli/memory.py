@@ -1,4 +1,4 @@
-"""`fewbit memory` and `fewbit plan`: what a model keeps for backward, and what converting it would leave."""
+"""`fewbit memory` and `fewbit plan`: what a model keeps for backward, and what it would keep after a conversion."""
 
 from __future__ import annotations
 
@@ -40,10 +40,12 @@ def memory(
     seed: Seed = 0,
     loss: LossName = None,
     optimizer: OptimizerName = None,
-    budget: Annotated[str | None, typer.Option(help="Show the largest batches that fit these bytes, such as '24 GiB'.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Also show the largest batches that fit these bytes, such as '24 GiB'.")
+    ] = None,
     bits: Annotated[
         str | None,
-        typer.Option(help="Plan a conversion, too: 4 is for every kind of saved tensor, activation=3,linear=4 is by kind."),
+        typer.Option(help="Also plan a conversion: 4 is for every kind of saved tensor, activation=3,linear=4 is by kind."),
     ] = None,
     gradient: Gradient = False,
     fake: Fake = False,
@@ -54,8 +56,8 @@ def memory(
 ) -> None:
     """Show what a model keeps for backward, by module and operation, and the peak of a training step.
 
-    With --bits, the page, the picture and the JSON hold the plan of a conversion, too. With --budget, the JSON holds the
-    largest batches.
+    With --bits, the page, the picture and the JSON also hold the plan of a conversion. With --budget, the page and the JSON
+    also hold the largest batches.
     """
     options = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed, fake, gradient)
     outputs = Outputs(json_path, csv_path, plot_path, html_path)
@@ -109,8 +111,8 @@ def plan(
 ) -> None:
     """Plan a conversion: what each module would keep, what is worth coding, and the peak of a training step after it.
 
-    With --budget, choose for each block of the model: keep it, code it, recompute it in backward, or both. The step then fits
-    and is fast. The lines of Python that do it are printed, too.
+    With --budget, choose for each block of the model: keep it, code it, recompute it in backward, or code and recompute it.
+    The plan is the fastest one found that fits. The lines of Python that carry it out are printed too.
     """
     options = ModelOptions(model, inputs, class_name, dtype, autocast, device, seed, fake, gradient)
     outputs = Outputs(json_path, csv_path, plot_path, html_path)
@@ -140,11 +142,12 @@ def plan(
 
 
 def _peak_of(report: Any) -> Any:
-    """The peak of a step, or the words why there is none: the model cannot run on fake tensors, or nothing needs a gradient."""
+    """The peak of a step, or a text that says why there is none: the model cannot run on fake tensors, or nothing needs a
+    gradient."""
     from fewbit import terminal
 
     try:
         with terminal.progress("following a training step"):
             return report.peak
-    except Exception as error:  # whatever the model does
+    except Exception as error:  # the model may raise anything
         return f"no peak of a training step: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,4 +1,4 @@
-"""What the commands on whole models share: the options by which they name a model and its inputs, and what finds both."""
+"""Options that the commands on whole models share: the model and its inputs, and the look-ups that find both."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from fewbit.models.conversion.setting import Bits
 
 HUGGING_FACE = "hf:"
-SAMPLES = 8  # in a batch of a file, unless another number is given
+SAMPLES = 8  # samples in a batch from a file, unless another number is given
 
 Model = Annotated[
     str,
     typer.Argument(
         help="package.module:factory or ./file.py:factory. The factory is called without arguments, or is a module itself. "
-        "hf:path/to/config.json makes a model of Hugging Face, with random weights."
+        "hf:path/to/config.json makes a Hugging Face model with random weights."
     ),
 ]
 Inputs = Annotated[
@@ -68,15 +68,17 @@ BitsIfAny = Annotated[
 OptimizerName = Annotated[
     str | None, typer.Option("--optimizer", help="Optimizer of the training step whose peak is shown, such as adamw.")
 ]
-Gradient = Annotated[bool, typer.Option("--gradient", help="Let floating-point inputs need a gradient.")]
+Gradient = Annotated[bool, typer.Option("--gradient", help="Floating-point inputs require a gradient.")]
 Fake = Annotated[bool, typer.Option("--fake", help="Run on fake tensors, for models too large for this machine.")]
-Batches = Annotated[int, typer.Option("--batches", min=1, help="Number of batches to run on, or as many as --data has.")]
+Batches = Annotated[
+    int, typer.Option("--batches", min=1, help="Number of batches to run on. Fewer if --data does not have as many.")
+]
 Data = Annotated[
     Path | None,
     file_option(
         "--data",
-        help="A file of your own inputs, instead of random ones: .npz with an array for each input by its name, or .npy for a "
-        "single input. The first dimension counts the samples.",
+        help="A file with your own inputs, instead of random ones: .npz with an array for each input, under its name, or .npy "
+        "for a single input. The first dimension counts the samples.",
     ),
 ]
 BatchSize = Annotated[
@@ -90,8 +92,8 @@ LossName = Annotated[
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options by which a command names a model and its inputs, as they were given. What is wrong with them raises when
-    `check` is called, before the model is made."""
+    """The options with which a command names a model and its inputs, as they were given. `check` raises if they are wrong,
+    before the model is made."""
 
     name: str
     inputs: Sequence[str] | None = None
@@ -104,7 +106,7 @@ class ModelOptions:
     gradient: bool = False
 
     def check(self, needs_inputs: bool = True) -> None:
-        """Raise for what cannot be, as far as that is known without the model."""
+        """Raise if the options are wrong, as far as that is known without the model."""
         if ":" not in self.name:
             raise typer.BadParameter(
                 f"the model is given as package.module:factory, ./file.py:factory or hf:config.json, got {self.name!r}"
@@ -114,7 +116,7 @@ class ModelOptions:
         if self._configuration is not None and not self._configuration.is_file():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._configuration))
         if self.fake and self.device != "cpu":
-            raise typer.BadParameter("--fake tensors are those of the CPU; leave --device out")
+            raise typer.BadParameter("--fake runs only on the CPU; leave --device out")
         if needs_inputs and not self.inputs:
             raise typer.BadParameter("--input is missing: the shape of an input, as in --input 8,3,224,224; once for each")
         with told_as_usage("--device"):
@@ -123,7 +125,7 @@ class ModelOptions:
 
     @cached_property
     def place(self) -> Place:
-        """Where the model and its inputs shall lie. InputError where there is no such device."""
+        """The device and dtype of the model and its inputs. InputError if there is no such device."""
         import torch
 
         from fewbit.cli.inputs import Place
@@ -138,7 +140,7 @@ class ModelOptions:
         return parse_inputs(self.inputs or ())
 
     def make(self) -> nn.Module:
-        """The model. InputError for whatever fails, and for what is no model."""
+        """Make the model. InputError if that fails in any way, or if the result is not a model."""
         import torch
         from torch import nn
 
@@ -149,26 +151,26 @@ class ModelOptions:
             torch.manual_seed(self.seed)
             found = named(self.name) if path is None else partial(_configured, path, self.class_name, self.fake)
             if not isinstance(found, nn.Module):
-                torch.manual_seed(self.seed)  # again: what an import draws, it draws once in a process
+                torch.manual_seed(self.seed)  # again, since an import may draw random numbers, but only once in a process
                 found = found()
         if not isinstance(found, nn.Module):
             raise InputError(f"{self.name} made a {type(found).__name__}, not a torch.nn.Module")
         if isinstance(found, torch.jit.ScriptModule):
             raise InputError(
-                f"{self.name} made a scripted module, whose parts fewbit cannot see; give the module that it was made from"
+                f"{self.name} made a scripted module, and fewbit cannot see its parts; give the module that it was made from"
             )
         with making(self.name):
             found = found if self.fake else found.to(self.place.device)
             return found if self.dtype is None else found.to(self.place.dtype)
 
     def inputs_of(self, model: nn.Module) -> list[Input]:
-        """The inputs; tokens of a model of Hugging Face are of its vocabulary."""
+        """The inputs. Tokens of a Hugging Face model are from its vocabulary."""
         from fewbit.cli.inputs import with_vocabulary
 
         return self.parsed if self._configuration is None else with_vocabulary(self.parsed, model)
 
     def batch(self, model: nn.Module) -> Any:
-        """One batch of random inputs, which need a gradient if that was asked for."""
+        """One batch of random inputs. They require a gradient if that was asked for."""
         from fewbit.cli.inputs import drawn
         from fewbit.models.memory.saved import tensors_in
 
@@ -178,7 +180,7 @@ class ModelOptions:
         return batch
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context that the model is to run in."""
+        """The context in which the model must run."""
         import torch
 
         if self.autocast_dtype is None:
@@ -187,7 +189,7 @@ class ModelOptions:
 
     @property
     def _configuration(self) -> Path | None:
-        """The file that describes a model of Hugging Face, if the model is one; in a folder, the one of the usual name."""
+        """The file that describes a Hugging Face model, or None for other models. In a folder it is the file config.json."""
         if not self.name.startswith(HUGGING_FACE):
             return None
         path = Path(os.path.expanduser(self.name.removeprefix(HUGGING_FACE)))
@@ -196,7 +198,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """The options by which a command names the batches that it runs a model on, and the loss."""
+    """The options with which a command names the batches for a model, and the loss."""
 
     model: ModelOptions
     number: int
@@ -205,11 +207,11 @@ class BatchOptions:
     loss: str | None = None
 
     def check(self) -> None:
-        """Raise for what cannot be, as far as that is known without the model."""
+        """Raise if the options are wrong, as far as that is known without the model."""
         if self.data is not None and self.model.inputs:
             raise typer.BadParameter("--data and --input exclude each other: the file has the inputs")
         if self.data is None and self.samples is not None:
-            raise typer.BadParameter("--batch-size is for --data; the first size of an --input is that of its batch")
+            raise typer.BadParameter("--batch-size is only for --data; the first size of an --input is the size of its batch")
         self.model.check(needs_inputs=self.data is None)
         if self.data is not None:
             from fewbit.cli.inputs import check_samples
@@ -219,14 +221,14 @@ class BatchOptions:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Of the file."""
+        """The arrays in the file."""
         from fewbit.cli.inputs import read_arrays
 
-        assert self.data is not None, "asked for where there is a file"
+        assert self.data is not None, "the caller has checked that there is a file"
         return read_arrays(self.data)
 
     def batches(self, model: nn.Module) -> list[Any]:
-        """What the model runs on."""
+        """The batches that the model runs on."""
         from fewbit.cli.inputs import cut, drawn
 
         if self.data is not None:
@@ -234,15 +236,16 @@ class BatchOptions:
         return list(drawn(self.model.inputs_of(model), self.model.place, self.number, self.model.seed))
 
     def loss_function(self) -> Callable[[Any, Any], Any] | None:
-        """Of the model and a batch, under autocast; None where none is named. InputError for what is no function."""
+        """The named function of the model and a batch, under autocast; None if none is named. InputError if it is not a
+        function."""
         return None if self.loss is None else self.under_autocast(loss_of_name(self.loss))
 
     def around(self) -> AbstractContextManager[Any]:
-        """The context for what has no loss function that sees to autocast."""
+        """The context to run the model in. It sets autocast only if no loss function does so."""
         return self.model.autocast() if self.loss is None else nullcontext()
 
     def under_autocast(self, loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """The loss as it is in training: forward alone runs under autocast."""
+        """The loss as in training: only forward runs under autocast."""
 
         def cast(model: Any, batch: Any) -> Any:
             with self.model.autocast():
@@ -251,43 +254,44 @@ class BatchOptions:
         return loss if self.model.autocast_dtype is None else cast
 
     def notes(self, model: nn.Module, used: int) -> list[str]:
-        """What a report has to say of the inputs that it is from."""
+        """Notes of a report on its inputs."""
         batches = "1 batch" if used == 1 else f"{used} batches"
         if self.data is not None:
             return [f"{batches} of {self.samples or SAMPLES} samples from {self.data}"]
         zeros = [each.name or str(i) for i, each in enumerate(self.model.inputs_of(model)) if each.is_zeros]
-        notes = [f"{batches} of random inputs, seed {self.model.seed}: this is of the model as it stands, on such inputs"]
+        figures = "figures are for the model's present weights and such inputs"
+        notes = [f"{batches} of random inputs, seed {self.model.seed}: {figures}"]
         if zeros:
-            notes.append(f"all zeros: input {', '.join(zeros)}; give the number of values, as in 8,128:int64:1000")
+            notes.append(f"all zeros: input {', '.join(zeros)}; for random integers give their number, as in 8,128:int64:1000")
         return notes
 
 
 @contextmanager
 def making(name: str) -> Iterator[None]:
-    """Import from the working folder, too; whatever fails is an InputError that names the model."""
+    """In this context imports also look in the working folder. Any error becomes an InputError that names the model."""
     try:
-        with working_folder_on_path():  # from which a factory may import, too
+        with working_folder_on_path():  # the factory may import from there too
             yield
     except FewbitError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the module does on import, and the factory on a call
+    except (Exception, SystemExit) as error:  # the module may raise anything on import, and the factory on a call
         raise InputError(f"cannot make a model of {name}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
 def running() -> Iterator[None]:
-    """Whatever the model raises is an InputError."""
+    """In this context any error of the model becomes an InputError."""
     try:
         yield
     except FewbitError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the model does with such inputs
+    except (Exception, SystemExit) as error:  # the model may raise anything for such inputs
         raise InputError(f"the model raised {type(error).__name__} for these inputs: {error}") from error
 
 
 @contextmanager
 def told_as_usage(option: str) -> Iterator[None]:
-    """A value that the library refuses is wrong usage here, where it is that of an option."""
+    """In this context a value that the library refuses is wrong usage of the option."""
     try:
         yield
     except InputError as error:
@@ -295,16 +299,16 @@ def told_as_usage(option: str) -> Iterator[None]:
 
 
 def check_loss_name(name: str | None) -> None:
-    """Raise for what cannot name a function."""
+    """Raise if the text cannot name a function."""
     if name is not None and ":" not in name:
         raise typer.BadParameter(f"--loss is given as package.module:function, got {name!r}")
 
 
 def loss_of_name(name: str) -> Callable[[Any, Any], Any]:
-    """The function of the model and a batch. InputError for what cannot be imported, and for what is no function."""
+    """The function of the model and a batch. InputError if it cannot be imported or is not a function."""
     try:
         found = named(name)
-    except (Exception, SystemExit) as error:  # whatever the module does on import
+    except (Exception, SystemExit) as error:  # the module may raise anything on import
         raise InputError(f"cannot import {name}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise InputError(f"{name} is not a function of the model and a batch, but a {type(found).__name__}")
@@ -312,7 +316,7 @@ def loss_of_name(name: str) -> Callable[[Any, Any], Any]:
 
 
 def check_step(optimizer: str | None, budget: str | None = None) -> None:
-    """Raise for an optimizer that torch does not have, and for what is no number of bytes."""
+    """Raise if torch does not have the optimizer, or if the budget is not a number of bytes."""
     from fewbit.models.memory.peak import optimizer_of
     from fewbit.terminal import parse_bytes
 
@@ -323,7 +327,7 @@ def check_step(optimizer: str | None, budget: str | None = None) -> None:
 
 
 def parsed_bits(text: str) -> Bits:
-    """What `--bits` means. DesignError for what no conversion can have."""
+    """The bits that `--bits` means. DesignError if no conversion can have them."""
     from fewbit.models.conversion.setting import Setting, parse_bits
 
     found = parse_bits(text)
@@ -347,9 +351,9 @@ def _configured(path: Path, class_name: str | None, fake: bool) -> nn.Module:
         raise InputError(f"{path} is not a Hugging Face configuration, a JSON object; got {type(settings).__name__}")
     wanted = class_name or next(iter(settings.get("architectures") or ()), None)
     if wanted is None:
-        raise InputError(f"{path} names no architectures; give one of transformers by --class")
+        raise InputError(f"{path} names no architectures; give a class of transformers with --class")
     kind = getattr(transformers, str(wanted), None)
     if kind is None or not hasattr(kind, "config_class"):
-        raise InputError(f"transformers has no model {wanted!r}; give one of its classes by --class, GPT2LMHeadModel, say")
+        raise InputError(f"transformers has no model {wanted!r}; give one of its classes with --class, such as GPT2LMHeadModel")
     with torch.device("meta" if fake else "cpu"):
         return kind(kind.config_class.from_dict(settings)).train()

@@ -1,4 +1,4 @@
-"""What several commands share: options, and the checks and look-ups behind them."""
+"""Options that several commands share, with their checks and look-ups."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 def _folder(path: Path | None) -> Path | None:
-    """The path of an option, whose ~ the shell leaves as it is after `--option=`."""
+    """The path of an option. Its ~ is replaced here, since the shell does not do so after `--option=`."""
     if path is not None and "\0" in str(path):
-        raise typer.BadParameter(f"no path has a null character, got {shown(str(path))}")
+        raise typer.BadParameter(f"a path cannot have a null character, got {shown(str(path))}")
     return path and Path(os.path.expanduser(path))
 
 
 def _file(path: Path | None) -> Path | None:
     if path is not None and path.name in ("", ".."):
-        raise typer.BadParameter(f"it takes the name of a file, got {shown(str(path))}")
+        raise typer.BadParameter(f"give the name of a file, got {shown(str(path))}")
     return _folder(path)
 
 
@@ -56,7 +56,7 @@ def choice_option(*names: str, known: Sequence[str], **settings: Any) -> Any:
 
     def check(given: str | None) -> str | None:
         if given is not None and given not in known:
-            raise typer.BadParameter(f"it is one of {', '.join(known)}; got {shown(given)}")
+            raise typer.BadParameter(f"it must be one of {', '.join(known)}; got {shown(given)}")
         return given
 
     return typer.Option(*names, callback=check, metavar="|".join(known), **settings)
@@ -66,8 +66,8 @@ Bits = Annotated[int, typer.Option(help="Bits of one code, 1 to 8.")]
 Weight = Annotated[
     str | None,
     typer.Option(
-        help="How often each x occurs: student (the default for the derivative alone), normal (the default with values), "
-        "uniform, or one with arguments, such as 'normal(mean=0, std=2)'."
+        help="How often each x occurs: student (the default for the derivative alone), normal (the default if values are "
+        "coded too), uniform, or one with arguments, such as 'normal(mean=0, std=2)'."
     ),
 ]
 Coding = Annotated[
@@ -77,7 +77,7 @@ Coding = Annotated[
         "default for several channels. uniform: equal bins, not optimised."
     ),
 ]
-Domain = Annotated[tuple[float, float] | None, typer.Option(help="Low and high end of the x that count.", metavar="LOW HIGH")]
+Domain = Annotated[tuple[float, float] | None, typer.Option(help="Only x between these two ends count.", metavar="LOW HIGH")]
 Parameters = Annotated[
     list[str] | None, typer.Option("--param", help="A parameter of the activation, such as alpha=0.5. May be repeated.")
 ]
@@ -94,7 +94,7 @@ Name = Annotated[
 
 @dataclass(frozen=True)
 class TableOptions:
-    """The options by which `table` and `plot` name a table of an activation, as they were given, or their defaults."""
+    """The options with which `table` and `plot` choose a table of an activation: as they were given, or their defaults."""
 
     weight: str | None = None
     coding: str | None = None
@@ -119,11 +119,11 @@ class TableOptions:
         )
 
     def find_ladder(self, record: Activation, bits: int) -> tuple[CodeTable, ...]:
-        """The ladder of the activation, whose tables differ in all that is not named by bits, channels and parameters."""
+        """The ladder of the activation. Bits, channels and parameters name a ladder; its tables differ in all else."""
         from fewbit.store import load_ladder
 
         if self != TableOptions(channels=self.channels, parameters=self.parameters):
-            raise typer.BadParameter("--ladder goes only with --bits, --channels and --param: each table has its own weight")
+            raise typer.BadParameter("--ladder takes only --bits, --channels and --param: each table has its own weight")
         record = record.with_parameters(**_parse_parameters(self.parameters))
         return load_ladder(record, bits, channels=tuple(self.channels) or ("derivative",))
 
@@ -137,7 +137,7 @@ def find_activation(name: str) -> Activation:
         return activations.get(name)
     try:
         function = named(name)
-    except (Exception, SystemExit) as error:  # whatever the module does on import
+    except (Exception, SystemExit) as error:  # the module may raise anything on import
         raise ActivationError(f"cannot import {name}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ActivationError(f"{name} is not a function on tensors, but a {type(function).__name__}")
@@ -145,7 +145,7 @@ def find_activation(name: str) -> Activation:
 
 
 def named(name: str) -> Any:
-    """What `package.module:attribute` or `./file.py:attribute` is, imported with the working folder on the path."""
+    """The object `package.module:attribute` or `./file.py:attribute`, imported with the working folder on the path."""
     home, _, attributes = name.rpartition(":")
     with working_folder_on_path():
         found = _run_file(Path(home)) if home.endswith(".py") else importlib.import_module(home)
@@ -155,7 +155,7 @@ def named(name: str) -> Any:
 
 
 def _run_file(path: Path) -> ModuleType:
-    """The module that a file makes, known under the name of the file, as what it defines may look for it there."""
+    """Run a file as a module. It is entered in sys.modules under the name of the file, since its classes may need that."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None, "it ends in .py"
     assert spec.loader is not None, "likewise"
@@ -167,7 +167,7 @@ def _run_file(path: Path) -> ModuleType:
 
 @contextmanager
 def working_folder_on_path() -> Iterator[None]:
-    """Import from the working folder, too, in this context; what else changes the path meanwhile keeps its changes."""
+    """In this context imports also look in the working folder. Other changes of the path stay after it."""
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
@@ -187,7 +187,7 @@ def check_picture(path: Path, option: str = "--output") -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise before any work is done if `path` has no folder to be written in, is one, or may not be written."""
+    """Raise before any work is done if the folder of `path` does not exist, if `path` is a folder, or may not be written."""
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""The files that commands on whole models write: checked before anything runs, written last."""
+"""The files that commands on whole models write. Their paths are checked before anything runs; the files are written last."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Outputs:
     output: Path | None = None
 
     def check(self) -> None:
-        """Raise where one cannot be written, as far as that is known before."""
+        """Raise if one of them cannot be written, as far as that can be known before."""
         if self.plot:
             check_picture(self.plot, "--plot")
         for path in filter(None, (self.json, self.csv, self.html, self.output)):
@@ -47,11 +47,11 @@ class Outputs:
         page: Callable[[Path], Any] | None = None,
         output: Callable[[Path], Any] | None = None,
     ) -> None:
-        """Write them, and say so.
+        """Write the files, and print their names.
 
-        figures       that go into the JSON besides those of the report
-        pictured      what the picture is of, if not the report
-        page, output  write the page and the output
+        figures       more figures for the JSON, besides the report's
+        pictured      the report to draw, if it is another one
+        page, output  functions that write the page and the output to a path
         """
         import json
 

@@ -1,4 +1,4 @@
-"""Commands that draw: `fewbit plot`."""
+"""The command that draws: `fewbit plot`."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def plot(
     domain: Domain = None,
     param: Parameters = None,
     samples: Samples = None,
-    gallery: Annotated[bool, typer.Option("--gallery", help="Draw all activations, at one number of bits.")] = False,
+    gallery: Annotated[bool, typer.Option("--gallery", help="Draw all activations with one number of bits.")] = False,
     errors: Annotated[
-        bool, typer.Option("--errors", help="Draw error against bits, for all activations and both optimal codings.")
+        bool, typer.Option("--errors", help="Draw the error against the bits, for all activations and both optimal codings.")
     ] = False,
     output: Annotated[
         Path | None, file_option("--output", "-o", help="Write the picture to this file: .png, .svg or .pdf.")
     ] = None,
 ) -> None:
-    """Draw an activation's derivative f' (or f, or both) with the steps of its tables, and the error of each table.
+    """Draw an activation's derivative f' (or f, or both), the steps of its tables, and the error of each table.
 
     --gallery and --errors draw an overview of all activations instead.
     """
@@ -69,7 +69,7 @@ def plot(
 
 
 def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:
-    """Write the figure to `output`; without one, show it in a window, or where there is no display write it to `default`."""
+    """Write the figure to `output`. Without one, show it in a window, or write it to `default` if there is no display."""
     if output is None and _has_display():
         import matplotlib.pyplot as plt
 
@@ -90,13 +90,13 @@ def _show_or_save(figure: Figure, output: Path | None, default: str) -> None:
 
 
 def _has_display() -> bool:
-    """Whether matplotlib opens windows here: it looks for a display, and without one falls back to drawing into memory."""
+    """Whether matplotlib can open windows here. Without a display it falls back to drawing into memory."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
     from matplotlib.backends.registry import BackendFilter, backend_registry
 
     try:
         plt.switch_backend(mpl.get_backend())
-    except (ImportError, ValueError):  # MPLBACKEND names one that is not there
+    except (ImportError, ValueError):  # MPLBACKEND names a backend that does not exist
         return False
     return mpl.get_backend().lower() in backend_registry.list_builtin(BackendFilter.INTERACTIVE)

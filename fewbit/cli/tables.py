@@ -57,7 +57,7 @@ def table(
     samples: Samples = None,
     output: Annotated[Path | None, file_option("--output", "-o", help="Write the table to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
-    ladder: Annotated[bool, typer.Option(help="Show the tables for inputs of each standard deviation instead.")] = False,
+    ladder: Annotated[bool, typer.Option(help="Show the tables for different standard deviations of the input.")] = False,
 ) -> None:
     """Show the optimal code table of an activation: thresholds, codes and levels. --output writes it to a file."""
     from fewbit import terminal
@@ -65,7 +65,7 @@ def table(
     options = TableOptions(weight, coding, channels or (), balance, domain, param or (), samples)
     if ladder:
         if output or as_json:
-            raise typer.BadParameter("--ladder shows several tables; name one by --weight to print or write it")
+            raise typer.BadParameter("--ladder shows several tables; choose one with --weight to print or write it")
         _print_ladder(options.find_ladder(find_activation(name), bits))
         return
     found = options.find(find_activation(name), bits)
@@ -80,7 +80,7 @@ def table(
 
 
 def build(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing, and fail if a file would change.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing. Fail if a file would change.")] = False,
     output: Annotated[
         Path | None, folder_option("--output", "-o", help="Folder to write to; by default the folder of the shipped tables.")
     ] = None,
@@ -100,7 +100,7 @@ def build(
         raise TableError(
             f"{len(changed)} files in {directory} differ from a new design: {', '.join(changed)}; run `fewbit tables build`"
         )
-    state = "are as a new design makes them" if not changed else f"written; changed: {', '.join(changed)}"
+    state = "are up to date" if not changed else f"written; changed: {', '.join(changed)}"
     print(f"{len(activations.SHIPPED)} files in {directory} {state}")
 
 

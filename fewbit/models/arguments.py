@@ -1,8 +1,8 @@
 """What the functions on whole models take: a model, batches, and a loss.
 
-A batch is what the model is called with: a tensor alone, a tuple (or list) of arguments, or a mapping of named ones. Batches
-are any iterable of them; of a tensor, its rows. A loss function takes the model and a batch, whatever that is then; without one
-the loss is the `loss` of what the model returns.
+A batch is what the model is called with: a single tensor, a tuple (or list) of arguments, or a mapping of named ones. Batches
+are any iterable of them; if they are a tensor, its rows are the batches. A loss function takes the model and a batch, which may
+then be anything. Without a loss function, the loss is the `loss` of what the model returns.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def check_model(name: str, model: Any) -> nn.Module:
-    """The model, inside of what `torch.compile` returned. InputError, naming the function `name`, for what is no model."""
+    """The model, without the wrapper of `torch.compile`. InputError, naming the function `name`, if it is not a module."""
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} takes a torch.nn.Module first, got {type(model).__name__}; pass the model itself")
     return uncompiled(model)
 
 
 def check_batches(name: str, batches: Any, loss_fn: Any) -> None:
-    """Raise InputError for what is no iterable of batches, and a loss that cannot be called."""
+    """Raise InputError if `batches` is not an iterable of batches, or if the loss cannot be called."""
     if isinstance(batches, Mapping):
         raise InputError(
             f"{name}(model, batches, loss_fn) goes through several batches, but a {type(batches).__name__} is one batch; "
@@ -43,8 +43,8 @@ def check_batches(name: str, batches: Any, loss_fn: Any) -> None:
         )
     if loss_fn is not None and not callable(loss_fn):
         raise InputError(
-            f"loss_fn must be a function of the model and a batch that gives the loss, got {type(loss_fn).__name__}; other "
-            "arguments are given by name, as bits=4 or budget=0.3"
+            f"loss_fn must be a function of the model and a batch that returns the loss, got {type(loss_fn).__name__}; give "
+            "other arguments by name, such as bits=4 or budget=0.3"
         )
 
 
@@ -53,12 +53,12 @@ def check_filter(filter_fn: Any) -> None:
     if filter_fn is not None and not callable(filter_fn):
         raise InputError(
             f"filter_fn must be a function of a module and its dotted name, or None for all modules; got {filter_fn!r}. "
-            "Numbers of bits by kind go into bits, as in bits={'activation': 3, 'linear': 4}"
+            "Give numbers of bits by kind as bits, such as bits={'activation': 3, 'linear': 4}"
         )
 
 
 def check_names(argument: str, names: Any) -> list[str]:
-    """The names of modules. InputError, naming the argument, for what is no collection of texts."""
+    """The names of modules. InputError, naming the argument, if they are not a collection of texts."""
     found = [*names] if isinstance(names, Iterable) and not isinstance(names, str) else None
     if found is None or not all(isinstance(each, str) for each in found):
         raise InputError(f"{argument} takes a list of the dotted names of modules, such as ['blocks.0']; got {names!r}")
@@ -66,7 +66,8 @@ def check_names(argument: str, names: Any) -> list[str]:
 
 
 def names_passed(model: nn.Module, filter_fn: Filter | None) -> Filter | None:
-    """The filter's answers of now as a filter, for modules that are of another class later; it is asked about new names."""
+    """A filter that repeats the given filter's answers of now, even if modules get another class later. The given filter is
+    still asked about new names."""
     if filter_fn is None:
         return None
     answers = {name: filter_fn(module, name) for name, module in model.named_modules()}
@@ -74,12 +75,12 @@ def names_passed(model: nn.Module, filter_fn: Filter | None) -> Filter | None:
 
 
 def no_batch(name: str) -> InputError:
-    """The error of the function of that name where batches gave none."""
+    """The error of the function `name` if there was no batch."""
     return InputError(f"{name} needs a batch, and `batches` gave none; a generator can be used only once, so pass a list")
 
 
 def arguments_of(batch: Any) -> Arguments:
-    """What a batch passes to a model.
+    """The arguments that a batch passes to a model.
 
     >>> arguments_of((1, 2)), arguments_of({"x": 1})
     (((1, 2), {}), ((), {'x': 1}))
@@ -90,14 +91,14 @@ def arguments_of(batch: Any) -> Arguments:
 
 
 def run(model: Callable[..., Any], batch: Any) -> Any:
-    """What the model makes of a batch. InputError for arguments that it does not take."""
+    """The model's output for a batch. InputError if the model does not take these arguments."""
     args, kwargs = arguments_of(batch)
     try:
         return model(*args, **kwargs)
     except TypeError as error:
         raise InputError(
             f"the model does not take this batch ({error}): a batch is a tensor, a tuple or list of forward's arguments, or a "
-            "mapping of named ones; give such batches, or, if yours hold targets besides, a loss_fn that makes the loss of them"
+            "mapping of named ones; give such batches, or, if yours also hold targets, a loss_fn that computes the loss"
         ) from error
 
 
@@ -110,7 +111,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def surrogate_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The `loss` of what the model returns; without one, all that it returns times normal numbers, the same at each call."""
+    """The `loss` of what the model returns. If there is none, the sum of all outputs times fixed normal numbers."""
     output = run(model, batch)
     loss = loss_in(output)
     if loss is not None:
@@ -126,7 +127,7 @@ def surrogate_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def roots_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> list[Tensor]:
-    """Where backward begins: the loss, or else all that the model returns; InputError where nothing needs a gradient."""
+    """The tensors at which backward begins: the loss, or all outputs if there is none. InputError if none needs a gradient."""
     if loss_fn is not None:
         return [check_loss(loss_fn(model, batch))]
     output = run(model, batch)
@@ -139,10 +140,10 @@ def roots_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> list
 
 
 def check_loss(loss: Any) -> Tensor:
-    """The loss; InputError for what backward cannot begin with."""
+    """The loss. InputError if backward cannot begin with it."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
         got = f"shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise InputError(f"loss_fn(model, batch) must give a real tensor of one element, got {got}; reduce it, with mean() say")
+        raise InputError(f"loss_fn(model, batch) must return a real tensor of one element, got {got}; reduce it, as by mean()")
     if not loss.requires_grad:
         raise InputError("the loss depends on no parameter that requires a gradient; does loss_fn detach it, or use no_grad?")
     return loss

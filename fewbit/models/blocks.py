@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_blocks(model: nn.Module, level: int = 0) -> nn.Module:
-    """The model, each of whose blocks of that level now keeps its input alone and runs again in backward; see `blocks`."""
+    """Let each block of that level keep only its input and run again in backward; see `blocks`. Returns the model."""
     for block in blocks(model)[level]:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
@@ -22,9 +22,10 @@ def names_of_blocks(model: nn.Module) -> list[list[str]]:
 
 
 def blocks(model: nn.Module) -> list[list[nn.Module]]:
-    """The modules that a model repeats, the outermost first, as stages, their blocks, and what those repeat in turn.
+    """The modules that a model repeats, by level. The outermost come first: stages, then their blocks, then what blocks repeat.
 
-    They are what a ModuleList or Sequential holds that are of one class and have parts of their own. No level is empty.
+    They are the modules of a ModuleList or Sequential if all of them have one class and have parts of their own. No level is
+    empty.
 
     >>> norms = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3)]
     >>> [len(level) for level in blocks(nn.Sequential(nn.Linear(2, 2), nn.Sequential(*norms)))]

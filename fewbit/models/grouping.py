@@ -1,4 +1,4 @@
-"""Repeated layers as one: `layers.0.up`, `layers.1.up`, … -> `layers.0-11.up`."""
+"""One name for repeated layers: `layers.0.up`, `layers.1.up`, … -> `layers.0-11.up`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def pattern(name: str) -> str:
-    """The name without the numbers of layers.
+    """The name with the numbers of layers replaced by *.
 
     >>> pattern("encoder.layer.11.up"), pattern("conv1")
     ('encoder.layer.*.up', 'conv1')
@@ -15,8 +15,8 @@ def pattern(name: str) -> str:
 
 
 def label(names: Iterable[str]) -> str:
-    """One name for several of the same pattern: numbers that are the same stay, others become ranges, or * where they are many
-    and not in a row.
+    """One name for several of the same pattern. Equal numbers stay, others become ranges, or * if they are many and not in a
+    row.
 
     >>> label(["layers.0.up", "layers.1.up", "layers.2.up"]), label(["a.0.3", "a.2.3"]), label(["head"]), label([""])
     ('layers.0-2.up', 'a.0,2.3', 'head', '(model)')
@@ -44,7 +44,7 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 
 def shortened(name: str, most: int = 30) -> str:
-    """The name with what follows its first part left out, as much as makes it no longer than `most` characters.
+    """The name, cut to `most` characters: parts after the first are left out as needed.
 
     >>> shortened("encoder.layer.0-11.output.dense", 26), shortened("fully_connected", 10)
     ('encoder.….output.dense', 'fully_con…')

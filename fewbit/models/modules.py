@@ -1,4 +1,4 @@
-"""The modules of a model that keep codes: the function that their codes stand for, their bits and their table."""
+"""The modules of a model that keep codes: the function that they code, their bits and their table."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fewbit.store import load_ladder, load_table, rung_for
 class CodedModule:
     """A coded module of a model.
 
-    name      of the module in the model
-    record    of the activation; of a layer the activation of its gate, or the identity
-    channels  of its table
+    name      the module's name in the model
+    record    the activation; for a layer the activation of its gate, or the identity
+    channels  the channels of its table
     """
 
     name: str
@@ -40,18 +40,18 @@ class CodedModule:
         return self.module.table or self.shipped(self.module.bits or self._default_bits)
 
     def table_for(self, spread: float) -> CodeTable:
-        """The table in use for inputs of this spread: its own, or that of the ladder of its bits."""
+        """The table that it uses for inputs of this spread: its own, or one from the ladder of its bits."""
         if self.module.table is not None or not self.calibrates:
             return self.table
         return rung_for(load_ladder(self.record, self.table.bits, channels=self.channels), spread)
 
     @property
     def calibrates(self) -> bool:
-        """Whether its table is for what it reads, rather than for numbers standardized before."""
+        """Whether its table codes the input as it is. Layers standardize their input first, so they need no calibration."""
         return self.record != activations.IDENTITY
 
     def shipped(self, bits: int) -> CodeTable:
-        """The table of so many bits that `fewbit.load_table` gives."""
+        """The table of this number of bits that `fewbit.load_table` gives."""
         return load_table(self.record, bits, channels=self.channels)
 
     def install(self, table: CodeTable) -> None:
@@ -64,7 +64,7 @@ class CodedModule:
 
 
 def coded_modules(model: nn.Module, filter_fn: Filter | None = None) -> list[CodedModule]:
-    """The coded modules of a model, each once under its first name, those that the filter lets pass."""
+    """The coded modules of a model that the filter lets pass. A module with several names is given once, under the first."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, CodedActivation | CodedLayer) and (filter_fn is None or filter_fn(module, name)):
@@ -73,13 +73,13 @@ def coded_modules(model: nn.Module, filter_fn: Filter | None = None) -> list[Cod
 
 
 def describe(name: str, module: CodedActivation | CodedLayer) -> CodedModule:
-    """A coded module of that name."""
+    """The description of a coded module."""
     if isinstance(module, CodedActivation):
         return CodedModule(name, module, type(module).record(module), module.table_channels)
     return CodedModule(name, module, activations.get(module.gate or activations.IDENTITY), JOINT if module.gate else ("value",))
 
 
 def pre_activation(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """What a coded module that is called with these arguments applies its activation to, or that of its gate."""
+    """The tensor to which a coded module, called with these arguments, applies its activation or that of its gate."""
     x = args[0] if args else kwargs.get("input", kwargs.get("gate"))
     return x.tensor_split(2, module.dim)[1] if isinstance(module, nn.GLU) and isinstance(x, torch.Tensor) else x

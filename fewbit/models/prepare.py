@@ -1,4 +1,4 @@
-"""Safe in one call: convert a model, look at its gradients, give more bits where they err too much, and say what came of it."""
+"""One call that converts a model safely: convert it, check its gradients, give more bits if needed, and report the result."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
 
-_ROUNDS = 4  # of more bits at most
-_HELPS = 0.95  # of the error: above that, calibration is not worth its tables
+_ROUNDS = 4  # more bits are given so often at most
+_HELPS = 0.95  # calibration is worth its tables if the error becomes less than this part of what it was
 
 
 @dataclass(frozen=True, repr=False)
 class Preparation(Report):
     """What `prepare` did. It prints as a few lines. `fidelity` has the gradients in full, `plan` has the memory.
 
-    plan        the plan of the conversion, made before it; with a plan of each block if codes alone do not fit the budget
+    plan        the plan that was made before the conversion; a plan for each block if codes alone do not fit the budget
     kept        bytes of activations that forward keeps, before and after
     peaks       peaks of a training step, before and after; None if the model does not run on fake tensors
-    fidelity    gradients of the model as it is now
+    fidelity    the report on the gradients of the converted model
     setting     bits and coding of the conversion
     raised      names of the modules that have more bits than the setting says
     calibrated  whether activations have tables for their own inputs
@@ -68,7 +68,7 @@ class Preparation(Report):
     def verdict(self) -> str:
         """One line: what is kept, the peak, and whether that is safe."""
         before, after = self.kept
-        text = f"{self.fidelity.level}: keeps {after / before if before else 1:.0%} of what exact keeps"
+        text = f"{self.fidelity.level}: keeps {after / before if before else 1:.0%} of what exact training keeps"
         if self.peaks is None:
             return text
         peaks = [bytes_label(each.bytes) for each in self.peaks]
@@ -79,17 +79,15 @@ class Preparation(Report):
     def next_step(self) -> str:
         """What to do now."""
         if not conversion_of(self.plan.forward.model):
-            return "nothing in this model pays to be coded; train it as it is"
+            return "coding pays nowhere in this model; train it as it is"
         if self.fidelity.level == "unknown":
             return f"find out whether it is safe: {self.fidelity.verdict}"
         if self.fidelity.level != "safe":
             weakest = self.fidelity.weakest
-            where = (
-                f"leave {weakest.group} exact, by filter_fn" if weakest is not None else "leave more of it exact, by filter_fn"
-            )
-            return f"{where}; or give more batches, from which the noise is known better"
+            where = "more of the model" if weakest is None else weakest.group
+            return f"leave {where} exact, with filter_fn; or give more batches, which measure the noise better"
         if self.fits is False:
-            return "the peak is above the budget: take a smaller batch; fewbit.memory(…).largest_batch(…) says which fits"
+            return "the peak is above the budget: take a smaller batch; fewbit.memory(…).largest_batch(…) finds one that fits"
         return "train; fewbit.save(model, path) keeps this conversion beside a checkpoint"
 
     def rows(self) -> list[dict[str, Any]]:
@@ -116,7 +114,8 @@ class Preparation(Report):
         tables = "; tables calibrated" if self.calibrated else ""
         lines = [self.verdict, f"  {self.setting}{more}{tables}{ways}", f"  {self.fidelity.verdict}"]
         if self.budget is not None:
-            said = {None: "cannot be checked: there is no peak", True: "is kept", False: "is exceeded"}[self.fits]
+            no_peak = "cannot be checked: the model does not run on fake tensors, so its peak is not known"
+            said = {None: no_peak, True: "is met", False: "is exceeded"}[self.fits]
             lines.append(f"  the budget of {bytes_label(self.budget)} {said}")
         return Group(*lines, f"next: {self.next_step}")
 
@@ -138,12 +137,12 @@ def prepare(
 
     1. Plan the conversion, so that only modules that pay are coded. If that does not fit the budget, blocks are also
        recomputed, as `MemoryReport.plan` chooses.
-    2. Compare gradients from codes with exact ones on the batches (`fewbit.fidelity`). Where a module, or the whole model, errs
-       by more than a tenth of its noise, its codes get more bits, up to 8.
+    2. Compare gradients from codes with exact ones on the batches (`fewbit.fidelity`). If the error of a module, or of the
+       whole model, is more than a tenth of its noise, its codes get more bits, up to 8.
     3. Calibrate tables of activations on the batches. They stay if they make the error smaller.
 
-    model      in training mode, if you are going to train it; a former conversion is undone
-    batches    two batches or more, of the kind that training uses; eight give a better estimate
+    model      A model in training mode, if you are going to train it. A former conversion is undone.
+    batches    Two batches or more, like those of training. Eight give a better estimate.
     loss_fn    A function of the model and a batch. Without it, the loss is the `loss` of the model's output.
     budget     Bytes that a training step may take, or a text such as "24 GiB". The report says whether the peak fits.
     bits       bits to begin with, as in `fewbit.convert`
@@ -166,7 +165,7 @@ def prepare(
         target = limit if before is not None else None
         plan, found, more = _converted(report, bits, passes, target, given)
         setting = plan.setting.raised(more)
-        if target is not None and more and _peak_now(report) > target:  # which more bits take
+        if target is not None and more and _peak_now(report) > target:  # the additional bits take too much
             revert_modules(inner)
             plan, found, more = _converted(report, dict(setting.by_kind), passes, target, given)
             setting = plan.setting.raised(more)
@@ -182,8 +181,8 @@ def prepare(
 def _converted(
     report: MemoryReport, bits: Bits, filter_fn: Filter | None, budget: int | None, batches: list[Any]
 ) -> tuple[Plan | BudgetPlan, Fidelity, int]:
-    """Plan and convert, and give more bits as long as that is not safe: the plan, the gradients then, and how many bits more
-    all codes have."""
+    """Plan and convert, and give more bits until the gradients are safe. Returns the plan, the report on the gradients, and how
+    many bits all codes have gained."""
     model, loss_fn = report.forward.model, report.forward.loss_fn
     plan: Plan | BudgetPlan = report.plan(bits, filter_fn)
     if budget is not None and plan.peak.bytes > budget:
@@ -205,17 +204,18 @@ def _peak_now(report: MemoryReport) -> int:
 
 
 def _peak(report: MemoryReport) -> Peak | None:
-    """None where the model does not run on fake tensors. It did run on its own: what else fails is the optimizer."""
+    """The peak; None if the model does not run on fake tensors. The model has run on real ones, so any other error comes from
+    the optimizer."""
     try:
         return report.peak
-    except Exception as error:  # whatever the model does that fake tensors cannot
+    except Exception as error:  # the model may do anything that fake tensors cannot
         if isinstance(error, InputError) and error.__cause__ is None:
             raise
         return None
 
 
 def _missing(part: Part) -> int:
-    """How many bits more bring the error of a group down to what is safe: each bit halves it."""
+    """How many more bits make the error of a group safe: each bit halves the error."""
     if part.share is None or (part.weight is not None and part.weight < JUDGED):
         return 0
     share = max(part.share, part.systematic or 0.0)
@@ -223,7 +223,7 @@ def _missing(part: Part) -> int:
 
 
 def _give_bits(model: nn.Module, extra: int, of_modules: Mapping[str, int]) -> bool:
-    """More bits for all codes, and more for those of some modules; whether any changed, since there are no more than 8."""
+    """Give more bits to all codes, and still more to those of some modules. Returns whether any changed: 8 is the most."""
     conversion, interceptions = conversion_of(model), dict[Setting, Interception]()
     before = _bits_in(conversion)
     for name, attributes in conversion.items():
@@ -239,7 +239,7 @@ def _give_bits(model: nn.Module, extra: int, of_modules: Mapping[str, int]) -> b
 
 
 def _has_more_bits(module: nn.Module, setting: Setting) -> bool:
-    """Whether a module that was converted with the setting has more bits than that says."""
+    """Whether a module that was converted with the setting has more bits than the setting says."""
     bits, kind = getattr(module, "bits", None), getattr(module, "coded_kind", None)
     return is_converted(module) and bits is not None and kind is not None and bits > (setting.bits_of(kind) or MAX_BITS)
 
@@ -249,7 +249,7 @@ def _bits_in(conversion: Mapping[str, dict[str, Any]]) -> list[Any]:
 
 
 def _calibrated(model: nn.Module, batches: list[Any], loss_fn: LossFunction | None, found: Fidelity) -> tuple[Fidelity, bool]:
-    """The gradients after calibration, which is undone where it does not help, and whether it does."""
+    """Calibrate, and undo that if it does not help. Returns the report on the gradients, and whether calibration helped."""
     conversion = conversion_of(model)
     try:
         calibrate(model, batches, loss_fn or model_loss)

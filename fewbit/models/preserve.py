@@ -1,4 +1,4 @@
-"""Run a model, or change it for a while, to look at it, and leave it as it was."""
+"""Contexts in which a model runs or is changed, and after which it is as it was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fewbit.torch_internals import buffers_of, dynamo_is_loaded, registered
 
 
 class State:
-    """Buffers and training flags of a model as they are now. What else its modules hold as plain attributes is not kept."""
+    """Buffers and training flags of a model as they are now. Other attributes of its modules are not kept."""
 
     def __init__(self, model: nn.Module):
         self._training = [(module, module.training) for module in model.modules()]
@@ -26,17 +26,17 @@ class State:
         self._contents = [(each, each.clone()) for each in map(_memory, found.values())]
 
     def restore(self) -> None:
-        """Put them back: the same tensors with what they held."""
+        """Put them back: the same tensors with their former numbers."""
         for module, training in self._training:
             module.training = training
         for module, buffers in self._buffers:
             _restore(buffers_of(module), buffers)
         for buffer, content in self._contents:
-            buffer.copy_(content)  # as batch norm writes them: without a new version, which graphs that exist would miss
+            buffer.copy_(content)  # through .data, as batch norm does: a new version would break graphs that exist
 
 
 def _memory(buffer: torch.Tensor) -> torch.Tensor:
-    """The buffer's data, each number once: an expanded tensor has the same in many places."""
+    """The buffer's data, each number once: an expanded tensor shows the same number in many places."""
     if buffer.layout != torch.strided:
         return buffer.data
     once = tuple(slice(1) if stride == 0 else slice(None) for stride in buffer.stride())
@@ -44,7 +44,7 @@ def _memory(buffer: torch.Tensor) -> torch.Tensor:
 
 
 class RandomNumbers:
-    """The states of the generators that random numbers come from by default: Python's, numpy's, torch's on these devices."""
+    """The states of the default generators of random numbers: Python's, numpy's, and torch's on these devices."""
 
     def __init__(self, devices: set[torch.device]):
         self._python, self._cpu = random.getstate(), torch.get_rng_state()
@@ -64,7 +64,7 @@ class RandomNumbers:
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
-    """Where its parameters and buffers lie."""
+    """The devices of its parameters and buffers."""
     return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
 
 
@@ -72,9 +72,10 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 def preserved_state(model: nn.Module) -> Iterator[State]:
     """Restore the model's state and the random numbers when this context ends, also after an error.
 
-    Inside, parameters begin without gradients. Gives the model's state, to be restored between runs.
+    Inside, parameters begin without gradients. The context gives the model's state, to restore it between runs.
 
-    Autocast's cache begins and ends empty: its casts would outlive the run, and what a run keeps would depend on those before.
+    Autocast's cache is emptied at the beginning and at the end. Otherwise its casts would outlive the run, and what a run keeps
+    would depend on earlier runs.
     """
     state, numbers = State(model), RandomNumbers(devices_of(model))
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -94,7 +95,7 @@ def preserved_state(model: nn.Module) -> Iterator[State]:
 
 
 class Autocast:
-    """Autocast as it is now, on the CPU and the devices of a model: for runs that come later."""
+    """The state of autocast now, on the CPU and the devices of a model, to be used in later runs."""
 
     def __init__(self, model: nn.Module):
         kinds = {"cpu", *(device.type for device in devices_of(model))}
@@ -106,7 +107,7 @@ class Autocast:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Within this context it is so again."""
+        """Within this context autocast is in that state again."""
         with ExitStack() as stack:
             for state in self._states:
                 stack.enter_context(torch.autocast(*state))
@@ -114,8 +115,8 @@ class Autocast:
 
 
 def eager() -> AbstractContextManager[Any]:
-    """Within this context compiled models run as they are written."""
-    # where dynamo is not loaded, which takes seconds, nothing is compiled
+    """Within this context compiled models run uncompiled."""
+    # if dynamo is not loaded, nothing is compiled; loading it takes seconds
     return torch.compiler.set_stance("force_eager") if dynamo_is_loaded() else nullcontext()
 
 
@@ -123,7 +124,7 @@ def eager() -> AbstractContextManager[Any]:
 def preserved_structure(model: nn.Module) -> Iterator[None]:
     """After this context every module of the model has the class and the attributes that it had before.
 
-    Not undone: changes inside objects that are no modules, and hooks registered meanwhile.
+    Changes inside objects that are not modules stay, and so do hooks that were registered meanwhile.
     """
     restore = _structure(model)
     try:
@@ -134,7 +135,7 @@ def preserved_structure(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def structure_restored_on_error(model: nn.Module) -> Iterator[None]:
-    """The same if an exception leaves this context; else what was changed stays."""
+    """The same if an exception leaves this context. Otherwise the changes stay."""
     restore = _structure(model)
     try:
         yield
@@ -144,7 +145,7 @@ def structure_restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _structure(model: nn.Module) -> Callable[[], None]:
-    """What puts back the classes and attributes of now."""
+    """A function that puts back the classes and attributes of now."""
     modules = [(module, type(module), dict(vars(module)), _registrations(module)) for module in model.modules()]
     cells = [(cell, cell.cell_contents) for module in model.modules() for cell in cells_of(module)]
 
@@ -162,7 +163,8 @@ def _structure(model: nn.Module) -> Callable[[], None]:
 
 
 def cells_of(module: nn.Module) -> list[CellType]:
-    """Where functions that others have put in the place of the module's `forward` hold what they call, such as that method."""
+    """The closure cells of functions that replace the module's `forward`. They hold what these functions call, such as the
+    original method."""
     pending, cells, seen = [vars(module).get("forward")], [], set()
     while pending:
         each = pending.pop()
@@ -174,7 +176,7 @@ def cells_of(module: nn.Module) -> list[CellType]:
         elif isinstance(each, MethodType):
             pending.append(each.__func__)
         elif isinstance(each, FunctionType):
-            found = [cell for cell in each.__closure__ or () if cell != CellType()]  # but for empty ones
+            found = [cell for cell in each.__closure__ or () if cell != CellType()]  # without empty ones
             pending += [cell.cell_contents for cell in found]
             cells += found
     return cells
@@ -185,7 +187,7 @@ def _registrations(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _restore(contents: dict[str, Any], before: dict[str, Any]) -> None:
-    """Writes what differs and no more: compiled code looks whether these dictionaries have changed."""
+    """Write only what differs, since compiled code checks whether these dictionaries have changed."""
     for name in contents.keys() - before.keys():
         del contents[name]
     for name, value in before.items():

@@ -1,4 +1,4 @@
-"""What all reports on whole models share: they print as a table, export their figures and draw a picture."""
+"""The base of all reports on whole models: they print as a table, export their figures and draw a picture."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class Report(ABC):
-    """Figures of a model, one row for each of its parts; `str` of it is the table that people read."""
+    """Figures of a model, one row for each of its parts. It prints as a table."""
 
     width: int = 120  # columns of the printed table
 
     @abstractmethod
     def rows(self) -> list[dict[str, Any]]:
-        """The figures of each part, full and unrounded: name of the figure -> text, number or None. The CSV has these rows."""
+        """One row for each part, not rounded: name of the figure -> text, number or None. The CSV file has these rows."""
 
     @abstractmethod
     def totals(self) -> dict[str, Any]:
@@ -38,17 +38,17 @@ class Report(ABC):
         """The picture."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Totals, and the rows as "rows": plain texts, numbers, lists and None."""
+        """The totals, and the rows under "rows". All are plain texts, numbers, lists and None."""
         return {**self.totals(), "rows": self.rows()}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """`to_dict` as JSON; also written to the file, if one is named."""
+        """`to_dict` as JSON. If `path` is given, it is also written to that file."""
         return _written(json.dumps(self.to_dict(), indent=1) + "\n", path)
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """`rows` as comma-separated values under a line of names; also written to the file, if one is named.
+        """`rows` as comma-separated values under a line of names. If `path` is given, they are also written to that file.
 
-        A text that a spreadsheet would take for a formula begins with an apostrophe.
+        A text that a spreadsheet would take for a formula gets an apostrophe before it.
         """
         rows, text = self.rows(), io.StringIO()
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -58,7 +58,7 @@ class Report(ABC):
         return _written(text.getvalue(), path)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """The picture, a matplotlib Figure; also saved to the file, if one is named."""
+        """The picture, a matplotlib Figure. If `path` is given, it is also saved to that file."""
         figure = self.figure()
         if path is not None:
             from fewbit.plots.style import save

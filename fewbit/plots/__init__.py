@@ -1,4 +1,4 @@
-"""All of matplotlib: functions give a Figure and leave showing to others."""
+"""All code that uses matplotlib. Functions return a Figure; the caller shows or saves it."""
 
 from fewbit.plots.ratios import RatioPanels, plot_ratios
 from fewbit.plots.style import save

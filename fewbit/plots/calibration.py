@@ -1,4 +1,4 @@
-"""Figures of calibrations and allocations: what each layer gains."""
+"""Figures of calibrations and allocations: the error of each layer before and after."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Pair = tuple[float | None, float | None]
 
 
 def plot_calibration(names: Sequence[str], bits: Sequence[int], panels: Mapping[str, Sequence[Pair]]) -> Figure:
-    """The error of each layer's table before and after, a panel for each channel, layers from top to bottom.
+    """The error of each layer's table before and after, with a panel for each channel, and layers from top to bottom.
 
-    panels  channel -> (before, after) of each layer, relative rms; None where the layer has no such channel
+    panels  channel -> (before, after) of each layer, relative rms; None if the layer has no such channel
     """
     with styled():
         height = 1.5 + 0.24 * max(len(names), 3)
@@ -29,7 +29,8 @@ def plot_calibration(names: Sequence[str], bits: Sequence[int], panels: Mapping[
         _name_layers(axes, [f"{name}, {_bits(number)}" for name, number in zip(names, bits, strict=True)])
         if panels:
             figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        figure.suptitle("Tables before and after calibration,\nunder each layer's own histogram of inputs", fontsize=10)
+        title = "Tables before and after calibration,\nweighted by each layer's own histogram of inputs"
+        figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -43,8 +44,8 @@ def plot_allocation(
 ) -> Figure:
     """The bits of each layer, and the error that it adds to the gradient's with uniform bits and with its own.
 
-    sizes   bytes of the codes of each layer, with its bits, as people read them
-    errors  (uniform, chosen) of each layer, relative to the gradient's norm
+    sizes   bytes of the codes of each layer with its bits, as text
+    errors  (with uniform bits, with its own) of each layer, relative to the gradient's norm
     """
     with styled():
         figure = Figure(figsize=(8.2, 1.6 + 0.24 * max(len(names), 3)), layout="constrained")
@@ -64,7 +65,7 @@ def plot_allocation(
 
 
 def _draw_pairs(axis: Axes, pairs: np.ndarray, before: str, after: str) -> None:
-    """A ring and a dot for each layer, with a line between them, from 0 on."""
+    """A ring and a dot for each layer, with a line between them. The axis begins at 0."""
     places, (first, second) = np.arange(len(pairs)), pairs.T
     axis.hlines(places, second, first, color="0.8", linewidth=2, zorder=1)
     axis.plot(first, places, "o", color=_BEFORE, markersize=7, fillstyle="none", markeredgewidth=1.6, label=before)
@@ -77,7 +78,7 @@ def _draw_pairs(axis: Axes, pairs: np.ndarray, before: str, after: str) -> None:
 
 
 def _name_layers(axes: Sequence[Axes], names: Sequence[str]) -> None:
-    """From top to bottom, clear of the axes' ends."""
+    """Name the layers from top to bottom, with room at the ends of the axes."""
     axes[0].set_yticks(range(len(names)), [literal(name) for name in names])
     axes[0].set_ylim(len(names) - 0.4, -0.6)
     for axis in axes:

@@ -1,4 +1,4 @@
-"""Memory against time: the choices that none beats in both."""
+"""The figure of a plan: memory against time of the best choices."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 from fewbit.plots.style import DARK, MARKERS, apart, literal, styled
 
-Cost = tuple[int, float]  # bytes, and time as a multiple of exact's
-_NAME, _LINE = 0.35, 0.06  # of the width and the height: what a name takes
+Cost = tuple[int, float]  # bytes, and time as a multiple of the exact step's
+_NAME, _LINE = 0.35, 0.06  # parts of the width and the height that a name takes
 
 
 def plot_frontier(frontier: Sequence[Cost], uniform: Mapping[str, Cost], chosen: Cost, budget: int, title: str) -> Figure:
-    """A line through the frontier, a mark for each uniform way with its name, a ring around what was chosen, and the budget."""
+    """A line through the frontier, a named mark for each uniform way, a ring around the chosen plan, and the budget."""
     unit, name = _unit(max(peak for peak, _ in (*frontier, *uniform.values())))
     points = [*frontier, *uniform.values(), chosen]
     with styled():
@@ -22,7 +22,7 @@ def plot_frontier(frontier: Sequence[Cost], uniform: Mapping[str, Cost], chosen:
         axes = figure.subplots()
         steps = sorted(frontier)
         peaks, times = [peak / unit for peak, _ in steps], [time for _, time in steps]
-        axes.plot(peaks, times, color="0.55", drawstyle="steps-post", label="blocks mixed: the fastest that fits")
+        axes.plot(peaks, times, color="0.55", drawstyle="steps-post", label="fastest mix of ways for this peak")
         for (peak, time), marker in zip(uniform.values(), MARKERS, strict=False):
             axes.plot(peak / unit, time, marker, color="0.2", ms=6)
         axes.plot(chosen[0] / unit, chosen[1], "o", color=DARK, fillstyle="none", ms=14, mew=2, zorder=3, label="chosen")
@@ -31,7 +31,7 @@ def plot_frontier(frontier: Sequence[Cost], uniform: Mapping[str, Cost], chosen:
         axes.set_ylim(*_limits([1.0, *(time for _, time in points)], 0.08, 0.12))
         _name_points(axes, {label: (peak / unit, time) for label, (peak, time) in uniform.items()})
         axes.set_xlabel(f"peak of a training step, {name}")
-        axes.set_ylabel("forward and backward, times exact's")
+        axes.set_ylabel("time of forward and backward, exact = 1")
         axes.set_title(literal(title), loc="left")
         figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -44,7 +44,7 @@ def _limits(values: Sequence[float], below: float, above: float) -> tuple[float,
 
 
 def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """The names beside the marks; those of marks that lie close together in lines below each other."""
+    """Write the names beside the marks. Names of marks that lie close together are written below each other."""
     (start, end), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     places = {label: ((x - start) / (end - start), (y - bottom) / (top - bottom)) for label, (x, y) in points.items()}
     order = sorted(places, key=lambda label: -places[label][1])
@@ -74,7 +74,7 @@ def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
 
 
 def _would_collide(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether names beside marks here and there would lie on each other."""
+    """Whether the names beside these two marks would overlap."""
     return abs(one[0] - other[0]) < _NAME and abs(one[1] - other[1]) < _LINE
 
 

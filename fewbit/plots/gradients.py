@@ -1,4 +1,4 @@
-"""Figures on whether coded gradients are safe: errors beside noise, and drift over steps."""
+"""Figures that show whether coded gradients are safe: errors relative to noise, and drift over training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _ZONES = ("white", "0.92", "0.8")  # safe, doubtful, unsafe
 
 
 def plot_fidelity(parts: Sequence[Any], title: str, zones: tuple[float, float], most: int = 40) -> Figure:
-    """The error of each group over its noise, and its systematic part over the mean gradient, in the zones of the verdict.
+    """The error of each group relative to its noise, and its systematic part relative to the mean gradient, with the zones of
+    the verdict.
 
-    Where no noise is known, the error over the gradient's norm, without zones.
+    If no noise is known, the error is drawn relative to the gradient's norm, without zones.
 
-    parts  objects with `group`, `error`, `share`, `systematic`; the last is the whole. Of more than `most` groups those with
-           the largest errors are drawn.
-    zones  up to where they are safe, and up to where doubtful
+    parts  objects with `group`, `error`, `share`, `systematic`; the last is the whole. Of more than `most` groups, only those
+           with the largest errors are drawn.
+    zones  the ends of the zones "safe" and "doubtful"
     """
     *groups, whole = parts
     if len(groups) > most:
@@ -36,10 +37,10 @@ def plot_fidelity(parts: Sequence[Any], title: str, zones: tuple[float, float], 
         figure = Figure(figsize=(7.4, 1.9 + 0.24 * len(shown)), layout="constrained")
         axis = figure.subplots()
         places = np.arange(len(shown))
-        label = "error of the codes over the noise from batch to batch" if judged else "error of the codes"
+        label = "error of the codes / noise from batch to batch" if judged else "error of the codes"
         axis.plot(errors, places, "o", color=DARK, markersize=5, label=label)
         if np.isfinite(systematic).any():
-            label = "what does not average out, over the mean gradient"
+            label = "part of the error that does not average out / mean gradient"
             axis.plot(systematic, places, "D", color="0.3", markersize=5, fillstyle="none", label=label)
         axis.set_xscale("log")
         _draw_zones(axis, [*errors, *systematic], zones if judged else ())
@@ -57,7 +58,7 @@ def plot_fidelity(parts: Sequence[Any], title: str, zones: tuple[float, float], 
 
 
 def _draw_zones(axis: Axes, values: Sequence[float], zones: tuple[float, ...]) -> None:
-    """Bands with their names on top, in limits that show all of the values and a part of each zone."""
+    """Draw the zones as named bands. The limits show all values and a part of each zone."""
     drawn = [value for value in values if np.isfinite(value)]
     low, high = min([*drawn, *zones[:1]], default=0.1) / 3, max([*drawn, *(2 * zone for zone in zones[-1:])], default=1.0) * 1.5
     axis.set_xlim(low, high)
@@ -69,17 +70,17 @@ def _draw_zones(axis: Axes, values: Sequence[float], zones: tuple[float, ...]) -
 
 
 def _plain_numbers(axis: Any) -> None:
-    """0.1 and 2 for 10⁻¹ and 2 × 10⁰."""
+    """Write ticks as 0.1 and 2 instead of 10⁻¹ and 2 × 10⁰."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def plot_drift(histories: Mapping[str, Sequence[tuple[int, float]]], factor: float, title: str, most: int = 10) -> Figure:
-    """Error over design error against the number of forward passes, a line for each layer, and the factor that warns.
+    """The error over the design's error, against the number of forward passes: a line for each layer, and the warning limit.
 
-    histories  layer -> (forward pass, ratio) of its checks. Of more than `most` layers those with the largest ratios are
-               drawn in their own way, and named.
+    histories  layer -> (forward pass, ratio) of its checks. Of more than `most` layers, only those with the largest ratios get
+               a name and a style of their own.
     """
     with styled():
         figure = Figure(figsize=(7.4, 3.8), layout="constrained")
@@ -106,7 +107,7 @@ def plot_drift(histories: Mapping[str, Sequence[tuple[int, float]]], factor: flo
         axis.set_xlim(0, last + max(1.0, 0.03 * last))
         axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axis.set_xlabel("forward passes of the layer in training")
-        axis.set_ylabel("error of the table,\ntimes that of its design")
+        axis.set_ylabel("error of the table /\nerror of its design")
         axis.grid(color="0.93")
         axis.set_axisbelow(True)
         axis.set_title(literal(title), loc="left", fontsize=9, wrap=True)

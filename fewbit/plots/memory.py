@@ -1,4 +1,4 @@
-"""What a model keeps for backward, in all and by module, in the colours of what is kept."""
+"""Figures of what a model keeps for backward, in total and by module. Colours show the kind of operation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fewbit.plots.style import literal, styled
 
 Stack = Mapping[str, int]  # kind of operation -> bytes
-Bars = Mapping[str, Stack]  # label -> what the bar is made of
+Bars = Mapping[str, Stack]  # label of a bar -> its parts
 
 _MOST_MODULES = 20
-_LEAST = 0.004  # of the longest bar: what is shorter would not be seen
+_LEAST = 0.004  # part of the longest bar; shorter bars would not be visible
 _UNITS = {1024**4: "TiB", 1024**3: "GiB", 1024**2: "MiB", 1024: "KiB", 1: "bytes"}
-_LOOKS = (  # colour and hatch, so that neighbours differ in grey print, too
+_LOOKS = (  # colour and hatch, chosen so that neighbours also differ in grey print
     ("#1f4e79", ""),
     ("#f2b134", "//"),
     ("#6baed6", ""),
@@ -30,12 +30,12 @@ _LOOKS = (  # colour and hatch, so that neighbours differ in grey print, too
 
 
 def plot_memory(modules: Mapping[str, Bars], kinds: Mapping[str, str], title: str, label_of: Callable[[int], str]) -> Figure:
-    """Bars of all together, and below them of each module, in a scale of their own; several below each other where there are.
+    """Bars for the whole model, and below them, in a scale of their own, bars for each module.
 
-    modules   name of the module -> label of the bar, "" where there is one alone -> kind of operation -> bytes. The largest are
-              drawn, and all others as one.
+    modules   name of the module -> label of the bar ("" if there is only one) -> kind of operation -> bytes. The largest
+              modules are drawn; all others share a bar.
     kinds     kind of operation -> its words, in the order in which they are drawn
-    label_of  a number of bytes, as people read it
+    label_of  gives the text for a number of bytes
     """
     labels = list(dict.fromkeys(label for bars in modules.values() for label in bars)) or [""]
     whole = {label: _sum(bars.get(label, {}) for bars in modules.values()) for label in labels}
@@ -58,7 +58,7 @@ def plot_memory(modules: Mapping[str, Bars], kinds: Mapping[str, str], title: st
             _annotate(bottom, i, max(sums), " → ".join(map(label_of, sums)))
         bottom.set_yticks(range(len(shown)), [literal(name) for name in shown])
         top.set_title(literal(title), loc="left")
-        order = f": {labels[0]} above, {labels[1]} below" if len(labels) == 2 else ", repeated layers as one"
+        order = f": {labels[0]} above, {labels[1]} below" if len(labels) == 2 else "; repeated layers share a bar"
         bottom.set_title(f"by module, in a larger scale{literal(order)}", loc="left")
         for axes in (top, bottom):
             _finish(axes)
@@ -73,7 +73,7 @@ def plot_memory(modules: Mapping[str, Bars], kinds: Mapping[str, str], title: st
 
 
 def plot_counts(counts: Mapping[str, int], what: str, title: str) -> Figure:
-    """A bar for each label, with its number. what: on the axis"""
+    """A bar for each label, with its number. what: the name of the axis"""
     with styled():
         figure = Figure(figsize=(7, 1.2 + 0.4 * len(counts)), layout="constrained")
         axes = figure.subplots()
@@ -107,7 +107,8 @@ def _sum(stacks: Iterable[Stack]) -> Counter[str]:
 
 
 def _largest(modules: Mapping[str, Bars]) -> dict[str, Bars]:
-    """Those that can be seen, no more than a picture takes, the longest first; and all others as one, if that can be seen."""
+    """The modules whose bars are visible, as many as a picture takes, the longest first. All others share a bar if that is
+    visible."""
     longest = {name: max((sum(stack.values()) for stack in bars.values()), default=0) for name, bars in modules.items()}
     order = sorted(modules, key=lambda name: -longest[name])
     least = _LEAST * max(longest.values(), default=0)
@@ -120,7 +121,7 @@ def _largest(modules: Mapping[str, Bars]) -> dict[str, Bars]:
 
 
 def _finish(axes: Axes) -> None:
-    """From top to bottom, with ticks at round numbers of a unit."""
+    """Order the bars from top to bottom, and set ticks at round numbers of a unit."""
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.22, y=0.01)

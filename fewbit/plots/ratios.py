@@ -1,4 +1,4 @@
-"""The figure of the benchmark: times of coded activations against exact ones."""
+"""The figure of the benchmark: times of coded activations relative to exact ones."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _BEYOND = 1.5  # how far the scale follows spreads beyond the medians
 
 
 def plot_ratios(panels: RatioPanels, columns: int, subtitle: str) -> Figure:
-    """Time over the exact activation's against size, both axes logarithmic: medians, with bars for their spread.
+    """Time relative to the exact activation's, against size: medians, with bars for their spread. Both axes are logarithmic.
 
-    A bar that ends in a triangle goes on beyond the picture: spreads do not set the scale.
+    Spreads do not set the scale. A bar that ends in a triangle continues outside of the picture.
 
     panels    drawn row by row, `columns` in each
     subtitle  where and how often it was timed
@@ -43,7 +43,7 @@ def plot_ratios(panels: RatioPanels, columns: int, subtitle: str) -> Figure:
                 axis.set_xlabel("elements")
                 axis.tick_params(labelbottom=True)
         for axis in axes[:, 0]:
-            axis.set_ylabel("time over exact's")
+            axis.set_ylabel("time, exact = 1")
         figure.suptitle(f"Coded against exact activations, forward and backward\n{literal(subtitle)}", fontsize=10)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
@@ -66,7 +66,7 @@ def _draw_ratios(axis: Axes, lines: Mapping[str, Sequence[tuple[int, float, floa
 
 
 def _limits(panels: RatioPanels) -> tuple[float, float]:
-    """Of the ratios: what holds all medians, and their spreads up to a factor."""
+    """The limits of the ratios. They hold all medians, and their spreads up to a factor."""
     points = [point for lines in panels.values() for line in lines.values() for point in line]
     medians = [point[1] for point in points]
     low = max(min([0.9, *(point[2] for point in points)]), min([0.9, *medians]) / _BEYOND)
@@ -75,7 +75,7 @@ def _limits(panels: RatioPanels) -> tuple[float, float]:
 
 
 def _set_scales(axis: Axes, panels: RatioPanels, low: float, high: float) -> None:
-    """Ticks at the sizes measured, labels where they have room, and at round ratios: few where they span much."""
+    """Ticks at the measured sizes, with labels if they have room; and at round ratios, fewer if the ratios span much."""
     sizes = sorted({point[0] for lines in panels.values() for line in lines.values() for point in line})
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
@@ -94,7 +94,7 @@ def _set_scales(axis: Axes, panels: RatioPanels, low: float, high: float) -> Non
 
 
 def _with_room(numbers: Sequence[float], octaves: float) -> list[float]:
-    """Ascending, those that are so far from all that come before them and are among these.
+    """The numbers, in ascending order, that are at least so far from all numbers chosen before them.
 
     >>> _with_room([1_000_000, 1000, 100_000, 1200], 1.5)
     [1000, 100000, 1000000]

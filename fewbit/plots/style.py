@@ -1,4 +1,4 @@
-"""One look for all figures."""
+"""The style of all figures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fewbit import files
 from fewbit.errors import InputError
 from fewbit.text import plain
 
-DARK, LIGHT = "#8c1515", "0.72"  # what is coded, and what is exact: apart in grey print, too
-SHADES = ("0.1", "#c1432e", "#6ba3d6", "#3d6b2f", "0.6")  # of lines beside each other, which LINES and MARKERS tell apart, too
+DARK, LIGHT = "#8c1515", "0.72"  # coded and exact; they also differ in grey print
+SHADES = ("0.1", "#c1432e", "#6ba3d6", "#3d6b2f", "0.6")  # of neighbouring lines, which also differ by LINES and MARKERS
 LINES = ("-", "--", ":", "-.")
 MARKERS = "osD^v"
 _STYLE: dict[Any, Any] = {
@@ -30,12 +30,12 @@ _STYLE: dict[Any, Any] = {
 
 
 def styled() -> AbstractContextManager[None]:
-    """The style, for a figure that is drawn in this context."""
+    """A context that gives the style to figures drawn in it."""
     return mpl.rc_context(_STYLE)
 
 
 def literal(name: str) -> str:
-    r"""A name as a picture shows it: matplotlib would set what stands between two $ as a formula.
+    r"""A name as text for a picture. Without this, matplotlib would set text between two $ as a formula.
 
     >>> literal("a$_{b$")
     'a\\$_{b\\$'
@@ -45,7 +45,7 @@ def literal(name: str) -> str:
 
 
 def apart(places: Sequence[float], least: float) -> list[float]:
-    """Descending places for labels, each at least so far from the next, about where they belong.
+    """Descending places for labels, close to where they belong, and each at least `least` from the next.
 
     >>> apart([3.0, 2.0, 1.9], 0.5)
     [3.0, 2.2, 1.7]
@@ -61,9 +61,9 @@ def apart(places: Sequence[float], least: float) -> list[float]:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write the picture whole or not at all, in the format of the path's suffix; without one it is PNG.
+    """Write the picture completely or not at all, in the format of the path's suffix. Without a suffix it is PNG.
 
-    OSError as from open(), InputError for a format that matplotlib does not have, or cannot write here.
+    OSError as from open(); InputError if matplotlib does not have the format, or cannot write it here.
     """
     path, picture = Path(path), io.BytesIO()
     if not path.suffix and not files.is_special(path):

@@ -26,14 +26,14 @@ _CODINGS = {
 }
 _DENSITY = "0.92"
 _ERROR_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5)
-_COMMON_SCALE = (-0.65, 1.85)  # of f' in the gallery
-_LEAST_SPAN = 0.6  # of f' in the gallery, below which the common scale would hide its steps
+_COMMON_SCALE = (-0.65, 1.85)  # scale of f' in the gallery
+_LEAST_SPAN = 0.6  # if f' spans less in the gallery, the common scale would hide its steps
 
 
 def plot_tables(record: Activation, tables: Sequence[CodeTable]) -> Figure:
-    """For each channel the exact function with the steps of each table, and the error below, the tables side by side.
+    """For each channel: the exact function with the steps of each table, and the error below. Tables are drawn side by side.
 
-    The density that weights the error is drawn at the foot. Of several tables that are exact the first alone is drawn.
+    The density that weights the error is drawn at the bottom. Of several exact tables only the first is drawn.
     """
     channels, given = tables[0].channels, len(tables)
     tables = _without_more_exact_ones(tables)
@@ -66,7 +66,7 @@ def plot_tables(record: Activation, tables: Sequence[CodeTable]) -> Figure:
 
 
 def plot_gallery(bits: int = DEFAULT_BITS) -> Figure:
-    """f' of the registered activations with the steps of their default tables; those that are exact are named alone."""
+    """f' of the registered activations with the steps of their default tables. Exact ones are only named."""
     records = [activations.get(name) for name in activations.names()]
     tables = {record: load_table(record, bits) for record in records}
     exact = [record.name for record, table in tables.items() if _is_exact(table)]
@@ -95,7 +95,7 @@ def plot_gallery(bits: int = DEFAULT_BITS) -> Figure:
 
 
 def plot_errors() -> Figure:
-    """Relative rms error against bits: the median of both optimal codings over the built-in activations, and each of them."""
+    """Relative rms error against bits, for both optimal codings: each built-in activation, and the median over all."""
     errors = {name: {coding: _errors(name, coding) for coding in SHIPPED_CODINGS} for name in activations.BUILT_IN}
     exact = [name for name, by_coding in errors.items() if max(by_coding["level"]) == 0]
     coded = {name: by_coding for name, by_coding in errors.items() if name not in exact}
@@ -126,7 +126,7 @@ def plot_errors() -> Figure:
 
 
 def weight_words(weight: str | None) -> str:
-    """How pictures speak of a weight.
+    """The words for a weight in pictures.
 
     >>> weight_words("student"), weight_words("normal(std=2)"), weight_words("uniform")
     ("Student's t, ν = 3", 'normal(std=2)', 'the uniform density')
@@ -143,7 +143,7 @@ def weight_words(weight: str | None) -> str:
 
 def _title(record: Activation, table: CodeTable, between: str) -> str:
     functions = " and ".join(f"its {channel} {_SYMBOLS[channel]}" for channel in table.channels)
-    parts = [f"{literal(str(record))}: {functions}, and what codes stand for"]
+    parts = [f"{literal(str(record))}: {functions}, exact and coded"]
     if table.coding in _CODINGS:
         parts.append(f"{table.coding} coding: {_CODINGS[table.coding]}".capitalize())
     shaded = ", shaded" if weight_named(table.weight or "") else ""
@@ -160,15 +160,15 @@ def _without_more_exact_ones(tables: Sequence[CodeTable]) -> list[CodeTable]:
 
 
 def _heading(table: CodeTable, error: str, more: bool) -> str:
-    """more: whether tables of more bits are left out, being exact like this one"""
+    """more: whether tables of more bits, which are exact too, are left out"""
     levels, intervals = plural(table.levels.shape[1], "level"), plural(table.codes.size, "interval")
     if not _is_exact(table):
         return f"{plural(table.bits, 'bit')}: {levels}, {intervals}\n{error}"
-    return f"exact with {plural(table.bits, 'bit')}: {levels}, {intervals}" + "\nand so with more bits, not drawn" * more
+    return f"exact with {plural(table.bits, 'bit')}: {levels}, {intervals}" + "\nalso exact with more bits, not drawn" * more
 
 
 def _set_common_scale(axis: Axes) -> None:
-    """That of the gallery, where it fits; or else one of its own, which is said."""
+    """Set the common scale of the gallery if it fits. If not, set another scale, and say so in the panel."""
     y = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.get_lines()[2:]])
     low, high = np.nanmin(y), np.nanmax(y)
     if _COMMON_SCALE[0] <= low and high <= _COMMON_SCALE[1] and high - low >= _LEAST_SPAN:
@@ -182,7 +182,8 @@ def _set_common_scale(axis: Axes) -> None:
 
 
 def _name_ends(axis: Axes, x: float, ends: dict[str, float]) -> None:
-    """The names at the right ends of the lines, those of one end together, moved apart with a line to where each belongs."""
+    """Write the names at the right ends of the lines. Names with the same end share a line of text. Texts that would overlap
+    are moved apart, with lines to their ends."""
     together: dict[str, list[str]] = {}
     for name, end in sorted(ends.items(), key=lambda item: -item[1]):
         together.setdefault(f"{end:.3g}", []).append(name)
@@ -200,7 +201,7 @@ def _in_lines(names: Sequence[str], most: int) -> str:
 
 
 def _draw_density(axis: Axes, table: CodeTable, span: tuple[float, float]) -> None:
-    """At the foot of the panel, in a scale of its own; nothing where the table's text does not tell it."""
+    """Draw the density at the bottom of the panel, in a scale of its own. Nothing is drawn if the table does not name it."""
     weight = weight_named(table.weight or "")
     if weight is not None:
         x = np.linspace(*span, 501)

@@ -1,4 +1,4 @@
-"""The figure of the demo: losses of runs side by side, and what each keeps."""
+"""The figure of the demo: the losses of several runs, and what each run keeps."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 
 from fewbit.plots.style import DARK, LIGHT, LINES, SHADES, styled
 
-Kept = tuple[int, int]  # bytes: those of the activations, and all
+Kept = tuple[int, int]  # bytes that the GELUs keep, and bytes that all modules keep
 
 
 def plot_training(curves: Mapping[str, Sequence[float]], kept: Mapping[str, Kept], smoothing: int = 10) -> Figure:
-    """Training loss against steps, a line for each run, below how far each is from the first, and beside what each keeps.
+    """Training loss against steps, a line for each run. Below it the difference from the first run, and beside it what each run
+    keeps.
 
-    Lines are moving means over `smoothing` steps, drawn at the last of them.
+    Lines are moving means over `smoothing` steps, drawn at the last of these steps.
     """
     window = max(1, min(smoothing, *(len(losses) for losses in curves.values())))
     smooth = {label: np.convolve(losses, np.full(window, 1 / window), "valid") for label, losses in curves.items()}

@@ -3,5 +3,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def whole_processor(monkeypatch):
-    """What inductor compiles for less than the processor can do, as this variable asks for, is wrong, or does not compile."""
+    """Unset this variable: inductor then compiles wrong code, or none, for fewer abilities than the processor has."""
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)

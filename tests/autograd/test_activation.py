@@ -1,4 +1,4 @@
-"""In-place operation and second derivatives: where a coded activation must refuse, and write nothing."""
+"""In-place operation and second derivatives: when a coded activation must refuse, it must write nothing."""
 
 import numpy as np
 import oracles
@@ -19,7 +19,7 @@ class TestInPlace:
 
     def test_on_what_backward_needs_torch_objects(self):
         x = torch.randn(5, requires_grad=True)
-        y = x.exp()  # keeps its output
+        y = x.exp()  # it keeps its output
         z = fewbit.functional.gelu(y, inplace=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             z.sum().backward()
@@ -120,7 +120,7 @@ def test_an_activation_that_changes_the_dtype(dtype, other):
 
 
 def test_first_use_under_another_default_device():
-    """What is made once and kept lies where the input does."""
+    """Things that are made once and kept lie on the device of the input."""
     from fewbit.kernels import cpu
 
     cpu._encoding.cache_clear()

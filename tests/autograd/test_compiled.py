@@ -1,4 +1,4 @@
-"""Under torch.compile: one graph, codes kept, the gradients of the oracle."""
+"""torch.compile: one graph, codes are kept, and gradients are those of the oracle."""
 
 import gc
 import importlib.util
@@ -20,9 +20,9 @@ from fewbit.kernels import ops
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
-    # torch's own: dynamo asks each input that is no leaf for its .grad
+    # from torch: dynamo reads .grad of each input that is not a leaf
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
-    # torch's own, on the way to its dual numbers
+    # from torch, when it makes dual numbers
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
 ]
 OWN_TABLE = fewbit.CodeTable([-1.0, 0.5], [1, 0, 1], [[0.25, 2.0]], 1)
@@ -44,7 +44,7 @@ CALLS = {
 
 
 def check(function, table, x, backend="aot_eager", dynamic=None):
-    """The compiled function of twice x, and its gradient at random."""
+    """The compiled function of twice x, and its gradient for a random one."""
     call = compiled(lambda x: function(x * 2), backend, dynamic=dynamic)
     leaf = x.clone().requires_grad_()
     y = call(leaf)
@@ -56,8 +56,8 @@ def check(function, table, x, backend="aot_eager", dynamic=None):
     return call
 
 
-# What a call's arguments become is decided before shapes turn symbolic, and both before the backend has its turn: the last
-# differs in what it makes of the operators, of constants and of writing in place
+# The arguments of a call are fixed before shapes become symbolic, and both happen before the backend runs. Backends differ in
+# how they treat operators, constants and in-place writes
 RUNS = [
     *[(call, dynamic, "aot_eager") for call in CALLS for dynamic in (False, True)],
     ("functional", True, "inductor"),
@@ -121,13 +121,13 @@ def test_layouts(layout, incoming, dynamic):
     plain = base.clone().requires_grad_()
     x = view(plain)
     x.backward(oracles.expected_gradient(fewbit.load_ladder("gelu", 3), x.contiguous(), grad))
-    torch.testing.assert_close(leaf.grad, plain.grad, rtol=1e-6, atol=1e-6)  # expanded: sums in another order
+    torch.testing.assert_close(leaf.grad, plain.grad, rtol=1e-6, atol=1e-6)  # expanded: sums have another order
     if layout != "expanded":
         assert torch.equal(leaf.grad, plain.grad)
 
 
 def test_dense_inputs_are_read_in_place(monkeypatch):
-    """channels_last: what is encoded is x's own memory."""
+    """channels_last: the memory of x itself is encoded."""
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
     seen = []
     encode = ops.kernels.encode
@@ -164,7 +164,7 @@ def test_parameters_that_change_are_followed():
 
 
 def test_no_compilation_of_the_look_up():
-    """The warning of dynamo about functions with an lru_cache shows that it traces what should be a constant."""
+    """dynamo warns about functions with an lru_cache. That shows that it traces what should be a constant."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         y = compiled(torch.nn.Sequential(fewbit.ELU(0.7), fewbit.GELU(bits=1)))(torch.randn(5))
@@ -187,7 +187,7 @@ class TestMemory:
     CONSTANTS = 512
 
     def bytes_of(self, models, backend):
-        """For each model what is kept, which may include copies of its parameters, and the size of these."""
+        """For each model: the bytes kept, which may include copies of its parameters, and the size of its parameters."""
         x = torch.randn(64, 32, requires_grad=True)
         own = [sum(parameter.numel() * 4 for parameter in model.parameters()) for model in models]
         return [(bytes_kept(compiled(model, backend), x), size) for model, size in zip(models, own, strict=True)]
@@ -279,7 +279,7 @@ def test_saved_tensors_hooks_see_the_codes():
     x = torch.randn(5000, requires_grad=True)
     tables = resolve.shipped_tables(activations.get("gelu"), ("derivative",), 3, torch.float32, x.device)
     constants = sum(each.nbytes for table in tables for each in (table.thresholds, table.codes, table.levels))
-    packed = packing.packed_bytes(5000, 3) + 1  # with the number of the rung
+    packed = packing.packed_bytes(5000, 3) + 1  # and the number of the rung
     for call, kept in ((fewbit.functional.gelu, packed), (compiled(fewbit.functional.gelu), packed + constants)):
         assert packed <= bytes_kept(call, x) <= kept
         grad = gradient_at(call, x)
@@ -326,7 +326,7 @@ def test_second_derivatives_are_refused():
 
 
 class TestFunctorchInside:
-    """Transforms inside of a compiled function; dynamo itself refuses transforms of compiled functions."""
+    """Transforms inside of a compiled function. dynamo itself refuses transforms of compiled functions."""
 
     def test_gradients(self):
         f, table, x = fewbit.functional.gelu, fewbit.load_ladder("gelu", 3), torch.randn(5, 7)
@@ -346,7 +346,7 @@ class TestFunctorchInside:
 
 
 def test_the_table_of_kept_bytes():
-    """tools/compile_bytes.py: a row of it, as it prints."""
+    """A row that tools/compile_bytes.py prints."""
     path = Path(fewbit.__file__).parent.parent / "tools" / "compile_bytes.py"
     spec = importlib.util.spec_from_file_location("compile_bytes", path)
     tool = importlib.util.module_from_spec(spec)

@@ -19,7 +19,7 @@ from fewbit.measuring import saved_storages
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
-    # torch's own: dynamo asks each input that is no leaf for its .grad
+    # from torch: dynamo reads .grad of each input that is not a leaf
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
 ]
@@ -58,7 +58,7 @@ MODELS = {
 
 
 def step(model, x, call=None):
-    """The output, all gradients by name, and the bytes kept, but for parameters, buffers and the input."""
+    """The output, all gradients by name, and the bytes kept without parameters, buffers and the input."""
     model.zero_grad()
     leaf, seen = x.clone().requires_grad_(), {}
     owned = {each.untyped_storage().data_ptr() for each in (leaf, *model.parameters(), *model.buffers())}
@@ -106,7 +106,7 @@ def test_models(name, dynamic, backend):
 
 @pytest.mark.slow
 def test_sizes_that_change_are_followed():
-    """From the second call on the number of rows is a symbol, in one graph for all, and its arithmetic stays small."""
+    """From the second call on the number of rows is a symbol. There is one graph for all, and its arithmetic stays small."""
     layers = nn.LayerNorm(16), nn.Linear(16, 32), nn.GLU(), nn.Conv1d(8, 6, 3, stride=2), nn.BatchNorm1d(6), nn.ReLU()
     model = fewbit.convert(
         nn.Sequential(*layers), bits={"activation": 3, "linear": 4, "norm": 4, "product": 4}, coding="uniform"
@@ -114,7 +114,7 @@ def test_sizes_that_change_are_followed():
     operations = []
 
     def note(graph, inputs):
-        """What sizes and strides of tensors in the graph are computed by: how many operations each."""
+        """How many operations compute sizes and strides of tensors in the graph, by operation."""
         values = [leaf for node in graph.graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
         numbers = [n for each in values if isinstance(each, torch.Tensor) for n in (*each.shape, *each.stride())]
         operations.append([n.node.expr.count_ops() for n in numbers if isinstance(n, torch.SymInt)])
@@ -154,7 +154,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_before_the_tensor_is_read(change):
-    """The recipe travels within the trace, and is as careful there."""
+    """The recipe also exists within a trace, and is checked there too."""
     x, results = torch.randn(64, 64), []
     for call in (compiled(coded), coded):
         weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -162,12 +162,12 @@ def test_changes_before_the_tensor_is_read(change):
         call(leaf, weight, CHANGES[change]).square().sum().backward()
         results.append((leaf.grad, weight.grad))
     for ours, eager in zip(*results, strict=True):
-        if eager is not None:  # a dropout of nothing is another tensor in a trace, where its readers make codes of their own
+        if eager is not None:  # in a trace, a dropout of nothing makes a new tensor, and its readers own codes
             assert relative(ours, eager) < (0.1 if change == "no dropout" else 1e-5)
 
 
 def test_readers_on_both_sides_of_the_compiled_region():
-    """A tensor that crosses the edge has no recipe, and its reader makes codes of its own."""
+    """A tensor that leaves or enters the graph has no recipe, and its reader makes its own codes."""
     x, weight = torch.randn(64, 64, requires_grad=True), torch.randn(8, 64, requires_grad=True)
     norm = lambda x: CODED.layer_norm(x, (64,), bits=8)  # noqa: E731
     read = lambda y, w: CODED.linear(y, w, bits=8)  # noqa: E731
@@ -204,7 +204,7 @@ def test_autocast():
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False], ids=["checkpoint inside", "checkpoint outside"])
 def test_checkpoint(inside):
-    # without attention: a compiler lets no interception begin in a checkpointed region, where its attention is torch's own
+    # without attention: in a checkpointed region no interception can begin under a compiler, so attention there is torch's own
     model = fewbit.convert(Block(), bits=dict.fromkeys(("activation", "linear", "norm", "product"), 4))
     x = torch.randn(4, 16, 32)
     plain = step(model, x)[1]

@@ -1,4 +1,4 @@
-"""Dropout by one bit an element: torch's output, random numbers and gradients, bit for bit; what readers of the output keep."""
+"""Dropout with one bit an element: torch's output, random numbers and gradients, bit for bit; and what its readers keep."""
 
 import gc
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ LAYOUTS = {
 
 
 def dropped(function, x, grad=None, **keywords):
-    """The output, its strides, the gradient of x, its strides, and a random number drawn behind."""
+    """The output, its strides, the gradient of x, its strides, and a random number drawn afterwards."""
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     torch.manual_seed(5)
     y = function(leaf * 1, **keywords)
@@ -58,7 +58,7 @@ def test_is_torchs(dtype, p):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_at_the_edge(dtype):
-    """What is infinite or NaN times 0, zeros with a sign, and what overflows."""
+    """Infinities and NaN times 0, zeros with a sign, and overflow."""
     info = torch.finfo(dtype)
     edge = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, info.max, -info.max, info.tiny, info.eps], dtype=dtype)
     x, grad = edge.repeat(300), edge.repeat_interleave(300)
@@ -89,7 +89,7 @@ def test_a_probability_out_of_range(p):
 @pytest.mark.parametrize("n", [1, 31, 33, 127, 128, 129, 1000, 1025, 50_000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bytes(dtype, n):
-    """One bit an element, unless torch's mask takes no more than that and its padding."""
+    """One bit an element, unless torch's mask is no larger than that with padding."""
     x = torch.randn(n, dtype=dtype, requires_grad=True)
     ours, torchs = (bytes_kept(lambda x, f=f: f(x * 1, 0.5), x) for f in (fewbit.functional.dropout, functional.dropout))
     assert torchs == n * dtype.itemsize
@@ -131,7 +131,7 @@ class TestInPlace:
 
 
 class TestSecondDerivatives:
-    """It is linear, and the mask is known exactly."""
+    """Dropout is linear, and the mask is known exactly."""
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_are_torchs(self, dtype):
@@ -163,7 +163,7 @@ def test_checkpointed():
 
 
 class TestReaders:
-    """A linear layer behind a dropout keeps the code of what was dropped, and the mask."""
+    """A linear layer after a dropout keeps the code of the dropout's input, and the mask."""
 
     N = 64
 
@@ -195,7 +195,7 @@ class TestReaders:
         assert bytes_kept(call, leave_out=(x, weight)) == expected
 
     def test_more_bits_than_another_reader_kept(self):
-        """Codes of 2 bits, made for one layer, are not enough for a layer of 4."""
+        """Codes of 2 bits that one layer made are not good enough for a layer of 4 bits."""
         x, weight = torch.randn(256, self.N, requires_grad=True), torch.randn(32, self.N, requires_grad=True)
         y = x * 1
         fewbit.functional.linear(y, weight, bits=2)
@@ -229,7 +229,7 @@ class TestReaders:
         assert torch.equal(rebuilt[y != 0], 2 * before[y != 0])
 
     def test_an_input_that_is_kept_as_it_is(self):
-        """Too small for codes: what is rebuilt is the output, bit for bit."""
+        """Too small for codes: the output is rebuilt, bit for bit."""
         x = (torch.randn(2, 1000, requires_grad=True) * 1).to(torch.bfloat16)
         sharing.attach(x, sharing.as_it_is(x.detach()))
         y = fewbit.functional.dropout(x, 0.3)
@@ -238,7 +238,7 @@ class TestReaders:
         assert torch.equal(recipe.rebuild(recipe.kept, torch.bfloat16), y)
 
     def test_many_zeros_before_it(self):
-        """Rows of padding are zeros behind a GELU, whose codes would stand for another number."""
+        """Rows of padding stay zeros after a GELU, although its codes of 0 stand for another number."""
         x = torch.randn(400, self.N) * (torch.arange(400) % 4 == 0).view(-1, 1)
         y = fewbit.functional.gelu(x.requires_grad_() * 1, bits=4, shared=True)
         recipe = sharing.find(fewbit.functional.dropout(y, 0.1))
@@ -263,11 +263,11 @@ class TestReaders:
     @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
     @pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh])
     def test_no_worse_than_codes_of_its_own(self, activation, p):
-        """Of gradients of one sign too, where errors of values that are a little off add up over all rows."""
+        """Also with gradients of one sign, for which small errors of values add up over all rows."""
         model, x = nn.Sequential(nn.Linear(64, 256), activation(), nn.Dropout(p), nn.Linear(256, 32)), torch.randn(1024, 64)
 
         def errors():
-            """Of the last weight's gradient, for gradients of one sign and of both."""
+            """The error of the last weight's gradient, for gradients of one sign and of both signs."""
             found = []
             for grad in (torch.rand(1024, 32), torch.randn(1024, 32)):
                 both = []

@@ -1,4 +1,4 @@
-"""Rows of an embedding, which the layers that read them look up again."""
+"""Rows of an embedding: layers that read them keep nothing and look them up again."""
 
 import copy
 
@@ -24,7 +24,7 @@ class LooksUp(nn.Module):
 
 
 class TestEmbeddings:
-    """What is looked up is looked up again: its readers keep nothing, and their gradients are exact."""
+    """Embeddings are looked up again: their readers keep nothing, and gradients are exact."""
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
     @pytest.mark.parametrize("options", [{}, {"padding_idx": 0}, {"scale_grad_by_freq": True}], ids=str)
@@ -64,7 +64,7 @@ class TestEmbeddings:
         coded = fewbit.convert(copy.deepcopy(model), bits=8)
         for each in (model, coded):
             y = each(indices)
-            each(torch.arange(50))  # which changes the weight
+            each(torch.arange(50))  # this changes the weight
             y.sin().sum().backward()
         assert relative(coded.head.weight.grad, model.head.weight.grad) < 0.02
 

@@ -1,4 +1,4 @@
-"""fewbit.exact: no codes inside, in eager and compiled code, in all threads while any is inside."""
+"""fewbit.exact: no codes inside the context, in eager and compiled code, in all threads while any thread is inside."""
 
 import contextvars
 import copy
@@ -21,12 +21,12 @@ def one_bit(x):
 
 
 def same(found, others):
-    """Whether gradients by name are the same, bit for bit."""
+    """Whether both have the same gradients by name, bit for bit."""
     return list(found) == list(others) and all(torch.equal(found[name], others[name]) for name in found)
 
 
 def left():
-    """Whether no context is open, and none counted."""
+    """Whether no context is open or counted."""
     return (process.active, process.compiled_depth, process._depth) == (False, 0, 0)
 
 
@@ -123,7 +123,7 @@ def test_nests_and_decorates(x, exact_gradient, coded_gradient):
 
 
 def in_a_thread(function, *args):
-    """What the function returns in a thread, and a context, of its own."""
+    """What the function returns in a thread and a context of its own."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(contextvars.Context().run, function, *args).result()
 
@@ -247,7 +247,7 @@ class TestCompiled:
         assert left()
 
     def test_a_thread_that_enters_meanwhile_is_not_forgotten(self):
-        """Compiled code writes back what it counted when it is done."""
+        """Compiled code writes back its count when it ends."""
         enter, inside, leave = (threading.Event() for _ in range(3))
 
         def enter_when_asked():

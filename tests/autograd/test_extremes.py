@@ -1,4 +1,4 @@
-"""Inputs near the ends of a dtype, and inputs that are not finite: gradients are finite where torch's are, and nowhere else."""
+"""Inputs near the ends of a dtype, and inputs that are not finite: gradients are finite exactly where torch's are."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from torch import nn
 
 import fewbit
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # from torch
 SOME_BITS = {torch.float16: (1, 8), torch.bfloat16: (2, 4), torch.float32: (4, 8), torch.float64: (1, 2)}
 
 
 def ends(dtype):
-    """Numbers near the ends of the dtype, and in its middle."""
+    """Numbers near the ends of the dtype, and in the middle of its range."""
     info = torch.finfo(dtype)
     return {
         "largest": info.max,
@@ -65,7 +65,7 @@ def both_gradients(layer, coded, x, parameters, grad):
 
 
 def hidden_or_lost(exact, found, exactly=False):
-    """The names of gradients that are not finite where torch's are; with `exactly`, also the other way round."""
+    """The names of gradients that are not finite although torch's are; with `exactly`, also the other way round."""
     wrong = []
     for name, each in exact.items():
         if each is not None:
@@ -94,7 +94,7 @@ def test_finite_where_torchs_are(name, dtype, all_bits):
                 pytest.skip(f"torch has no such operation: {error}")
             if not y.isfinite().all():
                 continue
-            grad = (1e-3 * torch.randn(y.shape)).to(dtype)  # so small that an error of the codes brings no sum out of range
+            grad = (1e-3 * torch.randn(y.shape)).to(dtype)  # so small that errors of the codes do not make sums overflow
             for bits in all_bits:
                 exact, found = both_gradients(
                     case.exact, lambda x, own, bits=bits: case.coded(x, own, bits=bits), x, parameters, grad
@@ -131,7 +131,7 @@ IMAGE_LAYERS = {
 
 
 def masked_gradients(module, data, place):
-    """By name, where what was damaged has no part in the loss."""
+    """Gradients by name, for a loss in which the damaged part has no share."""
     x = data.clone().requires_grad_()
     torch.manual_seed(1)
     y = module(x)
@@ -148,7 +148,7 @@ NOT_FINITE = [float("nan"), *(pytest.param(value, marks=pytest.mark.slow) for va
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("name", [*LAYERS, *IMAGE_LAYERS])
 class TestOneThatIsNotFinite:
-    """One element that is not finite, in a row that has no part in the loss."""
+    """One element that is not finite, in a row that has no share in the loss."""
 
     def made(self, name, value):
         torch.manual_seed(0)
@@ -176,8 +176,8 @@ class TestOneThatIsNotFinite:
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_does_not_spread_in_compiled_code(self, name, value):
-        """There no element is looked at, and what a pointwise activation would lose alone has a finite gradient. But no weight
-        learns from what is not finite: all elements of its channel are lost."""
+        """No element is inspected there, and an element that only a pointwise activation would lose has a finite gradient. But
+        no weight learns from numbers that are not finite: all elements of the channel are lost."""
         module, data, place = self.made(name, value)
         exact = masked_gradients(module, data, place)
         compiled = torch.compile(fewbit.convert(module, bits=4), backend="aot_eager")
@@ -187,7 +187,7 @@ class TestOneThatIsNotFinite:
             {each: grad.flatten(2).sum(2) if "weight" in each and grad.dim() > 2 else grad for each, grad in grads.items()}
             for grads in (exact, found)
         ]
-        if not (name == "rms norm" and value in (torch.inf, -torch.inf)):  # all of its weight, where torch loses an element
+        if not (name == "rms norm" and value in (torch.inf, -torch.inf)):  # all of its weight is lost; torch loses one element
             assert not hidden_or_lost(*of_channels)
         for each, grad in found.items():
             assert grad.isfinite().all() == exact[each].isfinite().all() or "weight" not in each

@@ -1,4 +1,4 @@
-"""An interrupt at any point of a training step leaves nothing switched and nothing behind."""
+"""An interrupt at any point of a training step leaves no switch on and no object behind."""
 
 import gc
 import sys
@@ -22,7 +22,7 @@ def model():
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt before a certain one of the instructions that run in fewbit's own code."""
+    """Raises KeyboardInterrupt before the instruction of this number in fewbit's own code."""
 
     def __init__(self, at):
         self.left = at
@@ -39,7 +39,7 @@ class Interrupt:
 
 
 def step(coded, x, at):
-    """Whether the step was done, before it was interrupted at that instruction."""
+    """Whether the step was finished before an interrupt at that instruction."""
     before = sys.gettrace()
     sys.settrace(Interrupt(at))
     try:
@@ -54,7 +54,7 @@ def step(coded, x, at):
 @pytest.mark.parametrize(("stride", "first"), [(61, 1), pytest.param(7, 2, marks=pytest.mark.slow)])
 def test_an_interrupt_leaves_all_as_it_was(stride, first):
     coded, x = fewbit.convert(model(), bits=4), torch.randn(8, 3, 16, 16)
-    coded(x).sum().backward()  # resolves tables, and compiles
+    coded(x).sum().backward()  # this resolves tables, and compiles
     gc.collect()
     entries, interrupted = len(sharing._recipes), 0
     at = first

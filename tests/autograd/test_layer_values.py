@@ -1,4 +1,4 @@
-"""Coded layers on inputs out of the ordinary, and with stochastic rounding."""
+"""Coded layers on unusual inputs, and with stochastic rounding."""
 
 import copy
 
@@ -13,15 +13,15 @@ import fewbit
 from fewbit import activations, resolve
 from fewbit.autograd.quantize import Quantizer, scaled
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # from torch
 
 
 class TestValues:
-    """Inputs out of the ordinary."""
+    """Unusual inputs."""
 
     @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "channels"])
     def test_outliers_do_not_spoil_the_rest(self, axis):
-        """Channels, or rows, at 50 standard deviations."""
+        """Channels, or rows, whose mean is 50 standard deviations."""
         x = torch.randn(256, 128, dtype=torch.float64)
         plain = x.clone()
         x.select(axis, 3).mul_(50)
@@ -36,7 +36,7 @@ class TestValues:
             errors[name] = [each[:, ordinary].norm().item() for each in (ours, by_row)]
         if axis:
             assert errors["with"][0] < 1.1 * errors["without"][0]
-            assert errors["with"][1] > 5 * errors["with"][0]  # a scale for each row alone
+            assert errors["with"][1] > 5 * errors["with"][0]  # each row has its own scale
         else:
             assert errors["with"][0] < 1.2 * errors["with"][1]
 
@@ -53,7 +53,7 @@ class TestValues:
     @pytest.mark.parametrize("name", NORMS)
     @pytest.mark.parametrize("magnitude", [1e-20, 1e-3, 1e4])
     def test_magnitudes_in_norms(self, name, magnitude):
-        """Where eps outweighs the variance, normalized values are small, and the error is relative to 1, not to them."""
+        """If eps is larger than the variance, normalized values are small, and the error is relative to 1."""
         case = NORMS[name]
         x, parameters = case.make()
         x, grad = x * magnitude, torch.randn(x.shape)
@@ -92,7 +92,7 @@ class TestValues:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_rms_norm_takes_torchs_own_eps(self, dtype):
-        """None is the epsilon of the dtype that torch computes in: it matters where the input is tiny."""
+        """None means the epsilon of the dtype that torch computes in. It matters if the input is tiny."""
         x = (1e-3 * torch.randn(64, 32)).to(dtype).requires_grad_()
         grad = torch.randn(64, 32).to(dtype)
         found, exact = (
@@ -103,7 +103,7 @@ class TestValues:
 
 
 def errors(module, x, bits, one_sign=True):
-    """Of the gradient of each parameter, by name, at 0.5 to 1.5 or normal gradients of the output."""
+    """Errors of the gradient of each parameter, by name, for output gradients between 0.5 and 1.5, or normal ones."""
     exact, coded = copy.deepcopy(module), fewbit.convert(module, bits=bits)
     found = []
     for each in (exact, coded):
@@ -121,7 +121,7 @@ class TestZeros:
         model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Dropout(dropped), nn.Linear(256, 32))
         assert errors(model, torch.randn(2048, 64), bits=4)["3.weight"] < bound
 
-    @pytest.mark.parametrize("bits", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])  # whose tables are designed here
+    @pytest.mark.parametrize("bits", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])  # its tables are designed here
     @pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid])
     def test_and_sparse_values_cost_no_more_than_dense_ones(self, activation, bits):
         for one_sign in (True, False):
@@ -139,7 +139,7 @@ class TestZeros:
     @pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU, nn.SiLU, nn.SELU, nn.Hardswish])
     @pytest.mark.parametrize("one_sign", [True, False])
     def test_through_an_activation(self, activation, one_sign):
-        """Its codes stand for other numbers than 0 where its input is 0."""
+        """A case in which codes of 0 stand for other numbers than 0."""
         dense, model = torch.randn(512, 64), nn.Sequential(activation(), nn.Linear(64, 32))
         error = errors(model, dense, 4, one_sign)["1.weight"]
         rows, columns = dense * (torch.arange(512) % 10 == 0).view(-1, 1), dense * (torch.arange(64) < 32)
@@ -150,7 +150,7 @@ class TestZeros:
         assert not coded[1].weight.grad[:, 32:].any()
 
     def test_padded_images_through_a_batch_norm(self):
-        """What is 0 in most images is far from 0 behind it, by the same amount everywhere."""
+        """Numbers that are 0 in most images are far from 0 after the norm, by the same amount everywhere."""
         model, x = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)), torch.randn(16, 8, 10, 10)
         x[2:] = 0
         assert max(errors(model, x, bits=4).values()) < 0.2
@@ -175,7 +175,7 @@ class TestZeros:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("name", PRODUCTS)
     def test_are_decoded_as_zeros(self, name, dtype, bits):
-        """Were they not, a weight would learn from rows that are all zero but for it."""
+        """Otherwise a weight would learn from rows that are all zero except for it."""
         case = PRODUCTS[name]
         x, _ = case.make(dtype)
         x = torch.where(torch.rand(x.shape) < 0.4, 0, x)
@@ -194,7 +194,7 @@ class TestZeros:
     @pytest.mark.parametrize("first", [nn.LayerNorm, nn.RMSNorm], ids=["layer norm", "rms norm"])
     @pytest.mark.parametrize("second", [nn.LayerNorm, nn.RMSNorm], ids=["layer norm", "rms norm"])
     def test_padded_rows_through_norms(self, first, second, padding, eps):
-        """Their gradients are multiplied by 1/σ of the second norm, some hundred times that of others."""
+        """Their gradients are multiplied by 1/σ of the second norm, which is some hundred times that of other channels."""
         x = torch.randn(32, 16)
         x[8:16] *= padding
         model = nn.Sequential(first(16, eps), second(16, eps), nn.Linear(16, 16))
@@ -226,7 +226,7 @@ class TestStochastic:
     def test_is_unbiased_between_the_outermost_levels(self):
         x, table = torch.randn(64, 16, dtype=torch.float64, requires_grad=True), naive.value_table(3)
         weight, draws = torch.zeros(64, 16, dtype=torch.float64, requires_grad=True), 200
-        grad = torch.eye(64, dtype=torch.float64)  # then the weight's gradient is what the codes stand for
+        grad = torch.eye(64, dtype=torch.float64)  # then the weight's gradient equals the decoded values
         found = []
         for _ in range(draws):
             y = fewbit.functional.linear(x, weight, bits=3, rounding="stochastic")
@@ -237,7 +237,7 @@ class TestStochastic:
         inside = normal.abs() < table.levels.max()
         levels = torch.tensor(table.levels[0])
         above = torch.bucketize(normal, levels).clamp(1, levels.numel() - 1)
-        variance = (normal - levels[above - 1]) * (levels[above] - normal)  # of a choice between two with the mean in between
+        variance = (normal - levels[above - 1]) * (levels[above] - normal)  # of a random choice between two numbers
         assert ((values.mean(0) - x).abs() < 5 * scale * (variance / draws).sqrt())[inside].all()
         outside = ((normal.sign() * table.levels.max() * spread + center) * row)[~inside]
         torch.testing.assert_close(values.mean(0)[~inside], outside)

@@ -1,4 +1,4 @@
-"""What torch makes of a weight to multiply by it is made again in backward, and kept where that would give other numbers."""
+"""Tensors that torch computes from a weight: they are computed again in backward, or kept if that would change numbers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ IN, OUT, ROWS = 48, 64, 32
 
 
 class Product(nn.Module):
-    """x @ weight, as GPT-2's layers are, of a frozen or trained weight."""
+    """x @ weight, as in GPT-2's layers, with a frozen or trained weight."""
 
     def __init__(self, is_trained):
         super().__init__()
@@ -87,4 +87,4 @@ class TestMadeOfFrozen:
         assert self.of(cast, function=torch.einsum) is None
         assert self.of(cast, operands=(self.weight, self.weight)) is None
         assert self.of(cast, saved=[cast, cast + 1]) is None
-        assert self.of(cast, operands=(nn.Parameter(self.weight.detach().clone()),)) is None  # which is trained
+        assert self.of(cast, operands=(nn.Parameter(self.weight.detach().clone()),)) is None  # it is trained

@@ -1,4 +1,4 @@
-"""Pooling and padding without the input: torch's gradients, bit for bit; places in windows, by brute force; bytes."""
+"""Pooling and padding without keeping the input: torch's gradients, bit for bit; places in windows, by brute force; bytes."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def windows_of_planes(draw):
 @settings(max_examples=150, deadline=None, database=None, derandomize=True)
 @given(windows_of_planes(), st.integers(0, 1000), st.sampled_from([1, 40]))
 def test_all_indices_come_back(window, seed, images):
-    """Those of ties, NaN and windows of infinities too, and of windows that miss the plane altogether."""
+    """Also for ties, NaN and windows of infinities, and for windows that miss the plane."""
     plane, sizes, ceil_mode = window
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-2, 2, (images, 2, *plane), generator=generator).float()
@@ -82,7 +82,7 @@ def test_distances_by_brute_force(window):
     ],
 )
 def test_bytes_of_maxima(kernel, plane, bits):
-    """As few bits as tell the places of a window apart."""
+    """As few bits as needed to number the places of a window."""
     x = torch.randn(32, 16, *plane, requires_grad=True)
     function = getattr(CODED, f"max_pool{len(plane)}d")
     n = function(x, kernel).numel()
@@ -114,7 +114,7 @@ def test_the_smallest_keep_no_more_than_torch():
 
 
 def test_returned_indices_are_kept_alone():
-    """Once, with what unpools by them."""
+    """The indices are kept once, together with a layer that unpools by them."""
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
 
     def block():

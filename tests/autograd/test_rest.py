@@ -1,4 +1,4 @@
-"""What torch's own operations save, within an interception: which of it is coded, and how far gradients then err."""
+"""What torch's own operations save within an interception: which of it is coded, and how large errors of gradients are."""
 
 import copy
 
@@ -28,7 +28,7 @@ def gradients(function, *tensors):
 
 
 def near(function, *tensors, bits=BITS, bound=0.02):
-    """Whether the function under patch has the same output, and gradients near its own; the bytes kept, coded over exact."""
+    """Assert that under patch the output is the same and gradients are near. Returns the bytes kept, coded over exact."""
     exact, true = gradients(function, *tensors)
     with fewbit.patch(bits=bits):
         y, found = gradients(function, *tensors)
@@ -51,7 +51,7 @@ class TestProducts:
         assert near(lambda a, b: (a * 2) * (b + 1), a, b) < 1.35 / dtype.itemsize
 
     def test_have_recipes(self):
-        """The readers of a product, and of products of products and casts of them, keep no code of their own."""
+        """Readers of a product keep no code of their own, and neither do readers of products of products and of casts."""
         gate, up, weight = normal(64, 256), normal(64, 256), normal(32, 256)
 
         def unit(gate, up, weight):
@@ -100,13 +100,13 @@ class TestWhatIsCoded:
     def test_log_probabilities(self, classes, scale):
         logits, labels = normal(256, classes), torch.arange(256) % 64
         loss = lambda logits: functional.cross_entropy(scale * logits, labels)  # noqa: E731
-        # besides the codes a row keeps its two largest, a label, and the loss
+        # a row keeps codes, its two largest numbers, a label and the loss
         assert near(loss, logits, bound=0.02) < 0.25 + 0.5 * 8 / classes
 
     @pytest.mark.parametrize("margin", [0.0, 5.0, 12.0])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_log_probabilities_of_what_is_learnt(self, margin, dtype):
-        """Where each label is all but certain, the gradient is made of all other probabilities."""
+        """If each label is almost certain, the gradient consists of all other probabilities."""
         labels = torch.arange(256) % 64
         logits = normal(256, 64, dtype=dtype, needs=False)
         logits[torch.arange(256), labels] += margin
@@ -131,7 +131,7 @@ class TestWhatIsCoded:
         assert near(lambda x: (x * 1).softmax(-1), normal(2048, 2), bound=1e-6) == 1
 
     def test_what_is_divided_by_what_varies_by_row(self):
-        """As in linear attention: codes of the numerator itself would spoil the rows that are small."""
+        """As in linear attention: codes of the numerator itself would spoil small rows."""
         x, y = normal(4, 2, 256, 32), normal(4, 2, 256, 1)
         scales = (10 ** torch.linspace(-4, 0, 256)).unsqueeze(-1)
         assert near(lambda x, y: (x * scales) / (scales * (y.sigmoid() + 0.1)), x, y, bound=0.02) < 1
@@ -145,7 +145,7 @@ class TestWhatIsCoded:
         assert kept[0] == kept[1]
 
     def test_what_a_squared_error_reads(self):
-        """The difference from the target: codes of the values themselves would spoil a small one."""
+        """The difference from the target is coded: codes of the values themselves would spoil a small difference."""
         target = torch.randn(64, 128)
         x = (target + 1e-3 * torch.randn(64, 128)).requires_grad_()
         assert near(lambda x: functional.mse_loss(x * 1, target), x) < 0.7
@@ -213,7 +213,7 @@ class TestWhatStaysExact:
         assert bytes_kept(lambda: model(x, y), leave_out=(x, y, model.weight)) == 0
 
     def test_not_what_it_was_called_with_that_others_have_computed(self):
-        """As within a model whose own modules are torch's."""
+        """As in a model whose own modules are torch's."""
         model = fewbit.convert(nn.Sequential(nn.Linear(128, 128), Squared()), bits=4)
         x, codes = normal(64, 128, needs=False), 64 * 128 // 2
         assert codes < bytes_kept(lambda: model(x), leave_out=(x, *model.parameters())) < 1.4 * codes
@@ -258,7 +258,7 @@ class TestWhatStaysExact:
 
 
 class Attends(nn.Module):
-    """All written out."""
+    """All parts written out as operations."""
 
     def __init__(self):
         super().__init__()
@@ -308,7 +308,7 @@ class TestWithOthers:
         assert all(map(torch.equal, found, alone))
 
     def test_around_a_checkpointed_region(self):
-        """What is called in a region that began within the model is torch's own, since no interception is there again."""
+        """Calls in a region that began inside the model are torch's own, since no interception exists when it runs again."""
 
         class Around(Attends):
             def forward(self, x):
@@ -325,13 +325,13 @@ class TestWithOthers:
         x, y = normal(64, 128), normal(8, 8)
         with fewbit.patch(bits=BITS):
             kept = y * 1
-            z = kept * (y + 1)  # small: kept as it is
+            z = kept * (y + 1)  # small, so kept as it is
             kept.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             z.sum().backward()
         with fewbit.patch(bits=BITS):
             large = x * 1
-            z = large * (x + 1)  # codes hold what it was
+            z = large * (x + 1)  # codes hold the former numbers
             large.add_(1)
         z.sum().backward()
         assert relative(x.grad, 2 * x.detach() + 1) < 0.02

@@ -1,4 +1,4 @@
-"""All of torch's differentiable operations, on the samples of torch's own database, with everything coded that may be."""
+"""All of torch's differentiable operations, on samples of torch's own database, with everything coded that can be coded."""
 
 from itertools import islice
 
@@ -27,7 +27,7 @@ def _samples():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_all_of_torchs_operations(monkeypatch):
-    """Every differentiable operation in torch's database on torch's samples, with everything coded that may be."""
+    """Every differentiable operation in torch's database on torch's samples, with everything coded that can be coded."""
     pytest.importorskip("expecttest", reason="torch's database of operations needs it")
     monkeypatch.setattr(rest, "LEAST", 1)  # samples are small
     monkeypatch.setattr(quantize, "is_small", lambda *_: False)
@@ -47,7 +47,7 @@ def test_all_of_torchs_operations(monkeypatch):
                 exact, again = (_gradients_of(entry.op, sample, None) for _ in range(2))
             except Exception:
                 continue
-            if exact is None or not all(map(_same, exact[0], again[0])):  # some are random by themselves
+            if exact is None or not all(map(_same, exact[0], again[0])):  # some are random themselves
                 continue
             tried += 1
             try:
@@ -62,7 +62,7 @@ def test_all_of_torchs_operations(monkeypatch):
 
 
 def _gradients_of(operation, sample, bits):
-    """Outputs that depend on the inputs, and the inputs' gradients, of leaves that are no leaves to the operation."""
+    """Outputs that depend on the inputs, and the inputs' gradients. The operation reads tensors that are not leaves."""
     leaves = []
 
     def needed(tensor):
@@ -95,7 +95,7 @@ def _same(one, other):
 
 
 def _fault(exact, found):
-    """What is wrong with the results, if anything is."""
+    """Words for what is wrong with the results; None if nothing is."""
     if not all(map(_same, exact[0], found[0])):
         return "another output"
     error = size = 0.0

@@ -1,4 +1,4 @@
-"""What several readers of one tensor keep together, what is kept as it is, and second derivatives of codes."""
+"""Several readers of one tensor: what they keep together, what is kept as it is, and second derivatives of codes."""
 
 import gc
 
@@ -14,11 +14,11 @@ from fewbit.errors import InputError
 
 CODED = fewbit.functional
 N = 64
-RUNG = 1  # byte, behind the codes of an activation
+RUNG = 1  # byte after the codes of an activation
 
 
 class TestBytes:
-    """What all readers together keep: x is no part of it."""
+    """What all readers keep together, without x."""
 
     CODES = 128 * N // 2  # 4 bits
 
@@ -44,7 +44,7 @@ class TestBytes:
 
         own = self.CODES + 4 * (128 + 2 * N)
         assert bytes_kept(lambda: heads(x + 1), leave_out=(x, *weights)) == own
-        assert bytes_kept(heads, x, leave_out=weights) == 3 * own  # a leaf would keep its codes for as long as it lives
+        assert bytes_kept(heads, x, leave_out=weights) == 3 * own  # a leaf would keep its codes as long as it lives
         changed = x + 1
         first = CODED.linear(changed, weights[0], bits=4)
         changed.mul_(2)
@@ -125,7 +125,7 @@ OTHERS = {
 
 
 class TestKeptExactly:
-    """What the operation that made it keeps anyway."""
+    """The readers need only what the operation that made the tensor keeps anyway."""
 
     def attention(self, x):
         q = k = v = x.view(2, 8, 4, 16).transpose(1, 2)
@@ -208,7 +208,7 @@ def test_a_reader_that_wants_more_bits_or_other_rounding_makes_its_own_codes():
         return relative(weights[1].grad, weights[2].grad)
 
     assert error({"bits": 1}, bits=8) < 0.02 < error({"bits": 1}, bits=1)
-    assert error({"bits": 8}, bits=1) < 0.02  # as good as what is there
+    assert error({"bits": 8}, bits=1) < 0.02  # as good as the existing code
     assert error({"bits": 2}, bits=2, rounding="stochastic") > 1.1 * error({"bits": 2}, bits=2)
 
 
@@ -227,7 +227,7 @@ def test_a_view_whose_data_was_replaced_is_another_tensor():
 
 
 class TestLowRank:
-    """y = (x A^T) B^T, of few numbers in the middle: a reader of y keeps these."""
+    """y = (x A^T) B^T with few numbers in the middle. A reader of y keeps these numbers."""
 
     A, B = 8, 128
 
@@ -269,7 +269,7 @@ class TestLowRank:
 
 
 class Frozen(torch.nn.Module):
-    """Three trained layers, each behind a dropout, of what frozen ones make of a batch."""
+    """Three trained layers, each after a dropout, on what frozen layers make of a batch."""
 
     def __init__(self, p):
         super().__init__()

@@ -1,7 +1,8 @@
-"""One code, many readers: never a wrong gradient, whatever happens to a tensor between the layer that made it and its readers.
+"""One code for many readers: gradients are never wrong, whatever happens to a tensor between its maker and its readers.
 
-In every case the weight's gradient is that of codes of the reader's own, which naive code makes too, or within the error of
-shared 8-bit codes of the exact one. A recipe that no longer fits its tensor would be off by the whole of it: changes are large.
+In every case the weight's gradient must be that of the reader's own codes, which naive code makes too, or be as near to the
+exact one as shared 8-bit codes allow. If a recipe no longer fits its tensor, the error is as large as the change: changes are
+large.
 """
 
 import copy
@@ -44,7 +45,7 @@ def linear(x, weight):
 
 
 def check(found, grad, seen, bits=8):
-    """That the gradient of a weight is sound: of codes of `seen` (*, in), for a gradient (*, out) of the output."""
+    """Assert that the gradient of a weight is sound: that of codes of `seen` (*, in), for a gradient (*, out) of the output."""
     rows, seen = grad.detach().reshape(-1, grad.shape[-1]).double(), seen.detach()
     exact = rows.T @ seen.reshape(-1, seen.shape[-1]).double()
     own = naive.scaled_values(naive.value_table(bits), seen, -1)
@@ -70,12 +71,12 @@ MAKERS = {
 
 
 def square(x):
-    """A weight of x's number of columns."""
+    """A weight with x's number of columns."""
     return torch.randn(16, x, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
 
 
 def without_graph(change):
-    """A change of y in place that autograd does not see, and its like for the exact network, where autograd would object."""
+    """Change y in place without autograd's notice. For the exact network, the like with autograd, which would object."""
 
     def inplace(y):
         with torch.no_grad():
@@ -108,7 +109,7 @@ CHANGES = {
 
 
 class TestChanges:
-    """In place, after the tensor was made."""
+    """Changes in place after the tensor was made."""
 
     @pytest.mark.parametrize("maker", MAKERS)
     @pytest.mark.parametrize("change", CHANGES)
@@ -138,7 +139,7 @@ class TestChanges:
 
     @pytest.mark.parametrize("maker", MAKERS)
     def test_after_it_was_read(self, maker):
-        """The codes are of the tensor as it was read, as torch's own graph would insist."""
+        """The codes are of the tensor at the time when it was read, as torch's own graph would insist."""
         x, weight = torch.randn(N, N, dtype=torch.float64, requires_grad=True), square(N)
         y = MAKERS[maker][0](x)
         seen, z = y.detach().clone(), linear(y, weight)
@@ -210,7 +211,7 @@ def test_views_and_copies(maker, view):
 
 
 class TestLives:
-    """Of graphs, tensors, threads."""
+    """Lifetimes of graphs, tensors and threads."""
 
     def test_reuse_across_steps(self):
         module = torch.nn.Sequential(fewbit.Linear(N, N, bits=8), fewbit.GELU(bits=8, shared=True), fewbit.Linear(N, 4, bits=8))

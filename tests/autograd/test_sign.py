@@ -1,4 +1,4 @@
-"""A ReLU that reads a normalization finds the sign of its input in the codes of that, exactly."""
+"""A ReLU that reads a normalization finds the sign of its input exactly in the normalization's codes."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CODED = fewbit.functional
 
 
 class TestReluOfCodes:
-    """The derivative of a ReLU that reads a normalization: that of the sign of its input."""
+    """The derivative of a ReLU that reads a normalization depends on the sign of the ReLU's input."""
 
     def mask(self, x, weight, bias, bits, relu=CODED.relu, **keywords):
         y = CODED.batch_norm(x.clone().requires_grad_(), None, None, weight, bias, training=True, bits=bits)
@@ -22,7 +22,7 @@ class TestReluOfCodes:
     @pytest.mark.parametrize("bits", [4, 5, 8])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
     def test_is_exact(self, bits, dtype):
-        """For channels that are negative at times: zero of y within 2.5σ, or anywhere above."""
+        """For channels that are sometimes negative: y is zero within 2.5σ, or anywhere above."""
         x = torch.randn(400, 96).to(dtype)
         weight = torch.cat([torch.linspace(-3, 3, 64), torch.tensor([0.0, 1e-3, -1e-3, 1e-20] * 8)])
         zero = torch.cat([torch.rand(64) * 4.5 - 2.25, torch.rand(32) * 2])
@@ -33,7 +33,7 @@ class TestReluOfCodes:
         assert wrong.sum() == 0, (wrong.sum(0), y[wrong])
 
     def test_of_channels_that_are_hardly_ever_positive(self):
-        """Up to 5σ: exact; beyond, y is taken to be negative."""
+        """Exact up to 5σ; beyond, y is taken to be negative."""
         x, zero = torch.randn(2000, 40), torch.linspace(0, 8, 40)
         y, grad = self.mask(x, torch.ones(40), -zero, 4)
         assert torch.equal(grad, (y > 0).float())
@@ -42,7 +42,7 @@ class TestReluOfCodes:
 
     @pytest.mark.parametrize(("bits", "share"), [(2, 0.08), (3, 0.015), (4, 0.002), (5, 0.0004), (8, 0.0001)])
     def test_of_channels_that_are_hardly_ever_negative(self, bits, share):
-        """There the mask may be wrong where y is negative, but no oftener than y is: a share of the normal distribution."""
+        """The mask may be wrong where y is negative, but y is negative only for a small share of the normal distribution."""
         x, zero = torch.randn(5000, 60), -torch.linspace(0, 6, 60)
         for sign in (1, -1):
             y, grad = self.mask(x * sign, sign * torch.ones(60), -zero, bits)
@@ -51,7 +51,7 @@ class TestReluOfCodes:
             assert wrong.float().mean(0).max() < share
 
     def test_of_the_dead_and_the_constant(self):
-        """Channels without any spread, whose y is the bias: the sign of that, and 0 has the derivative 0."""
+        """Channels without spread: y is the bias, and its sign decides. The derivative at 0 is 0."""
         x = torch.zeros(16, 12)
         for weight in (1.0, -1.0, 0.0, 0.3, -1e-10):
             bias = torch.linspace(-1, 1, 12)
@@ -73,7 +73,7 @@ class TestReluOfCodes:
     @pytest.mark.parametrize("weight", [1e-10, -1e-10, 1e-30])
     @pytest.mark.parametrize("bias", [-1.0, 1.0])
     def test_tiny_weights_do_not_blow_up_the_norms_own_gradient(self, weight, bias):
-        """As weight decay leaves them; without a ReLU behind."""
+        """Parameters as weight decay leaves them; without a ReLU after the norm."""
         x, grad = torch.randn(64, 4), torch.randn(64, 4)
         found = []
         for function in (
@@ -88,7 +88,7 @@ class TestReluOfCodes:
 
 
 class TestCorners:
-    """Corners of the statistics: what must not end in NaN, and where signs are not claimed."""
+    """Corner cases of the statistics that must not give NaN, and for which no signs are claimed."""
 
     def test_one_bit_has_no_threshold_to_move_to(self):
         x = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]], requires_grad=True)

@@ -1,4 +1,4 @@
-"""No copy of an activation is made in a wider dtype: in bfloat16 no allocation of a coded step is larger than torch's own."""
+"""No activation is copied into a wider dtype: in bfloat16 no allocation of a coded step is larger than torch's own."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Under torch.func: reverse-mode transforms give the oracle's gradients, each sample its own; forward mode is refused."""
+"""torch.func: reverse-mode transforms give the oracle's gradients, each sample its own; forward mode is refused."""
 
 import oracles
 import pytest
@@ -13,7 +13,7 @@ from fewbit.errors import InputError
 from fewbit.functional import gelu, leaky_relu, silu
 from fewbit.kernels import ops
 
-# torch's own, on the way to its dual numbers
+# from torch, when it makes dual numbers
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 FORWARD_MODE = "gelu has no forward-mode derivative"
 
@@ -23,7 +23,7 @@ def expected(x, grad=None, name="gelu", bits=3):
 
 
 def by_sample(dims, x, grad=None, name="gelu", bits=3):
-    """`expected` for each sample, which takes a rung of its own: at one place in the first of these dimensions, and so on."""
+    """`expected` for each sample, which has a rung of its own. Samples are indexed by the first dimensions."""
     if not dims:
         return expected(x, grad, name, bits)
     grads = torch.ones_like(x) if grad is None else grad
@@ -36,7 +36,7 @@ def total(x):
 
 
 def batched_cotangents(x):
-    """The rows of diag(1), pulled back in one vmap through a graph built before."""
+    """The rows of diag(1), pulled back in one vmap through an existing graph."""
     y = gelu(leaf := x.clone().requires_grad_())
     rows = torch.eye(x.shape[0]).unsqueeze(2).expand(-1, -1, x.shape[1])
     return vmap(lambda row: torch.autograd.grad(y, leaf, row, retain_graph=True)[0])(rows).sum(0)
@@ -108,7 +108,7 @@ def test_layouts(order):
 
 
 def test_many_cotangents_for_one_input():
-    """Codes without a batch, gradients with one: as in jacrev, and in `is_grads_batched`."""
+    """Codes without a batch dimension, gradients with one: as in jacrev, and in `is_grads_batched`."""
     x, cotangents = torch.randn(50), torch.randn(8, 50)
     _, pull = vjp(gelu, x)
     assert torch.equal(vmap(pull)(cotangents)[0], expected(x.expand(8, 50), cotangents))
@@ -128,7 +128,7 @@ def test_parameters_and_tables():
 
 
 def test_gradients_of_each_sample():
-    """As in differentially private training: the gradient of each sample's loss, against a loop over the samples."""
+    """As in differentially private training: the gradient of each sample's loss, compared with a loop over the samples."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 40), fewbit.GELU(bits=2), torch.nn.Linear(40, 1))
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     x, y = torch.randn(12, 6), torch.randn(12, 1)
@@ -145,7 +145,7 @@ def test_gradients_of_each_sample():
 
 
 def test_neighbours_do_not_matter():
-    """A sample's gradient is the same in whatever batch it comes."""
+    """The gradient of a sample is the same in any batch."""
     x = torch.randn(6, 300)
     whole = vmap(grad(total))(x)
     x[1:] = 10
@@ -207,7 +207,7 @@ class TestSecondDerivatives:
             take(torch.randn(3))
 
     def test_with_respect_to_other_inputs_is_refused_too(self):
-        """The gradient is linear in the cotangent, whose gradient the codes could give; refused as in plain eager code."""
+        """The gradient is linear in the cotangent. Codes could give its gradient, but it is refused, as in plain eager code."""
         x = torch.randn(3)
         with pytest.raises(InputError, match="can be taken once"):
             grad(lambda c: vjp(gelu, x)[1](c)[0].sum())(torch.ones(3))

@@ -1,4 +1,4 @@
-"""`fewbit bench`: what is measured and how it is shown. How long anything takes is no concern here."""
+"""`fewbit bench`: what is measured and how it is shown. Times themselves are not tested."""
 
 import copy
 import io
@@ -183,7 +183,7 @@ def test_sizes(text, elements):
 
 @pytest.mark.parametrize("text", ["1M", "0", "-4", "2^32", "2^99", "3^2", "2**4", "1e6", "", "²", "9999999999"])
 def test_bad_sizes(text):
-    with pytest.raises(InputError, match=r"a size is a number of elements from 1 to 2\^31, such as 16384 or 2\^14; got"):
+    with pytest.raises(InputError, match=r"a size must be a number of elements from 1 to 2\^31, such as 16384 or 2\^14; got"):
         measure.parse_size(text)
 
 
@@ -225,7 +225,7 @@ def test_defaults(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses deprecated parts of torch
 def test_torch_compile():
     found = measure.run(settings(names=["gelu"], compiled=True, dtypes=["float32"], repeats=2))
     if found.notes:  # without a C++ compiler

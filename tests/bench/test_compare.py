@@ -1,4 +1,4 @@
-"""`fewbit bench --model`: what is measured and how it is shown. How long anything takes is no concern here."""
+"""`fewbit bench --model`: what is measured and how it is shown. Times themselves are not tested."""
 
 import io
 import json
@@ -72,7 +72,7 @@ def test_figures_are_those_of_the_step(report):
             assert run.seconds["median"] > 0
         assert set(exact.ratio.values()) == {1.0}
         assert exact.products["aten.addmm"]["calls"] == 8
-        assert checkpoint.products["aten.addmm"]["calls"] == 14  # but for the last of each block, which nothing is kept of
+        assert checkpoint.products["aten.addmm"]["calls"] == 14  # except the last of each block, of which nothing is kept
 
 
 def test_json_form(report):
@@ -102,7 +102,7 @@ def test_table(report):
 def test_operators_stand_side_by_side(report):
     text = shown(report, operators=True)
     rows = [line.split() for line in text.splitlines()]
-    assert ["aten.gelu_backward", *["2", "96.0", "KiB"] * 2] in rows  # which coded runs have none of
+    assert ["aten.gelu_backward", *["2", "96.0", "KiB"] * 2] in rows  # coded runs have none of them
     assert ["aten.gelu", "2", "64.0", "KiB", "4", "128", "KiB", *["2", "64.0", "KiB"] * 2] in rows
     assert any(row[:1] == ["fewbit.decode"] and len(row) == 7 for row in rows)
 
@@ -113,7 +113,7 @@ def test_a_model_without_blocks():
 
     report = compare.run(settings(alone, dtypes=["float32"], bits=["4"], repeats=1))
     assert [run.run for run in report.cases[0].runs] == ["exact", "4 bits"]
-    assert report.notes == ["nothing is checkpointed: small has no blocks, of one class in a ModuleList or Sequential"]
+    assert report.notes == ["nothing is checkpointed: small has no ModuleList or Sequential of blocks of one class"]
     assert shown(report).endswith(report.notes[0] + "\n")
 
 
@@ -123,7 +123,7 @@ def test_every_level_of_blocks_is_checkpointed():
 
     report = compare.run(settings(stages, dtypes=["float32"], bits=["4"], repeats=1))
     assert [run.run for run in report.cases[0].runs] == ["exact", "checkpoint 1", "checkpoint 2", "4 bits"]
-    assert report.notes == ["checkpoint 1: around each of 2 Sequential", "checkpoint 2: around each of 4 Block"]
+    assert report.notes == ["checkpoint 1: each of 2 Sequential", "checkpoint 2: each of 4 Block"]
     exact, outer, inner, _ = report.cases[0].runs
     assert [run.kept_bytes // make().batch.nbytes for run in (outer, inner)] == [1, 3]
     assert exact.calls < inner.calls <= outer.calls
@@ -234,7 +234,11 @@ def test_defaults(monkeypatch, capsys):
         ("--model some_factories:nothing", 1, "cannot make a model of some_factories:nothing: AttributeError"),
         ("--model some_factories:failing", 1, "cannot make a model of some_factories:failing: OSError: no weights here"),
         ("--model some_factories:torch", 1, "cannot make a model of some_factories:torch: TypeError"),
-        ("--model some_factories:model_alone", 1, "a factory returns (model, batch) or (model, batch, loss_fn), got (Linear)"),
+        (
+            "--model some_factories:model_alone",
+            1,
+            "a factory must return (model, batch) or (model, batch, loss_fn), got (Linear)",
+        ),
         ("--model some_factories:frozen", 1, "the model returns no tensor that needs a gradient"),
         ("--model some_factories:pair --blocks 2", 2, "--blocks is for gpt, llama, conv; leave it out for some_factories:pair"),
         ("--model gpt --blocks 0", 2, "--blocks"),
@@ -247,8 +251,8 @@ def test_defaults(monkeypatch, capsys):
         ("gelu --model gpt", 2, "--model takes no names of activations: that is for activations"),
         ("--model gpt --size 16", 2, "--model takes no --size: that is for activations"),
         ("--model gpt --plot a.png", 2, "--model takes no --plot"),
-        ("gelu --operators", 2, "--operators is for --model: --model gpt, say"),
-        ("gelu --blocks 2", 2, "--blocks is for --model: --model gpt, say"),
+        ("gelu --operators", 2, "--operators is only for --model, as in --model gpt"),
+        ("gelu --blocks 2", 2, "--blocks is only for --model, as in --model gpt"),
         ("gelu --bits linear=4", 2, "--bits of an activation is a number from 1 to 8, got 'linear=4'"),
     ],
     ids=str,

@@ -80,7 +80,7 @@ class TestStep:
         expected = fewbit.memory(model, x).activation_bytes
         assert Step(Subject(model, x)).kept_bytes() == expected > 0
         with_loss = Step(Subject(model, x, lambda model, x: model(x).square().sum()))
-        assert with_loss.kept_bytes() == expected + x.nbytes  # what the square keeps
+        assert with_loss.kept_bytes() == expected + x.nbytes  # the square keeps it
 
     def test_peak_is_without_the_model(self):
         model, x = mlps(), torch.randn(4096, 8)
@@ -128,7 +128,7 @@ class TestBlocks:
         copied = checkpoint_blocks(copy.deepcopy(model))
         exact, step = Step(Subject(model, x)), Step(Subject(copied, x))
         assert all(map(torch.equal, grads(exact), grads(step)))
-        assert step.kept_bytes() == 2 * x.nbytes  # what comes into the second and the third
+        assert step.kept_bytes() == 2 * x.nbytes  # the inputs of the second and the third block
         assert exact.kept_bytes() == 2 * x.nbytes + 3 * 2 * 2 * x.nbytes
 
 
@@ -150,7 +150,7 @@ class TestModels:
         assert not torch.allclose(attention(x)[:, 5:], attention(changed)[:, 5:], atol=1e-3)
         same = torch.randn(64).expand(1, 1, 8, 64)
         scores = attention.turned(same) @ attention.turned(same).mT
-        torch.testing.assert_close(scores[0, 0, 1:, 1:], scores[0, 0, :-1, :-1])  # a matter of distance
+        torch.testing.assert_close(scores[0, 0, 1:, 1:], scores[0, 0, :-1, :-1])  # only distance matters
         assert not torch.allclose(scores[0, 0, 0, 1:], scores[0, 0, 0, :-1], atol=1e-3)
 
     def test_moved(self):
@@ -166,10 +166,10 @@ class TestModels:
     @pytest.mark.parametrize(
         ("made", "message"),
         [
-            (nn.Linear(2, 2), r"a factory returns \(model, batch\) or \(model, batch, loss_fn\), got \(Linear\)"),
+            (nn.Linear(2, 2), r"a factory must return \(model, batch\) or \(model, batch, loss_fn\), got \(Linear\)"),
             ((nn.Linear(2, 2),), r"got \(Linear\)"),
             (("model", torch.ones(2)), r"got \(str, Tensor\)"),
-            ((nn.Linear(2, 2), torch.ones(2), 3), "a factory's loss_fn is a function of the model and a batch, got int"),
+            ((nn.Linear(2, 2), torch.ones(2), 3), "a factory's loss_fn must be a function of the model and a batch, got int"),
         ],
         ids=["model alone", "tuple of one", "no model", "no loss"],
     )

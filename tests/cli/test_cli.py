@@ -1,4 +1,4 @@
-"""The command line: an argv -> outcome table, and the pictures and files it writes."""
+"""The command line: a table of arguments and outcomes, and the pictures and files that it writes."""
 
 import json
 import subprocess
@@ -98,7 +98,7 @@ def test_prints(capsys, argv, parts):
         (["table", "gelu", "--bits", 9], 2, "bits must be an integer from 1 to 8, got 9"),
         (["table", "gelu", "--bits", "x"], 2, "--bits"),
         (["table", "gelu", "--coding", "levle"], 2, "coding must be one of"),
-        (["table", "gelu", "--ladder", "--weight", "normal"], 2, "--ladder goes only with --bits, --channels and --param"),
+        (["table", "gelu", "--ladder", "--weight", "normal"], 2, "--ladder takes only --bits, --channels and --param"),
         (["table", "gelu", "--ladder", "--json"], 2, "--ladder shows several tables"),
         (["table", "gelu", "--channels", "slope"], 2, "channels must be some of ('derivative', 'value'), each once"),
         (["table", "gelu", "--channels", "value", "value"], 2, "each once; got ('value', 'value')"),
@@ -128,7 +128,7 @@ def test_prints(capsys, argv, parts):
         (["demo", "-o", "/no/such/curves.png"], 1, "/no/such: No such folder"),
         (["demo", "--device", "meta"], 1, "torch has no device 'meta' here"),
         (["bench", "geluu"], 2, "unknown activation 'geluu'; did you mean 'gelu'?"),
-        (["bench", "--size", "1M"], 2, "a size is a number of elements from 1 to 2^31, such as 16384 or 2^14; got '1M'"),
+        (["bench", "--size", "1M"], 2, "a size must be a number of elements from 1 to 2^31, such as 16384 or 2^14; got '1M'"),
         (["bench", "--dtype", "int8"], 2, "dtype must be one of float32, bfloat16, float16, float64; got 'int8'"),
         (["bench", "--device", "abacus"], 2, "torch has no device 'abacus' here"),
         (["bench", "--bits", 3, 9], 2, "bits must be an integer from 1 to 8, got 9"),
@@ -198,7 +198,7 @@ def test_build_and_check(capsys, tmp_path, monkeypatch):
     assert (tmp_path / "relu.json").read_text() == (store.tables_directory() / "relu.json").read_text()
     status, out, _ = run(capsys, "tables", "build", "--check", "--output", tmp_path)
     assert status == 0
-    assert "as a new design makes them" in out
+    assert "are up to date" in out
     (tmp_path / "relu.json").write_text("{}")
     status, _, err = run(capsys, "tables", "build", "--check", "--output", tmp_path)
     assert status == 1

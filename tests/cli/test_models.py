@@ -1,4 +1,4 @@
-"""Commands on whole models: what they print and write, where their inputs come from, and what is wrong with a call."""
+"""Commands on whole models: what they print and write, where their inputs come from, and errors of wrong calls."""
 
 import io
 import json
@@ -114,7 +114,7 @@ def test_memory_shows_and_writes_all_of_it(capsys, models, fake):
     assert figures["plan"]["bits"] == {"activation": 3, "linear": 4}
     assert len((models / "a.csv").read_text().splitlines()) == len(figures["rows"]) + 1
     html = (models / "a.html").read_text()
-    assert html.count("<script") == 1  # the page's own
+    assert html.count("<script") == 1  # the page's own script
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "b&amp;&#34;act" in html
     assert not [word for word in ("http:", "https:", "src=", "@import", "url(") if word in html]
@@ -157,7 +157,7 @@ def test_the_peak_and_the_largest_batch(capsys, models):
 
 @pytest.fixture
 def configuration(tmp_path, monkeypatch):
-    """A working folder with one of Hugging Face."""
+    """A working folder with a Hugging Face configuration."""
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
@@ -166,7 +166,7 @@ def configuration(tmp_path, monkeypatch):
 
 
 def test_a_model_of_a_configuration(capsys, configuration):
-    """And inputs with names."""
+    """Files with inputs, also named ones."""
     inputs = ["--input", "input_ids=2,8:int64", "--input", "labels=2,8:int64"]
     status, out, _ = run(capsys, "memory", "hf:config.json", *inputs, "--fake")
     assert status == 0
@@ -184,8 +184,8 @@ def test_a_model_of_a_configuration(capsys, configuration):
         (["./none.py:make", "--input", "2"], 1, "No such file"),
         (["some_models:make", "--input", "2,8", "--optimizer", "adamm"], 2, "adamw"),
         (["some_models:make", "--input", "2,8", "--budget", "much"], 2, "24 GiB"),
-        (["some_models:make", "--input", "x=2,8", "--input", "2"], 2, "either all inputs have names"),
-        (["some_models:make", "--input", "x=2,8", "--input", "x=2"], 2, "either all inputs have names"),
+        (["some_models:make", "--input", "x=2,8", "--input", "2"], 2, "give different names to all inputs"),
+        (["some_models:make", "--input", "x=2,8", "--input", "x=2"], 2, "give different names to all inputs"),
         (["some_models", "--input", "2"], 2, "given as package.module:factory"),
         (["some_models:make", "--input", "2,x"], 2, "--input takes a shape"),
         (["some_models:make", "--input", "2:integer"], 2, "--input takes a shape"),
@@ -200,8 +200,16 @@ def test_a_model_of_a_configuration(capsys, configuration):
             "bits must be an integer from 1 to 8, for every kind, or a map",
         ),
         (["some_models:make", "--input", "2,8", "--bits", "norm=0"], 2, "got {'norm': 0}"),
-        (["some_models:make", "--input", "2,8", "--bits", "four"], 2, "as 4 or as activation=3,linear=4; got 'four'"),
-        (["some_models:make", "--input", "2,8", "--bits", "norm=x"], 2, "as 4 or as activation=3,linear=4; got 'norm=x'"),
+        (
+            ["some_models:make", "--input", "2,8", "--bits", "four"],
+            2,
+            "a number such as 4, or activation=3,linear=4; got 'four'",
+        ),
+        (
+            ["some_models:make", "--input", "2,8", "--bits", "norm=x"],
+            2,
+            "a number such as 4, or activation=3,linear=4; got 'norm=x'",
+        ),
         (["some_models:make", "--input", "2,8", "--bits", "linaer=4"], 2, "unknown kind 'linaer'; did you mean 'linear'?"),
         (["some_models:fails", "--input", "2,8", "--bits", 0], 2, "got 0"),  # before the model is made
         (["some_models:make", "--input", "2,8", "--inputs", 4], 2, "No such option: --inputs"),
@@ -230,7 +238,7 @@ def test_plan(capsys, models):
     status, out, err = run(capsys, "plan", "some_models:make", "--input", "64,8", "--bits", 4, "--optimizer", "adamw", *files)
     assert (status, err) == (0, "")
     assert out.startswith("converted with bits=4, the ")
-    assert "of the 32.0 KiB of exact" in out
+    assert "of the 32.0 KiB that exact training keeps" in out
     assert out.count("peak of a training step: ") == 2
     assert "optimizer" in out
     figures = json.loads((models / "a.json").read_text())
@@ -242,7 +250,7 @@ def test_plan(capsys, models):
 
 @pytest.mark.parametrize("command", ["memory", "plan"])
 def test_a_loss_is_part_of_the_step(capsys, models, command):
-    """What the loss keeps counts, too."""
+    """What the loss keeps counts too."""
     given = [command, "some_models:Vector", "--input", "512,8", "--json", "a.json"]
     kept = []
     for loss in ([], ["--loss", "some_models:square"]):
@@ -259,7 +267,7 @@ def test_plan_within_a_budget(capsys, models):
     status, out, err = run(capsys, *given, "--json", "a.json", "--plot", "a.png")
     assert (status, err) == (0, "")
     assert "the peak is " in out
-    assert "plan.convert() does it" in out
+    assert "plan.convert() does this" in out
     assert json.loads((models / "a.json").read_text())["budget"] == 50 * 1024
     status, out, _ = run(capsys, *given, "--html", "a.html")
     assert status == 0
@@ -277,7 +285,7 @@ def test_commands_that_run_the_model_are_reproducible(capsys, models, command):
     given = [command, *VECTOR, "--batches", 3, "--json", "a.json", *(["--choices", "2,4"] if command == "allocate" else [])]
     status, out, err = run(capsys, *given)
     assert (status, err) == (0, "")
-    assert "3 batches of random inputs, seed 0: this is of the model as it stands, on such inputs" in out
+    assert "3 batches of random inputs, seed 0: figures are for the model's present weights and such inputs" in out
     figures = json.loads((models / "a.json").read_text())
     assert figures["notes"][0].startswith("Vector, ")
     run(capsys, *given)
@@ -290,7 +298,7 @@ def test_fidelity_is_that_of_the_library(capsys, models):
     status, out, err = run(capsys, "fidelity", *WORDS, "--batches", 4, "--bits", 3, "--by", "module", "--json", "a.json")
     assert (status, err) == (0, "")
     assert "Words, converted with bits=3" in out
-    assert "loss: what the model returns as `loss`" in out
+    assert "loss: the `loss` of the model's output" in out
     assert "all zeros" not in out
     figures = json.loads((models / "a.json").read_text())
     torch.manual_seed(0)
@@ -319,7 +327,7 @@ def test_conversions_are_saved(capsys, models, command):
     assert "loss: some_models:square" in out
     model = fewbit.load(module().Vector(), "conversion.json")
     assert isinstance(model.act, fewbit.GELU)
-    assert command[0] == "allocate" or "the budget of 1.00 MiB is kept" in out
+    assert command[0] == "allocate" or "the budget of 1.00 MiB is met" in out
 
 
 def test_a_model_that_is_converted_stays_so_unless_bits_are_given(capsys, models):
@@ -331,8 +339,8 @@ def test_a_model_that_is_converted_stays_so_unless_bits_are_given(capsys, models
 def test_integers_are_zeros_unless_their_number_of_values_is_given(capsys, models):
     status, out, _ = run(capsys, "fidelity", "some_models:Words", "--input", "8,4:int64", "--batches", 2)
     assert status == 0
-    assert "all zeros: input 0; give the number of values, as in 8,128:int64:1000" in out
-    assert "the model returns none, so all its outputs times fixed random numbers" in out
+    assert "all zeros: input 0; for random integers give their number, as in 8,128:int64:1000" in out
+    assert "the sum of all outputs times fixed random numbers, since the output has no" in out
     assert {int(each.max()) for each in module().seen} == {0}
     module().seen.clear()
     run(capsys, "fidelity", "some_models:Words", "--input", "80,40:int64:10", "--batches", 2)
@@ -376,7 +384,7 @@ def test_data_without_names(capsys, models, rng, name):
     np.savez("x.npz", x)
     status, out, err = run(capsys, "calibrate", "some_models:Vector", "--data", name)
     assert (status, err) == (0, "")
-    assert "2 batches of 8 samples" in out  # what is left over is too little for a third one
+    assert "2 batches of 8 samples" in out  # the rest is too small for a third one
     assert torch.equal(torch.cat(module().seen), torch.from_numpy(x[:16]).float())
 
 
@@ -400,7 +408,7 @@ def test_on_a_device(capsys, models, device):
         (
             ["plan", "some_models:make", "--input", "2,8", "--fake", "--device", "cuda"],
             2,
-            "--fake tensors are those of the CPU",
+            "--fake runs only on the CPU",
         ),
         (["plan", "some_models:make", "--input", "2,8", "--class", "GPT2"], 2, "--class is for hf:config.json"),
         (["plan", "hf:none.json", "--input", "2"], 1, "none.json: No such file"),
@@ -410,25 +418,33 @@ def test_on_a_device(capsys, models, device):
             2,
             "for --device: torch has no device 'abacus'",
         ),
-        (["fidelity", "some_models:fails", "--input", "2,8", "--dtype", "int8"], 2, "it is one of float32, bfloat16, float16"),
+        (
+            ["fidelity", "some_models:fails", "--input", "2,8", "--dtype", "int8"],
+            2,
+            "it must be one of float32, bfloat16, float16",
+        ),
         (
             ["fidelity", "some_models:fails", "--input", "2,8", "--autocast", "float32"],
             2,
-            "it is one of bfloat16, float16; got",
+            "it must be one of bfloat16, float16; got",
         ),
-        (["fidelity", "some_models:fails", "--input", "2,8", "--by", "name"], 2, "it is one of pattern, module, parameter"),
+        (
+            ["fidelity", "some_models:fails", "--input", "2,8", "--by", "name"],
+            2,
+            "it must be one of pattern, module, parameter",
+        ),
         (["fidelity", "some_models:fails", "--input", "2,8", "--seed", -1], 2, "--seed"),
         (["fidelity", "some_models:fails", "--input", "2,8", "--batches", 0], 2, "--batches"),
-        (["fidelity", "some_models:fails", "--input", "2,8:float32:3"], 2, "only integers are drawn from a number of values"),
-        (["fidelity", "some_models:fails", "--input", "2,8:uint8:300"], 2, "is 1 to 256, got 300"),
+        (["fidelity", "some_models:fails", "--input", "2,8:float32:3"], 2, "only integers take a number of values"),
+        (["fidelity", "some_models:fails", "--input", "2,8:uint8:300"], 2, "must be 1 to 256, got 300"),
         (["fidelity", "some_models:fails", "--input", "2,8:int64:ten"], 2, "--input takes a shape such as"),
-        (["fidelity", "some_models:fails", "--input", "2,8", "--batch-size", 3], 2, "--batch-size is for --data"),
+        (["fidelity", "some_models:fails", "--input", "2,8", "--batch-size", 3], 2, "--batch-size is only for --data"),
         (["fidelity", "some_models:fails", "--input", "2,8", "--data", "x.npy"], 2, "--data and --input exclude each other"),
         (["fidelity", "some_models:fails", "--data", "none.npy"], 1, "none.npy: No such file"),
         (["fidelity", "some_models:fails", "--data", "folder"], 2, "it is not a regular file"),
         (["fidelity", "some_models:fails", "--data", "words.npy"], 2, "--data takes a file of numbers"),
-        (["fidelity", "some_models:fails", "--data", "single.npy"], 2, "the first dimension is the samples"),
-        (["fidelity", "some_models:fails", "--data", "lengths.npz"], 2, "as many in all arrays; got a (40, 8), b (30, 8)"),
+        (["fidelity", "some_models:fails", "--data", "single.npy"], 2, "the first dimension counts the samples"),
+        (["fidelity", "some_models:fails", "--data", "lengths.npz"], 2, "the same in all arrays; got a (40, 8), b (30, 8)"),
         (["fidelity", "some_models:fails", "--data", "x.npy", "--batch-size", 41], 2, "40 samples, too few for a batch of 41"),
         (
             ["fidelity", "some_models:fails", "--input", "2,8", "--loss", "square"],
@@ -462,7 +478,7 @@ def test_on_a_device(capsys, models, device):
     ids=lambda each: " ".join(map(str, each[:1] + each[-2:])) if isinstance(each, list) else "",
 )
 def test_what_is_wrong_takes_one_line(capsys, models, rng, argv, status, message):
-    """Calls of a model that fails when it is made are refused before."""
+    """Wrong calls are refused before the model is made: this one fails when it is made."""
     (models / "folder").mkdir()
     np.save("x.npy", rng.normal(size=(40, 8)))
     np.save("words.npy", np.array(["a"]))

@@ -1,4 +1,4 @@
-"""The command line where it is given what nobody means: odd paths, names and models, full disks, interrupts."""
+"""The command line with unusual arguments: odd paths, names and models, full disks, interrupts."""
 
 import os
 import signal
@@ -92,14 +92,14 @@ def test_a_path_of_the_home_folder(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["table", "gelu", "--output="], "Invalid value for '--output' / '-o': it takes the name of a file, got '.'"),
-        (["memory", "some_models:make", "--input", "2,8", "--html="], "'--html': it takes the name of a file"),
+        (["table", "gelu", "--output="], "Invalid value for '--output' / '-o': give the name of a file, got '.'"),
+        (["memory", "some_models:make", "--input", "2,8", "--html="], "'--html': give the name of a file"),
         (["memory", "some_models:make", "--input", "2,8", "--html", "folder"], "folder: Is a directory"),
         (
             ["memory", "some_models:make", "--input", "99999,99999,99999,8"],
-            "--input 99999,99999,99999,8: there is no such",
+            "--input 99999,99999,99999,8: this tensor cannot",
         ),
-        (["memory", "some_models:make", "--input", "9" * 40], "there is no such tensor here"),
+        (["memory", "some_models:make", "--input", "9" * 40], "this tensor cannot be made here"),
         (["memory", "some_models:scripted", "--input", "2,8"], "scripted made a scripted module"),
         (["memory", "some_models:leaves", "--input", "2,8"], "cannot make a model of some_models:leaves: SystemExit: 3"),
         (["table", "some_models:leaves"], "leaves must map a float64 tensor"),
@@ -113,7 +113,7 @@ def test_a_path_of_the_home_folder(capsys, tmp_path, monkeypatch):
 def test_what_is_odd_takes_one_line_too(capsys, argv, message, models):
     (models / "folder").mkdir()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of scripts
+        warnings.simplefilter("ignore", DeprecationWarning)  # from torch, about scripts
         status, _, err = run(capsys, *argv)
     assert status in (1, 2)
     assert message in err
@@ -148,11 +148,11 @@ def test_a_warning_takes_one_line(capsys, models):
         warnings.simplefilter("default")
         status, out, err = run(capsys, "memory", "some_models:recurrent", "--input", "4,2,8", "--fake")
     assert (status, out.count("workspaces of")) == (0, 1)
-    assert err.startswith("fewbit: warning: More is kept: fake tensors tell no size of the workspaces of")
+    assert err.startswith("fewbit: warning: More is kept than counted: fake tensors do not tell the size of the workspaces of")
     assert err.count("\n") == 1
 
 
-# a module of which an import takes long, and which says when it began
+# a module that takes long to import, and says when its import has begun
 SLOW = "import sys, time\nprint('here', flush=True)\n"
 
 
@@ -160,7 +160,7 @@ SLOW = "import sys, time\nprint('here', flush=True)\n"
 @pytest.mark.parametrize("module", ["typer", "numpy", "mine"])
 @pytest.mark.parametrize("swallowed", [False, True])
 def test_interrupted_while_it_imports(module, swallowed, tmp_path):
-    """Also where what is imported makes another exception of the interrupt."""
+    """Also if the imported module turns the interrupt into another exception."""
     lost = "try: time.sleep(100)\nexcept KeyboardInterrupt: raise ImportError" if swallowed else "time.sleep(100)"
     (tmp_path / f"{module}.py").write_text(SLOW + lost)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(fewbit.__file__).parents[1]}"}

@@ -1,4 +1,4 @@
-"""Random command lines, of what the commands know and what they do not: no traceback, one line on stderr, a status."""
+"""Random command lines, with known and unknown words: no traceback, one line on stderr, a valid status."""
 
 import os
 import random
@@ -116,7 +116,7 @@ BITS = ["4", "norm=3", "linear=8", "activation=3,linear=4", "linaer=4", "0", "9"
 
 
 def random_call(draw):
-    """A list of arguments; of each kind of value the first ones, which are sound, are as frequent as all others."""
+    """A list of arguments. Of each kind of value, the first, valid ones are as frequent as all others together."""
 
     def pick(values):
         return draw.choice(values[:4] if draw.random() < 0.6 else values)
@@ -173,7 +173,7 @@ def random_call(draw):
         given += on_device() + ["--fake"] * (draw.random() < 0.3) + ["--gradient"] * (draw.random() < 0.2)
     elif command == "tables":
         given += [draw.choice(["build", "", "no-such"]), "--check", *option("--output", ["no/such", "folder", "a.json"], 1.0)]
-        given = [*given, "--unknown"] if given[1] == "build" else given  # designing all of them takes its time
+        given = [*given, "--unknown"] if given[1] == "build" else given  # designing all tables takes long
     elif command == "bench":
         given += [pick(NAMES), *option("--bits", NUMBERS), *option("--dtype", ["int8", "float32", ""]), "--repeats", "1"]
         given += ["--size", pick(["16", "0", "2^99", "x", "", "2^4"]), *option("--json", FILES), *option("--plot", FILES)]
@@ -192,7 +192,7 @@ def random_call(draw):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with what the calls name; nothing is written outside of it."""
+    """A working folder with the files that calls name. Nothing is written outside of it."""
     import numpy as np
 
     monkeypatch.chdir(tmp_path)

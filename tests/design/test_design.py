@@ -31,14 +31,14 @@ def grid_optima(record, weight, coding):
     ("name", "weight"), [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)], ids=lambda value: value
 )
 def test_optimal_and_ordered(name, weight):
-    """As good as the best on the grid; no worse with more bits; level coding no worse than interval coding."""
+    """As good as the best on the grid; not worse with more bits; level coding not worse than interval coding."""
     record = activations.get(name)
     errors = {
         coding: [fewbit.design(name, b, weight=weight, coding=coding).mse for b in BITS] for coding in ("level", "interval")
     }
     for coding, found in errors.items():
         best = grid_optima(record, weight, coding)[[1, 3, 7, 15]]
-        # 1e-14: what is left of the oracle's own rounding where an optimum is (nearly) zero
+        # 1e-14: the oracle's own rounding remains where an optimum is (nearly) zero
         assert np.all(found <= best * (1 + 1e-6) + 1e-14), (coding, found, best)
         assert np.all(np.diff(found) <= 0)
     assert np.all(np.array(errors["level"]) <= errors["interval"])
@@ -88,7 +88,7 @@ def test_jumps_sit_exactly_on_thresholds():
     assert fewbit.design("relu", 1).thresholds.tolist() == [0.0]
     assert 0.0 in fewbit.design("selu", 3).thresholds
     for name, low, high in (("hardsigmoid", -3.0, 3.0), ("relu6", 0.0, 6.0)):
-        # at the upper jump torch's derivative is already 0: the last float below it belongs to the middle, the jump does not
+        # at the upper jump torch's derivative is already 0: the float below it belongs to the middle, the jump does not
         assert fewbit.design(name, 1).thresholds.tolist() == [low, np.nextafter(high, 0)]
 
 
@@ -128,7 +128,7 @@ def test_any_number_of_levels(levels, bits):
 @pytest.mark.parametrize("balance", [0.1, 1.0, 30.0])
 @pytest.mark.parametrize("name", ["gelu", "tanh", "relu"])
 def test_joint_tables_against_brute_force(name, balance):
-    """12 cells, 3 intervals: every pair of cut points tried."""
+    """12 cells, 3 intervals: every pair of cut points is tried."""
     table = fewbit.design(name, levels=3, channels=("derivative", "value"), balance=balance, cells=12, domain=(-3, 3))
     record, density = activations.get(name), as_weight("normal").density
     x = np.linspace(-3, 3, 12 * 500 + 1)

@@ -74,7 +74,7 @@ def test_more_runs_than_points_leave_no_error(rng):
 
 @pytest.mark.slow
 def test_the_same_without_the_compiler():
-    """The kernels as plain Python: what numba might hide (wrong types, reads out of bounds) shows here."""
+    """The kernels run as plain Python. This shows errors that numba might hide: wrong types, reads out of bounds."""
     without = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     chosen = ["-k", "brute_force or assignments or (quadratic and 65 and not 256) or more_runs"]
     arguments = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, *chosen]

@@ -24,7 +24,7 @@ def table_of(mean, std, bits):
 def test_codes_and_values_are_the_published_ones(mean, std, bits, x):
     table = table_of(mean, std, bits)
     x = np.array(x)
-    # on an edge itself floor() goes right and a table left; next to it rounding decides
+    # exactly on an edge floor() goes right and a table left; next to an edge rounding decides
     x = x[np.abs(x[:, None] - table.thresholds).min(axis=1) > 1e-9 * std]
     codes, values, _ = oracles.uniform_codes(x / std, mean / std, bits)
     np.testing.assert_array_equal(table.encode(x), codes)
@@ -33,7 +33,7 @@ def test_codes_and_values_are_the_published_ones(mean, std, bits, x):
 
 @given(**WEIGHT, bits=BITS, x=X)
 def test_the_sign_survives(mean, std, bits, x):
-    """Whatever the bias; zero goes with the negative x, as in torch's ReLU."""
+    """For any bias. Zero goes with the negative x, as in torch's ReLU."""
     table = table_of(mean, std, bits)
     _, _, shift = oracles.uniform_codes([], mean / std, bits)
     x = np.array([*x, 0.0, -0.0, 5e-324, -5e-324])
@@ -47,7 +47,7 @@ def test_bins_cover_three_scales_on_either_side_of_the_centre(mean, std, bits):
     width = 6 * std / 2**bits
     np.testing.assert_allclose(np.diff(middles), width, rtol=1e-9)
     assert np.count_nonzero(thresholds == 0.0) == 1
-    if abs(mean) < 3 * std - width:  # else zero lies outside, and the bins reach for it
+    if abs(mean) < 3 * std - width:  # otherwise zero lies outside, and the bins extend to it
         assert abs((middles[0] + middles[-1]) / 2 - mean) <= width * (1 + 1e-9)
 
 
@@ -69,7 +69,7 @@ def test_levels_are_taken_at_the_middles(name, weight, channels):
     by_channel = {"derivative": record.df, "value": record.f}
     np.testing.assert_allclose(table.thresholds, thresholds, rtol=1e-8)
     np.testing.assert_allclose(table.levels, [by_channel[channel](middles) for channel in channels], rtol=1e-8)
-    assert table.codes.tolist() == list(range(16))  # the published codes, though ReLU6' has the same level for many
+    assert table.codes.tolist() == list(range(16))  # the published codes, although ReLU6' has the same level for many of them
     for c, channel in enumerate(channels):
         row = CodeTable(table.thresholds, table.codes, table.levels[c : c + 1], 4, domain=table.domain)
         expected = oracles.dense_mse(row, by_channel[channel], density.density, points=200_001)

@@ -1,4 +1,4 @@
-"""The contracts of the functional drop-ins, for every activation of the registry."""
+"""The contracts of the functional activations, for every activation of the registry."""
 
 import gc
 import inspect
@@ -32,7 +32,7 @@ def drop_in(record):
 
 
 def saved_tensors(function):
-    """What `function()` returns, and the tensors that autograd saved during it."""
+    """What `function()` returns, and the tensors that autograd saves during the call."""
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         result = function()
@@ -41,7 +41,7 @@ def saved_tensors(function):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
-@pytest.mark.parametrize("all_bits", [(1, 3), pytest.param((8,), marks=pytest.mark.slow)])  # whose tables are designed here
+@pytest.mark.parametrize("all_bits", [(1, 3), pytest.param((8,), marks=pytest.mark.slow)])  # its tables are designed here
 def test_forward_is_torchs_and_gradient_is_the_tables(record, dtype, inplace, all_bits):
     leaf = (3 * torch.randn(7, 33)).to(dtype).requires_grad_()
     for bits in all_bits:
@@ -64,7 +64,7 @@ def test_kept_bytes(shape, bits):
     assert y.shape == x.shape
     assert packed.dtype == torch.uint8
     assert anchor.untyped_storage().nbytes() == 0
-    needed = packing.packed_bytes(x.numel(), bits) + 1  # with the number of the rung
+    needed = packing.packed_bytes(x.numel(), bits) + 1  # and the number of the rung
     assert packed.untyped_storage().nbytes() == needed <= -(-x.numel() * bits // 8) + 512
     y.sum().backward()
     assert x.grad is not None
@@ -128,7 +128,7 @@ def test_non_finite_inputs(record):
 
 
 def test_gradients_of_elements_do_not_mix():
-    """One element's gradient at a time: no other element hears of it."""
+    """One element's gradient at a time: it does not reach any other element."""
     x = torch.randn(40, requires_grad=True)
     y = fewbit.functional.gelu(x, bits=3)
     for i in range(x.numel()):
@@ -160,7 +160,7 @@ def test_checkpoint_recomputes_the_same():
     assert torch.equal(grad, direct)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, on the way to its dual numbers
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # from torch, when it makes dual numbers
 def test_forward_mode_raises_and_is_never_a_silent_zero():
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(torch.randn(3, requires_grad=True), torch.ones(3))
@@ -284,7 +284,7 @@ def test_registered_activations_have_a_drop_in(bits):
 
 
 def test_thresholds_between_float32_values_part_float32_inputs_as_in_float64():
-    """0.1 lies between two float32 values: rounding it up would put the upper one on the wrong side."""
+    """0.1 lies between two float32 values. Rounding it up would put the upper value on the wrong side."""
     table = fewbit.CodeTable([0.1], [0, 1], [[0.0, 1.0]], 1)
     upper = np.float32(0.1)
     assert float(upper) > 0.1

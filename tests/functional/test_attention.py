@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention: torch's outputs, and the gradients of torch's own operation at what the codes stand for."""
+"""scaled_dot_product_attention: torch's outputs, and the gradients of torch's own operation at the decoded values."""
 
 import math
 
@@ -35,7 +35,7 @@ def operands(name, dtype=torch.float32, seed=0):
 
 
 def run(function, tensors, wanted=None, seed=3, **keywords):
-    """The output, the gradients for a random one of the output, and the next random number."""
+    """The output, the gradients for a random gradient of the output, and the next random number."""
     torch.manual_seed(seed)
     y = function(*tensors, **keywords)
     after = torch.rand(1)
@@ -48,7 +48,7 @@ def run(function, tensors, wanted=None, seed=3, **keywords):
 
 
 def reference(q, k, v, mask=None, is_causal=False, scale=None, enable_gqa=False):
-    """Attention written out, in float64."""
+    """Attention, written out in float64."""
     q, k, v = (each.double() for each in (q, k, v))
     if enable_gqa:
         k, v = (each.repeat_interleave(q.shape[-3] // each.shape[-3], -3) for each in (k, v))
@@ -69,7 +69,7 @@ def test_outputs_are_torchs_and_gradients_near(name, dtype):
         y, found, then = run(attention, tensors, **keywords, bits=bits)
         assert torch.equal(y, exact)
         assert (y.stride(), y.dtype, y._is_view()) == (exact.stride(), exact.dtype, False)
-        assert torch.equal(after, then)  # as many random numbers were drawn
+        assert torch.equal(after, then)  # equally many random numbers were drawn
         for ours, theirs in zip(found, true, strict=True):
             assert ours.dtype == theirs.dtype
             assert 0 < relative(ours, theirs) < bound
@@ -80,10 +80,10 @@ def test_outputs_are_torchs_and_gradients_near(name, dtype):
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "dropout"])
 def test_gradients_are_those_at_what_the_codes_stand_for(name):
-    """The codes of operands that are codes already: a gradient of attention written out, at the levels."""
+    """Operands that are codes already: the gradient is that of written-out attention at the levels."""
     tensors, keywords = operands(name)
     levels = torch.tensor([-1.0, 1.0])
-    signs = [levels[(each > 0).long()].requires_grad_() for each in tensors]  # one bit holds them, nearly
+    signs = [levels[(each > 0).long()].requires_grad_() for each in tensors]  # one bit is enough for them, nearly
     grad = torch.randn(functional.scaled_dot_product_attention(*signs, **keywords).shape, dtype=torch.float64)
     true = torch.autograd.grad(reference(*signs, **keywords), signs, grad)
     found = torch.autograd.grad(attention(*signs, **keywords, bits=8), signs, grad.float())
@@ -270,7 +270,7 @@ def test_rounding_and_tables():
     table = fewbit.load_table("identity", 3, channels=("value",), coding="uniform")
     _, by_table, _ = run(attention, tensors, table=table)
     _, by_bits, _ = run(attention, tensors, bits=3)
-    assert not torch.equal(by_table[0], by_bits[0])  # of one table all three have its bits
+    assert not torch.equal(by_table[0], by_bits[0])  # with one table, all three have its bits
     _, random, _ = run(attention, tensors, bits=4, rounding="stochastic")
     _, nearest, _ = run(attention, tensors, bits=4)
     assert not torch.equal(random[0], nearest[0])
@@ -282,7 +282,7 @@ def test_rounding_and_tables():
 
 
 class TestModules:
-    """Attention that modules call."""
+    """Attention in modules."""
 
     @pytest.mark.parametrize("need_weights", [False, True])
     @pytest.mark.parametrize("batch_first", [False, True])

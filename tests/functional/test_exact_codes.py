@@ -1,4 +1,4 @@
-"""Functions of exact codes: torch's signatures, outputs and gradients, in all dtypes and layouts; where they are torch's."""
+"""Functions of exact codes: torch's signatures, outputs and gradients, in all dtypes and layouts; and when torch's own runs."""
 
 import inspect
 
@@ -19,7 +19,7 @@ FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 def calls(dims):
-    """Name, arguments and named ones."""
+    """Name of the function, its arguments, and its named arguments."""
     ones, twos = (1,) * dims, [2] * dims
     return [
         (f"max_pool{dims}d", (2,), {}),
@@ -55,7 +55,7 @@ def inputs(dims):
 
 
 def results(function, x, autocast, *arguments, **named):
-    """The output, indices, first and second gradients, each with its strides; None where torch refuses the call."""
+    """The output, indices, first and second gradients, each with its strides; None if torch refuses the call."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -70,7 +70,7 @@ def results(function, x, autocast, *arguments, **named):
     return [(each.detach(), each.stride()) for each in (y, *indices, first, second, once)]
 
 
-@pytest.mark.filterwarnings("ignore:Note that order of the arguments:UserWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:Note that order of the arguments:UserWarning")  # from torch
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dims", SHAPES)
@@ -99,7 +99,7 @@ def test_signatures_are_torchs(name):
         torchs = getattr(functional, f"{name}_with_indices")
     try:
         expected = inspect.signature(torchs)
-    except ValueError:  # of a function in C, whose signature is in its docstring
+    except ValueError:  # of a function in C; its signature is in its docstring
         stem = {"avg_pool1d": 6, "avg_pool2d": 7, "avg_pool3d": 7, "adaptive_avg_pool1d": 2}
         assert len(inspect.signature(ours).parameters) == stem[name]
         assert all(f"{each}" in torchs.__doc__ for each in inspect.signature(ours).parameters)
@@ -188,7 +188,7 @@ class TestWhereTheyAreTorchsOwn:
 
 @pytest.fixture
 def fresh():
-    """A compiler that has seen none of this code."""
+    """A compiler that has not seen this code."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -208,7 +208,7 @@ def test_compiled(name):
 
 @pytest.mark.usefixtures("fresh")
 def test_compiled_they_keep_less():
-    """But for max_pool, which is torch's own there."""
+    """Except max_pool, which is torch's own there."""
     for name in ("dropout", "avg_pool2d", "adaptive_avg_pool2d", "pad"):
         x = image(requires_grad=True)
         ours, torchs = (bytes_kept(compiled(lambda x, m=m, n=name: EXAMPLES[n](m, x * 1)), x) for m in (CODED, functional))

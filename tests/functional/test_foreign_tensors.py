@@ -1,5 +1,5 @@
-"""Operands with a mind of their own: subclasses of Tensor, as inputs and as weights. Models leave them to torch, and functions
-called by name refuse them."""
+"""Operands that are subclasses of Tensor, as inputs and as weights. Models leave them to torch. Functions called by name refuse
+them."""
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ CODED = fewbit.functional
 
 
 class Named(torch.Tensor):
-    """Sees functions alone, and its results are of its class."""
+    """Sees only functions. Its results have its class."""
 
 
 class Wrapper(torch.Tensor):
-    """Sees operators, and holds another tensor."""
+    """Sees operators. It holds another tensor."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -49,7 +49,7 @@ class Wrapper(torch.Tensor):
 
 
 class Weight(nn.Parameter):
-    """A parameter of another name, which is torch's in all it does."""
+    """A parameter with another class name, which behaves as torch's in all ways."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def mesh():
 
 @pytest.fixture(params=["functions", "operators", "distributed"])
 def foreign(request):
-    """What makes such a tensor of a plain one."""
+    """A function that makes such a tensor from a plain one."""
     if request.param == "distributed":
         mesh = request.getfixturevalue("mesh")
         return lambda x: distribute_tensor(x.detach().clone(), mesh, [Replicate()])
@@ -90,7 +90,7 @@ LAYERS = {
 
 
 def results(module, x):
-    """Its class, the output and all gradients; or the error, where torch takes no such mixture."""
+    """The class, the output and all gradients; or the error if torch does not take this mixture."""
     try:
         y = module(x)
         y.sum().backward()
@@ -143,7 +143,7 @@ def test_functions_by_name_refuse_them(which, foreign):
 
 @pytest.mark.filterwarnings("ignore:(Mismatch dtype between input and weight|Casting complex values to real):UserWarning")
 def test_a_complex_weight():
-    """On a real input, of the one layer in which torch lets them mix."""
+    """On a real input, for the only layer in which torch accepts both."""
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, dtype=torch.complex64, requires_grad=True)
     with pytest.raises(InputError, match=r"rms_norm takes a float16, .* got torch.complex64"):
         CODED.rms_norm(x, (4,), weight)

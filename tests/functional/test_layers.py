@@ -1,4 +1,4 @@
-"""Coded layers: torch's outputs bit for bit, and the gradients of naive code at what the codes stand for."""
+"""Coded layers: torch's outputs bit for bit, and the gradients that naive code computes at the decoded values."""
 
 import inspect
 
@@ -14,7 +14,7 @@ import fewbit
 from fewbit import packing
 from fewbit.errors import DesignError, InputError, TableError
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # from torch
 GELU, VALUE = fewbit.load_table("gelu"), naive.value_table(4)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 GATES = {
@@ -58,7 +58,7 @@ class TestForward:
             results.append((y.detach(), *torch.autograd.grad(y, leaf, grad)))
         (y, grad), (exact, exact_grad) = results
         assert torch.equal(y, exact)
-        if exact_grad.norm() > 1e-2:  # else 0: of rows that are all alike
+        if exact_grad.norm() > 1e-2:  # otherwise 0, for rows that are all alike
             assert relative(grad, exact_grad) < (1e-6 if name in PRODUCTS else 0.3)
 
     @pytest.mark.parametrize("name", ["linear", "conv2d", "conv_transpose2d", "layer_norm", "rms_norm", "group_norm"])
@@ -114,7 +114,7 @@ class TestGradients:
         found = gradients(case, x, parameters, grad, bits=4)
         expected = naive.norm_gradients(case, x, parameters, grad, naive.value_table(4))
         if dtype == torch.bfloat16 and case.function in ("group_norm", "batch_norm"):
-            tolerance = 0.15  # values next to a threshold, which moves with the statistics, fall on its other side
+            tolerance = 0.15  # the threshold moves with the statistics: values next to it may fall on its other side
         assert {each: relative(found[each], expected[each]) < tolerance for each in found} == dict.fromkeys(found, True)
 
     @pytest.mark.parametrize("name", CASES)
@@ -126,7 +126,7 @@ class TestGradients:
         coded = {bits: gradients(case, x, parameters, grad, bits=bits) for bits in (2, 5, 8)}
         for each in exact:
             errors = [relative(found[each], exact[each]) for found in coded.values()]
-            if errors[0] > 1e-12:  # else exact, or of a single row, whose scales hold it all
+            if errors[0] > 1e-12:  # otherwise exact, or of a single row, which its scales describe completely
                 assert errors[0] > errors[1] > errors[2]
             assert errors[2] < 0.02
 
@@ -193,7 +193,7 @@ class TestGradients:
 
 
 class TestKept:
-    """Bytes that a layer keeps, measured."""
+    """The measured bytes that a layer keeps."""
 
     @pytest.mark.parametrize("bits", [1, 4, 8])
     def test_a_linear_keeps_codes_and_scales(self, bits):
@@ -215,7 +215,7 @@ class TestKept:
             assert bytes_kept(lambda case=case, x=x, parameters=parameters: case.coded(x, parameters)) == 0
 
     def test_an_input_without_gradient_is_kept_as_it_is(self):
-        """The caller holds a batch anyway. The weight is left out: no gradient goes through it."""
+        """The caller holds a batch anyway. The weight is not kept, since no gradient goes through it."""
         x, weight = torch.randn(64, 512), torch.randn(8, 512, requires_grad=True)
         assert bytes_kept(lambda: fewbit.functional.linear(x, weight, bits=4)) == 4 * 64 * 512
         found, exact = (
@@ -282,7 +282,7 @@ class TestArguments:
         try:
             torchs = inspect.signature(getattr(functional, name)).parameters
         except ValueError:
-            return  # a builtin, which shows none
+            return  # a builtin, which has no signature
         assert list(own)[:-3] == list(torchs)
         assert [each.default for each in own.values()][:-3] == [each.default for each in torchs.values()]
 

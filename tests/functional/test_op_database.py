@@ -1,4 +1,4 @@
-"""torch's own samples of its operations, on fewbit's functions and under `patch`: outputs, errors, gradients within a bound."""
+"""torch's own samples of its operations, on fewbit's functions and under `patch`: outputs, errors, and bounded gradients."""
 
 from functools import partial
 from itertools import islice
@@ -16,7 +16,10 @@ from tools.fuzz.networks import Network
 
 pytest.importorskip("expecttest", reason="torch's database of operations needs it")
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch's, when it loads the database and of samples
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]  # from torch, about its database
 LACKS = {
     "gelu_tanh",
     "quick_gelu",
@@ -26,12 +29,12 @@ LACKS = {
     *(n for n, each in FUNCTIONS.items() if each.kind == "recurrent"),
 }
 NAMES = sorted({*activations.names(), *FUNCTIONS} - LACKS)
-BITS = (2, 4, 8)  # by turns: what no file ships is designed, a ladder for each parameter of a sample
+BITS = (2, 4, 8)  # in turns: tables that are not shipped are designed, a ladder for each parameter of a sample
 DTYPES = {torch.float32: 100, torch.float64: 100, torch.bfloat16: 40, torch.float16: 40}  # samples of each
 
 
 class Call(nn.Module):
-    """A function at the arguments of a sample, of which tensors that need a gradient are parameters, and others buffers."""
+    """A function with the arguments of a sample. Tensors that need a gradient are parameters, others are buffers."""
 
     def __init__(self, function, sample):
         super().__init__()
@@ -61,7 +64,7 @@ class _Owned(str):
 
 
 def entries(name):
-    """Those of the database that are torch's operation of that name."""
+    """The entries of the database that are torch's operation of that name."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     return [
@@ -79,7 +82,7 @@ def test_samples(name, dtype):
         for entry in entries(name)
         if dtype in entry.dtypes
         for sample in entry.sample_inputs("cpu", dtype, requires_grad=True)
-        if not sample.kwargs.get("dropout_p")  # which draws other numbers each time
+        if not sample.kwargs.get("dropout_p")  # it draws other numbers each time
     )
     samples = [*islice(samples, DTYPES[dtype])]
     assert samples
@@ -95,7 +98,7 @@ def test_samples(name, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_errors(name):
-    """What torch refuses is refused."""
+    """What torch refuses is refused too."""
     for entry in entries(name):
         if entry.error_inputs_func is None:
             continue

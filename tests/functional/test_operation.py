@@ -1,4 +1,4 @@
-"""The one way of every call: what is refused by name and left to torch elsewhere, what is remembered, how few steps it is."""
+"""The path of every call: what is refused by name and left to torch elsewhere, what is remembered, and how short it is."""
 
 import copy
 import sys
@@ -15,7 +15,7 @@ from fewbit.autograd import compiled as in_graphs
 from fewbit.errors import DesignError, InputError, TableError
 from fewbit.functional import operation
 
-pytestmark = [  # torch's own, of what is new to it
+pytestmark = [  # from torch, about things that are new to it
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning"),
     pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning"),
@@ -40,7 +40,7 @@ INPUTS = {
 
 
 def plain(x):
-    """What can be compared of a tensor: its values in one dense tensor."""
+    """The comparable part of a tensor: its values in one dense tensor."""
     x = x.detach()
     if x.is_nested:
         return torch.cat([each.flatten() for each in x.unbind()])
@@ -48,7 +48,7 @@ def plain(x):
 
 
 def outcome(function, x):
-    """What the function makes of x, and the gradient there; or the message of torch's error."""
+    """The function's output for x, and the gradient at x; or the message of torch's error."""
     try:
         y = function(x)
         needed = [x] if y.requires_grad and x.requires_grad else []
@@ -59,7 +59,7 @@ def outcome(function, x):
 
 
 def check_same(found, exact):
-    """That both outcomes are the same, bit for bit, or the same error of torch's."""
+    """Assert that both outcomes are the same, bit for bit, or the same error of torch."""
     if isinstance(exact, str):
         assert found == exact
         assert "fewbit" not in exact
@@ -121,7 +121,7 @@ class TestWhatCannotBeCoded:
 @pytest.mark.parametrize("grad", [False, True], ids=["without a gradient", "with one"])
 @pytest.mark.parametrize("name", ["gelu", "layer_norm"])
 def test_bits_and_tables_are_checked_first(name, grad):
-    """Whether or not codes are made this time."""
+    """Whether or not codes are made in this call."""
     x, others = torch.randn(4, 6, requires_grad=grad), ((6,),) if name == "layer_norm" else ()
     for bits in (0, 9, 2.0, True, "3"):
         with pytest.raises(DesignError, match="bits must be an integer from 1 to 8"):
@@ -131,7 +131,7 @@ def test_bits_and_tables_are_checked_first(name, grad):
 
 
 class TestRemembered:
-    """Operations are made once for equal options."""
+    """Operations are made only once for equal options."""
 
     def made(self, call):
         """How many operations a call makes."""
@@ -195,7 +195,7 @@ class TestCompiled:
         exact = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, 2))
         model = fewbit.convert(copy.deepcopy(exact), bits=4)
         call, counts = torch.compile(model, backend="aot_eager"), []
-        for _ in range(12):  # more than the compiler would compile anew
+        for _ in range(12):  # more often than the compiler compiles anew
             x = torch.randn(16, 6)
             assert torch.equal(call(x), exact(x))
             counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -205,7 +205,7 @@ class TestCompiled:
 
 
 def test_a_plain_call_takes_few_steps():
-    """Python functions of fewbit's own, from the call of one to the kernel."""
+    """The number of Python functions of fewbit that run, from the call of a function to the kernel."""
     root, entered = Path(fewbit.__file__).parent, []
     gelu, x = CODED.gelu, torch.randn(100, requires_grad=True)
     gelu(x, bits=3)
@@ -244,7 +244,7 @@ EMPTY_CASES = [(name, shape) for name, (_, shapes) in EMPTY.items() for shape in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "shape"), EMPTY_CASES)
 def test_an_empty_input_is_torchs(name, shape, dtype, training):
-    """Whatever torch makes of it, errors too; its kernels for statistics that fewbit calls would end the process."""
+    """As torch does, errors included. fewbit's calls of torch's kernels for statistics would end the process."""
 
     def results(module):
         x = torch.zeros(shape, dtype=dtype, requires_grad=True)
@@ -290,7 +290,7 @@ def test_an_empty_input_is_torchs_in_compiled_code(name, training):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["layer norm", "RMS norm", "linear", "GELU"])
 def test_sizes_that_only_the_data_tell_are_not_asked_for(name):
-    """As many rows as a mask selects: to ask whether there are any would break the graph."""
+    """A mask selects the number of rows. Asking whether there are any would break the graph."""
     module = fewbit.convert(EMPTY[name][0](), bits=4)
 
     def selected(x, mask):

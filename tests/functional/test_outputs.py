@@ -1,4 +1,4 @@
-"""Outputs behave as torch's own: they can be changed in place, and batches of gradients go through them."""
+"""Outputs behave like torch's own: they can be changed in place, and batches of gradients go through them."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fewbit import activations, resolve
 from fewbit.autograd.activation import coded_activation
 from fewbit.functional import products
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # from torch
 
 
 def ends_in_a_view(x):
@@ -67,7 +67,7 @@ def test_can_be_changed_in_place(name, change):
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Dropout, nn.Hardswish])
 @pytest.mark.parametrize("shape", [(2, 3, 6), (3, 6), (6,), (0, 6)])
 def test_in_a_converted_model(activation, shape):
-    """A linear layer with a bias ends in a view, of which torch's own function makes no secret."""
+    """A linear layer with a bias ends in a view. torch's own function does not show that."""
     model = nn.Sequential(nn.Linear(6, 8), activation(inplace=True), nn.Linear(8, 4))
     x, found = torch.randn(shape), []
     for make in (lambda: model, lambda: fewbit.convert(model, bits=8)):
@@ -79,7 +79,7 @@ def test_in_a_converted_model(activation, shape):
         assert (coded - exact).norm() <= 0.05 * exact.norm() + 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's own, of operations without a rule
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # from torch, about operations without a rule
 @pytest.mark.parametrize("name", CALLS)
 def test_batches_of_gradients(name):
     x, own, call = made(name, torch.float64)
@@ -102,7 +102,7 @@ def test_vectorized_jacobians(name):
 
 
 class Shared(nn.Module):
-    """Two linear layers, used twelve times."""
+    """Two linear layers that are used twelve times."""
 
     def __init__(self):
         super().__init__()

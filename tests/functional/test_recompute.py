@@ -1,4 +1,4 @@
-"""recompute: the function's own results, gradients near its own, and nothing kept but codes of its inputs."""
+"""recompute: the function's own results, gradients near its own, and only codes of its inputs are kept."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Recurrent layers and cells: torch's outputs, and the exact derivative of each step at what the codes stand for."""
+"""Recurrent layers and cells: torch's outputs, and the exact derivative of each step at the decoded values."""
 
 import copy
 import itertools
@@ -31,7 +31,7 @@ def coded(module, bits=4):
 
 
 def inputs(module, packed=False, states=True, dtype=torch.float32):
-    """The input, and states before the first step, all of which need gradients; how to call a module with them."""
+    """The input and the states before the first step, which all need gradients; and a function that calls a module."""
     numbers = torch.Generator().manual_seed(1)
 
     def random(*shape):
@@ -44,7 +44,7 @@ def inputs(module, packed=False, states=True, dtype=torch.float32):
     given = (tuple(hx) if len(hx) > 1 else hx[0],) if states else ()
 
     def call(module):
-        read = x * 1  # of which others may keep codes, as of no leaf
+        read = x * 1  # others may keep codes of it, since it is not a leaf
         if packed:
             read = pack_padded_sequence(read, LENGTHS, module.batch_first, enforce_sorted=False)
         torch.manual_seed(2)
@@ -82,12 +82,12 @@ OPTIONS = [
 
 
 class TestOutputs:
-    """torch's own, bit for bit, whatever the options; gradients near torch's with 8 bits."""
+    """torch's own outputs, bit for bit, for all options; gradients near torch's with 8 bits."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
     @pytest.mark.parametrize("options", [*OPTIONS, {"proj_size": 5, "num_layers": 2, "bidirectional": True}], ids=str)
     @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")  # torch's own
+    @pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")  # from torch
     def test_options(self, kind, options, dtype):
         if "proj_size" in options and kind != "LSTM":
             pytest.skip("torch projects the outputs of LSTMs alone")
@@ -134,9 +134,9 @@ def step_of(kind, gates_x, gates_h, h, c):
 
 
 def at_codes(kind, x, known, h, c, weights, lengths, reverse):
-    """The outputs (steps, batch, n) of one direction, each step taken from what codes say of the output before it, by autograd.
+    """The outputs (steps, batch, n) of one direction, by autograd. Each step starts from the decoded output of the step before.
 
-    x, known  (steps, batch, n): what the codes of input and outputs stand for; h, c: the states before the first step
+    x, known  (steps, batch, n): the decoded input and outputs; h, c: the states before the first step
     """
     w_ih, w_hh, b_ih, b_hh = weights
     outputs, number = [None] * len(x), torch.tensor(lengths)
@@ -146,13 +146,13 @@ def at_codes(kind, x, known, h, c, weights, lengths, reverse):
             new = (x[step] @ w_ih.t() + b_ih + h @ w_hh.t() + b_hh) * (known[step] > 0)
         there = (number > step).unsqueeze(1)
         outputs[step] = new * there
-        h = torch.where(there, known[step] + (new - new.detach()), h)  # the known value, the gradient of the step
+        h = torch.where(there, known[step] + (new - new.detach()), h)  # the known value, with the gradient of the step
         c = torch.where(there, cell, c)
     return torch.stack(outputs), h, c
 
 
 class TestGradients:
-    """Those of a network written out whose steps start from what the codes say."""
+    """The gradients of a written-out network whose steps start from the decoded outputs."""
 
     @pytest.mark.parametrize("lengths", [[STEPS] * BATCH, [9, 9, 5, 4, 3, 1]], ids=["equal", "packed"])
     @pytest.mark.parametrize("bidirectional", [False, True])
@@ -167,7 +167,7 @@ class TestGradients:
         )
         packed = pack_padded_sequence(x, lengths)
         read = packed.data if lengths[-1] < STEPS else x * 1
-        hx = [each * 1 for each in states]  # not leaves, of which codes are found
+        hx = [each * 1 for each in states]  # not leaves, so their codes are found
         given = tuple(hx) if len(hx) > 1 else hx[0]
         y = ours(packed._replace(data=read), given)[0].data if lengths[-1] < STEPS else ours(read, given)[0]
         rows, known, *first = (sharing.find(each).rebuild(sharing.find(each).kept, y.dtype) for each in (read, y, *hx))
@@ -200,7 +200,7 @@ class TestGradients:
         directions = [torch.randn(each.shape, generator=numbers, dtype=torch.float64).float() for each in outputs]
         found = torch.autograd.grad(outputs, chosen, directions)
         expected = [grad for grad, each in zip(every, (*leaves, *ours.parameters()), strict=True) if each.requires_grad]
-        for each, true in zip(found, expected, strict=True):  # what needs no gradient is kept as it is
+        for each, true in zip(found, expected, strict=True):  # tensors that need no gradient are kept as they are
             assert relative(each, true) < 0.2
 
     @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
@@ -244,7 +244,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_gradients_accumulate(self, kind):
-        """Each has memory of its own, which may be changed in place."""
+        """Each has its own memory, which may be changed in place."""
         ours = coded(layer(kind, bidirectional=True), bits=8)
         call, leaves = inputs(ours)
         expected = run(ours, call, leaves)[2]
@@ -295,7 +295,7 @@ class TestGradients:
         for exact, each in zip(run(module, call, leaves)[2], run(coded(module), call, leaves)[2], strict=True):
             finite = exact.isfinite()
             assert torch.equal(each.isfinite(), finite)
-            assert not finite.any() or relative(each[finite], exact[finite]) < 0.1  # layers that read what is finite keep codes
+            assert not finite.any() or relative(each[finite], exact[finite]) < 0.1  # layers that read finite numbers keep codes
 
 
 def _padded(packed, rows):
@@ -313,7 +313,7 @@ class TestWhatIsKept:
 
         def called():
             y, _ = ours[0](x * 1)
-            return ours[1](y)  # which keeps the codes that the layer has made
+            return ours[1](y)  # it keeps the codes that the layer has made
 
         n = steps * batch * width
         bits = 4 * 3 + 2 * ("ReLU" in kind)  # the input, and the outputs of both layers, with their signs
@@ -457,7 +457,7 @@ class TestConversion:
         setting = {"recurrent": 2, "linear": 4}
         assert fewbit.convert(Tagger(), bits=setting).layers.bits == 4
 
-    @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler looks at it
+    @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler checks it
     def test_graph_breaks_of_compilers_keep_codes(self):
         model, x = Tagger(), torch.randint(20, (4, 16))
         ours = coded(model)
@@ -483,9 +483,9 @@ class TestConversion:
             call(x * 1)[0].square().sum().backward()
             found.append([each.grad.clone() for each in ours.parameters()])
         for one, other in zip(*found, strict=True):
-            assert relative(one, other) < 0.2  # codes of a checkpointed input are of a tensor that is new to it
+            assert relative(one, other) < 0.2  # codes of a checkpointed input belong to a tensor that is new to it
 
-    @pytest.mark.filterwarnings("ignore")  # torch's, of mixed dtypes
+    @pytest.mark.filterwarnings("ignore")  # from torch, about mixed dtypes
     def test_autocast(self):
         module, x = layer("LSTM", num_layers=2), torch.randn(STEPS, BATCH, IN, requires_grad=True)
         ours, results = coded(module, bits=8), []

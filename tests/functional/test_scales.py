@@ -1,4 +1,4 @@
-"""Gradients of activations of inputs of every scale: the spread of the input chooses the table."""
+"""Gradients of activations for inputs of every scale: the spread of the input chooses the table."""
 
 import oracles
 import pytest
@@ -32,7 +32,7 @@ class Kept(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["gelu", "silu", "mish", "elu", "softplus", "tanh", "sigmoid"])
 def test_four_bits_serve_every_scale(name):
-    """A single table errs by up to ten times as much at another scale; of a ladder each is near the best for its own."""
+    """A single table has up to ten times the error at another scale. Each table of a ladder is near the best for its scale."""
     record, at_one = activations.get(name), torch.randn(1 << 16)
     coded = getattr(fewbit.functional, name)
     errors = {scale: error(lambda x: coded(x, bits=4), record.forward, scale * at_one) for scale in SCALES}
@@ -58,7 +58,7 @@ def test_weights_behind_shared_codes_at_every_scale(name):
 
 
 def test_heavy_tails_stretch_the_table():
-    """Values far out cost most: the table is chosen by the fourth moment."""
+    """Values far out cost most, so the table is chosen by the fourth moment."""
     x = torch.distributions.StudentT(3.0).sample((1 << 16,))
     assert oracles.rung_of(x) > 4
 
@@ -71,7 +71,7 @@ def test_a_table_of_your_own_is_used_as_it_is():
 
 
 def test_gates_choose_by_the_gate():
-    """What stands beside the gate has no part in the choice."""
+    """The value half does not influence the choice of the gate's table."""
     gate, up = 0.05 * torch.randn(512, 64), 30 * torch.randn(512, 64)
     both = torch.cat([up, gate], 1)
     assert error(lambda x: fewbit.functional.glu(x, bits=4), torch.nn.functional.glu, both) < 0.15

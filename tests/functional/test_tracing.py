@@ -1,4 +1,4 @@
-"""Under torch.jit.trace and what exports by it every operation is torch's own: a trace would hold the codes of one batch."""
+"""torch.jit.trace, and exports that use it, get torch's own operations: a trace would hold the codes of one batch."""
 
 import copy
 

@@ -1,9 +1,9 @@
 """The CUDA kernels of activations, in Triton's interpreter or on a device. `test_cuda.py` runs it in a process of its own.
 
-The interpreter must be on when the kernels are decorated, hence the other process. It is slow, at 0.1 s a launch and more, so
-that the cases are few and the long ones marked slow.
+The interpreter must be on when the kernels are decorated, so it needs another process. A launch takes 0.1 s or more, so there
+are few cases, and the long ones are marked slow.
 
-Three of its faults are allowed for. It rounds float32 to bfloat16 by truncation, where hardware rounds to nearest even. It
+Tests allow for three faults of the interpreter. It truncates float32 to bfloat16, while hardware rounds to nearest even. It
 misreads subnormal bfloat16 numbers. It has no libdevice: numpy's functions stand in, computed in float64 and rounded once.
 """
 
@@ -60,7 +60,7 @@ def overflow_is_silent():
 
 
 def run_device_table(rng, bits, dtype=torch.float32, step=1, even=False):
-    """A table whose codes rise or fall by one, but for one interval below and two above."""
+    """A table whose codes rise or fall by one, except for one interval below and two above."""
     size = 2 ** min(bits, 5)
     codes = np.arange(size)[::step]
     codes = np.concatenate([codes[-1:], codes, rng.integers(0, size, 2)]).astype(np.uint8)
@@ -89,7 +89,7 @@ def all_device_tables(rng, bits, dtype):
 
 
 def check_bytes(device_table, n, dtype, rng):
-    """Bytes are those of naive code; returns them."""
+    """Assert that the bytes are those of naive code. Returns the bytes."""
     x = adversarial(device_table, n, rng).to(dtype)
     packed = cuda.encode(x, device_table)
     np.testing.assert_array_equal(
@@ -99,7 +99,7 @@ def check_bytes(device_table, n, dtype, rng):
 
 
 def check(device_table, n, dtype, rng):
-    """Gradients are the reference's, too; those of bfloat16, truncated."""
+    """Assert that gradients are the reference's too; bfloat16 ones are truncated."""
     packed = check_bytes(device_table, n, dtype, rng)
     grad = torch.from_numpy(rng.normal(size=n)).to(dtype)
     product = cuda.decode(packed, grad, device_table)
@@ -133,7 +133,7 @@ def test_sizes(n, rng):
     ids=str,
 )
 def test_every_kind_of_table(bits, dtype, rng):
-    """In one whole program and one that is cut short. What decodes knows the levels alone: one table will do."""
+    """In one full program and in one that is cut short. Decoding only needs the levels, so one table is enough."""
     first, *others = all_device_tables(rng, bits, dtype)
     check(first, 5000, dtype, rng)
     for device_table in others:
@@ -171,7 +171,7 @@ def test_negated_views():
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (2, 3, 129)], ids=str)
 def test_a_drop_in_takes_the_closed_form(shape, monkeypatch):
-    """As drop-ins call it on a GPU: value and codes from one program, through autograd, with tensors of any shape."""
+    """As functions call it on a GPU: one program gives value and codes, through autograd, for tensors of any shape."""
     monkeypatch.setattr(kernels, "backend", lambda tensor: cuda)
     record = activations.get("elu", alpha=0.5)
     (device_table,) = resolve.shipped_tables(record, ("derivative",), 3, torch.float32, torch.device("cpu"))
@@ -187,7 +187,7 @@ def test_closed_forms_are_those_of_built_in_activations():
     assert formula(activations.get("elu", alpha=0.5)) == ("elu", {"alpha": 0.5})
     own = activations.get(lambda x, rate=1.0: (rate * x).sin())
     assert formula(own) is None
-    assert formula(dataclasses.replace(own, name="elu")) is None  # one that has only the name
+    assert formula(dataclasses.replace(own, name="elu")) is None  # one that only has the name
     assert all(cuda.has_formula(name) for name in activations.names())
 
 
@@ -205,7 +205,7 @@ def test_shipped_tables(bits, record, rng):
     assert torch.equal(cuda.encode(x, device_table), reference.encode(x, device_table))
 
 
-# The furthest from torch's result on the CPU, in units of eps·|result|: 1.9 was measured, for mish in float64, on the inputs of
+# The largest distance from torch's result on the CPU in units of eps·|result|. 1.9 was measured, for mish in float64, with
 # `check_forward`. The CPU has other exponentials, and for mish and logsigmoid other forms; float16 agrees to the bit.
 UNITS = 2
 # 1 + erf(…), 1 + tanh(…) and x - tanh(x) cancel, on the CPU as here: for these, in units of eps·|x|
@@ -223,7 +223,7 @@ OTHER_PARAMETERS = [
 
 
 def as_on_a_gpu(record, dtype):
-    """There torch rounds the parameters of these three to the tensor's dtype; on the CPU it does not."""
+    """On a GPU torch rounds the parameters of these three to the tensor's dtype; on the CPU it does not."""
     if record.name not in ("softshrink", "hardshrink", "threshold"):
         return record
     return record.with_parameters(
@@ -247,8 +247,8 @@ def check_forward(record, dtype):
     assert torch.equal(packed, reference.encode(x, device_table))
     expected = as_on_a_gpu(record, dtype).forward(x).double()
     if dtype == torch.float64 and record.name in ("hardswish", "hardsigmoid"):
-        expected *= 6 * np.float64(np.float32(1 / 6))  # which is what torch multiplies by on a GPU; on the CPU it divides by 6
-    if record.name == "gelu":  # torch's own overflows on some processors, and is coarse on some
+        expected *= 6 * np.float64(np.float32(1 / 6))  # torch multiplies by it on a GPU, and divides by 6 on the CPU
+    if record.name == "gelu":  # torch's own overflows on some processors, and is inaccurate on some
         fine = x.double() if dtype == torch.float32 else x.to(wide)
         expected = torch.where(x.double() > 1e30, x, record.forward(fine).to(dtype)).double()
     unit = info.eps * expected.abs() + info.smallest_normal * info.eps * (1 + x.double().abs())

@@ -1,6 +1,6 @@
-"""Where the CUDA kernels run that tests call with tensors of the CPU: in Triton's interpreter, or on a device.
+"""The device on which tests run the CUDA kernels with CPU tensors: Triton's interpreter, or a real device.
 
-Triton interprets where TRITON_INTERPRET=1 is set when the kernels are decorated, here in two thirds of its time.
+Triton interprets if TRITON_INTERPRET=1 is set when the kernels are decorated. Here it takes two thirds of its usual time.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 class OnDevice:
-    """A module of kernels whose functions take tensors of the CPU and give such back, and run on DEVICE in between."""
+    """A module of kernels. Its functions take and return CPU tensors, and run on DEVICE."""
 
     def __init__(self, module):
         self._module = module
@@ -39,7 +39,7 @@ def _there(function):
 
 
 def _moved(value, moved):
-    """The same on the device, of the same strides; which tensors went where is noted in `moved`."""
+    """The tensor on the device, with the same strides. `moved` records which tensors went where."""
     if isinstance(value, torch.Tensor):
         if id(value) not in moved:
             whole = value.detach().untyped_storage().to(device=DEVICE)
@@ -82,6 +82,6 @@ def _call(function, *args, **kwargs):
         raise interpreter.InterpreterError(repr(error)) from error
 
 
-# At every call of one device function by another it looks through the whole language for what is to be replaced, which was
-# replaced when the kernel started or when the function was called first.
+# At every call of one device function by another, Triton searches the whole language for things to replace. They were already
+# replaced when the kernel started, or when the function was first called.
 interpreter.InterpretedFunction.__call__ = _call

@@ -1,7 +1,7 @@
 """The CUDA kernels of layers and ladders, in Triton's interpreter or on a device. `test_cuda.py` runs it in its own process.
 
-Codes, and what stands for them, are those of the reference to the bit; gradients agree to rounding. The interpreter rounds
-float32 to bfloat16 by truncation, so that bfloat16 results are held against truncated ones.
+Codes and decoded values are those of the reference, bit for bit. Gradients agree to rounding. The interpreter truncates float32
+to bfloat16, so bfloat16 results are compared with truncated ones.
 """
 
 import numpy as np
@@ -48,7 +48,7 @@ def slow(*cases):
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """Each costs as much as the numbers in it: one program for all channels. And overflow is silent, as on a GPU."""
+    """Each launch costs as much as its numbers: one program for all channels. Overflow gives no warning, as on a GPU."""
     if INTERPRETED:
         monkeypatch.setattr(layer_kernels, "_CHANNELS", 64)
     with np.errstate(all="ignore"):
@@ -64,7 +64,7 @@ def ladder(name, bits, dtype, channels=("derivative", "value")):
 
 
 def an_input(grid, dtype, rng):
-    """Channels of their own centers and spreads, zeros, one channel constant, one with what is not finite."""
+    """Channels with their own centers and spreads, zeros, one constant channel, one with numbers that are not finite."""
     x = rng.normal(size=grid[:3]) * np.linspace(0.1, 3, grid.channels)[:, None] + np.linspace(-2, 2, grid.channels)[:, None]
     x = torch.from_numpy(x).to(dtype)
     x[0] = 0
@@ -76,7 +76,7 @@ def an_input(grid, dtype, rng):
 
 
 def assert_same(found, expected):
-    """Of one dtype and shape, and bit by bit the same, NaN as NaN; float32 rounded to bfloat16 may be truncated."""
+    """The same dtype, shape and bits, NaN as NaN. float32 rounded to bfloat16 may be truncated."""
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     if found.dtype == torch.bfloat16 and INTERPRETED:
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=0, equal_nan=True)
@@ -87,7 +87,7 @@ def assert_same(found, expected):
 
 
 def assert_near(found, expected):
-    """To rounding, in terms of the largest, or of 1, as what they are made of is where it cancels out."""
+    """Equal to rounding, relative to the largest number, or to 1, since their terms may cancel."""
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     tolerance = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-5, torch.float64: 1e-12}[found.dtype]
     size = max(1.0, float(expected.abs().nan_to_num(0, 0).max()))
@@ -95,7 +95,7 @@ def assert_near(found, expected):
 
 
 def statistics(x, grid):
-    """The reference's magnitudes, row scales and row moments; that they are the kernels' too is asserted."""
+    """The reference's magnitudes, row scales and row moments, after asserting that the kernels' are the same."""
     magnitude = layers.magnitudes(x, grid)
     scales, moments = layers.row_scales(x, grid, magnitude), layers.row_moments(x, grid, EPS, True)
     assert_same(layers_cuda.magnitudes(x, grid), magnitude)
@@ -117,7 +117,7 @@ def firsts(x, grid):
 
 
 def check_codes(x, grid, first, row_weight, table, rng, by_sign, affine, keep_means):
-    """From the sample to what is rebuilt."""
+    """From the sample to the rebuilt values."""
     weight = torch.from_numpy(rng.normal(size=grid.channels)).to(x.dtype) if affine else None
     bias = torch.from_numpy(rng.normal(size=grid.channels)).to(x.dtype) if affine else None
     if weight is not None:
@@ -158,7 +158,7 @@ def test_codes_of_every_layout(grid, rng):
 @pytest.mark.parametrize("by_sign", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes_of_every_choice(by_sign, dtype, rng):
-    """Of dtype, first, by_sign, affine, keep_means and grid, any three meet in all ways."""
+    """Combinations of dtype, first, by_sign, affine, keep_means and grid: any three of them meet in all ways."""
     for i in range(4):
         one, other = divmod(DTYPES.index(dtype) ^ i, 2)
         affine, keep_means, grid = by_sign ^ one, by_sign ^ other, (IMAGES, LAST)[by_sign ^ one ^ other]
@@ -183,7 +183,7 @@ def test_more_places_than_the_sample(rng):
 
 
 def strided(x, kind):
-    """The same numbers in other strides; "expanded": those of the first outer place."""
+    """The same numbers with other strides; "expanded": those of the first outer place."""
     outer, channels, inner = x.shape
     wide = torch.zeros(outer + 1, channels + 2, inner + 3, dtype=x.dtype)
     wide[1:, 2:, 3:] = x
@@ -217,7 +217,7 @@ def test_strides(kind, grid, rng):
 
 
 def check_gradients(packed, grad, grid, vectors, scale, table, rng, affine):
-    """Of the norms, by the kernels and the reference."""
+    """The gradients of norms, by the kernels and by the reference."""
     weight = torch.from_numpy(rng.normal(size=grid.channels)).to(grad.dtype) if affine else None
     for eps, centered in ((EPS, True), (None, False)):
         codes = Codes(packed, grid, vectors, Vectors(), None if eps is None else scale, eps, table)
@@ -322,7 +322,7 @@ def next_numbers(a, found):
 
 
 def test_the_next_number():
-    """As torch has it, for thresholds of channels whose factor is negative."""
+    """As in torch, for thresholds of channels whose factor is negative."""
     for dtype in (torch.float32, torch.float64):
         info = torch.finfo(dtype)
         a = torch.tensor([0.0, -0.0, 1.0, -1.0, info.max, -info.max, info.smallest_normal, -torch.inf], dtype=dtype)
@@ -356,7 +356,7 @@ def test_shipped_ladders(name, bits, rng):
 
 
 def random_ladder(rng, bits, intervals, dtype=torch.float32, even=False):
-    """Rungs that have nothing in common, with as many thresholds as they happen to have."""
+    """Rungs that have nothing in common, with different numbers of thresholds."""
     rungs = [
         random_device_table(rng, bits, int(rng.integers(1, intervals + 1)) if not even else intervals, dtype, even)
         for _ in range(9)

@@ -1,4 +1,4 @@
-"""The CUDA backend: in Triton's interpreter, compiled without a device, and on a device where there is one."""
+"""The CUDA backend: in Triton's interpreter, compiled without a device, and on a device if there is one."""
 
 import json
 import os
@@ -38,7 +38,7 @@ OF_KERNELS = ["tests/kernels/cuda_activations.py", "tests/kernels/cuda_layers.py
     ids=["quick", "slow", "slow, layers"],
 )
 def test_in_the_interpreter(marked, files):
-    """In a process where Triton interprets: it decides when the kernels are decorated."""
+    """Run in a process in which Triton interprets: that is decided when the kernels are decorated."""
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-m", marked, *files]
     result = run_python(*command, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -74,11 +74,11 @@ def test_tensors_on_the_cpu_are_not_taken():
 
 
 def check_machine_code(row):
-    """No spills; x, y, grad and product by 128 bits in the unmasked body, planes by as many bytes as a thread has words.
+    """Assert that nothing spills; that x, y, grad and product move by 128 bits in the unmasked body; and planes by whole words.
 
     row      of `tools/aot_report.py`, which needs no GPU, as a dictionary
     """
-    words = 4 if row["dtype"] == "float32" else 8  # of a thread, 128 bits in each lane
+    words = 4 if row["dtype"] == "float32" else 8  # of a thread, by 128 bits in each lane
     loads, stores = Counter({128: row["lanes"]}) + Counter({32: row["scalars"]}), Counter()
     if row["kernel"] != "decode":
         stores += Counter({8 * words: row["bits"]})
@@ -99,13 +99,13 @@ def check_machine_code(row):
         assert row["instructions"] <= MOST_INSTRUCTIONS[row["kernel"]], row
 
 
-# Measured: instructions an element of the unmasked body on sm_90, for bfloat16 at 3 bits, of which gelu itself takes 33
+# Measured instructions for each element of the unmasked body on sm_90, for bfloat16 at 3 bits; gelu itself takes 33 of them
 MOST_INSTRUCTIONS = {"encode": 17, "decode": 10.5, "forward": 50}
 
 
 @needs_triton
 def test_machine_code():
-    """As the tool prints it, in a process of its own."""
+    """The report that the tool prints, in a process of its own."""
     options = ["--json", "--kernels", "encode", "decode", "--dtypes", "bfloat16", "--bits", "3"]
     result = run_python("tools/aot_report.py", *options)
     assert result.returncode == 0, result.stderr
@@ -116,9 +116,9 @@ def test_machine_code():
         check_machine_code(row | widths)
 
 
-# Measured: instructions an element on sm_90 for bfloat16 at 3 bits, in the text of full programs
+# Measured instructions for each element on sm_90, for bfloat16 at 3 bits, in the text of full programs
 MOST_OF_LAYERS = {"encode rows": 41, "encode values": 24, "decode rows": 26, "decode values": 19, "gate backward": 36}
-BY_16_BYTES = {  # accesses of a thread in each lane, at least: of x, grad or what comes out
+BY_16_BYTES = {  # at least so many accesses of a thread in each lane: of x, grad or the result
     "encode rows": ("loads", 8),
     "encode images": ("loads", 8),
     "decode rows": ("stores", 8),
@@ -130,7 +130,7 @@ BY_16_BYTES = {  # accesses of a thread in each lane, at least: of x, grad or wh
 
 
 def check_layer_code(rows):
-    """No spills, but a few around the slow paths of divisions where a sample is read; 128-bit accesses; two blocks fit.
+    """Assert few spills, around the slow paths of divisions where a sample is read; 128-bit accesses; and that two blocks fit.
 
     rows  of `tools/aot_layers.py` for one call, as dictionaries
     """
@@ -163,7 +163,7 @@ def test_machine_code_of_layers():
         check_layer_code(widths)
 
 
-LAYER_CODE = [  # of neighbours, which are alike, one is compiled for sm_80 at 4 bits and the other for sm_90 at 2
+LAYER_CODE = [  # of two similar neighbours, one is compiled for sm_80 at 4 bits and the other for sm_90 at 2
     (call, *target)
     for i, call in enumerate(aot_layers.calls(torch.float32, 1))
     for target in (("bfloat16", 3, 90), ("float16", 8, 90), (("float32", 4, 80), ("float32", 2, 90))[i % 2])
@@ -203,7 +203,7 @@ def test_machine_code_elsewhere(kernel, dtype, arch, n_divides):
 @pytest.mark.parametrize("name", sorted({*activations.names()} - {"gelu"}))
 def test_machine_code_of_formulas(name):
     check_machine_code(asdict(aot_report.report("forward", name, "bfloat16", 3, 90)))
-    if name == "softsign":  # which divides, as silu and softplus above, in float32 exactly
+    if name == "softsign":  # it divides, as silu and softplus above, in float32 exactly
         check_machine_code(asdict(aot_report.report("forward", name, "float32", 3, 90)))
 
 

@@ -1,4 +1,4 @@
-"""Every backend against naive code, bit by bit."""
+"""Every backend compared with naive code, bit for bit."""
 
 import ast
 import os
@@ -29,7 +29,7 @@ def backend(request):
 
 
 def random_device_table(rng, bits, intervals, dtype=torch.float32, even=False):
-    """Thresholds that float32 holds exactly, codes and levels, all at random."""
+    """Random thresholds that float32 holds exactly, codes and levels."""
     thresholds = np.unique(rng.normal(0, 2, intervals - 1).astype(np.float32))
     codes = rng.integers(0, 2**bits, thresholds.size + 1).astype(np.uint8)
     if even:
@@ -83,7 +83,7 @@ def test_decode_multiplies_by_the_level(backend, bits, dtype, n, rng):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inputs_are_compared_in_full_precision(backend, dtype):
-    """A bfloat16 input is widened, not the thresholds narrowed: 1.001 rounds to 1 in bfloat16, and 1 <= 1.001 holds."""
+    """A bfloat16 input is widened; the thresholds are not narrowed: 1.001 rounds to 1 in bfloat16, and 1 <= 1.001 holds."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     levels = torch.tensor([10.0, 20.0, 30.0], dtype=wide)
     device_table = DeviceTable(torch.tensor([0.999, 1.001], dtype=wide), torch.tensor([0, 1, 2], dtype=torch.uint8), levels, 2)
@@ -93,7 +93,7 @@ def test_inputs_are_compared_in_full_precision(backend, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_pattern_of_a_half_width_float(backend, dtype, rng):
-    """All 65,536: encoded by the float it stands for, and multiplied and rounded as torch rounds."""
+    """All 65,536 numbers: each is encoded as the float that it stands for, and multiplied and rounded as torch rounds."""
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     device_table = random_device_table(rng, 4, 20, dtype)
     packed = backend.encode(x, device_table)
@@ -109,7 +109,7 @@ def test_every_pattern_of_a_half_width_float(backend, dtype, rng):
     ids=str,
 )
 def test_thresholds_that_no_half_width_float_equals(backend, dtype, thresholds):
-    """All 65,536 patterns again, around zero, and at the ends of the range."""
+    """All 65,536 patterns again, around zero and at the ends of the range."""
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     codes = torch.arange(len(thresholds) + 1, dtype=torch.uint8)
     device_table = DeviceTable(torch.tensor(thresholds), codes, torch.zeros(codes.numel()), 3)
@@ -154,7 +154,7 @@ def test_three_million_elements_in_threads(bits, threads_of, rng, monkeypatch):
             assert torch.equal(cpu.decode(packed, grad, device_table), reference.decode(packed, grad, device_table))
     finally:
         torch.set_num_threads(before)
-    # encode and decode, with one thread fewer than asked for
+    # encode and decode, with one thread less than asked for
     assert len(handed_over) == (2 * (0 + 1 + 2) if threads_of == "Python" or system._openmp() is None else 0)
 
 
@@ -178,7 +178,7 @@ def test_who_serves_what():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_another_dtype_than_the_device_tables(backend, dtype, rng):
-    """As where an activation returns float64 for a float32 input: levels keep the device_table's dtype."""
+    """As when an activation returns float64 for a float32 input: levels keep the device_table's dtype."""
     for wide in (torch.float32, torch.float64):
         device_table = random_device_table(rng, 3, 9, wide)
         x, grad = torch.randn(1000, dtype=wide), torch.randn(1000).to(dtype)
@@ -194,7 +194,7 @@ def test_zeros_without_memory(backend):
 
 
 def test_negated_views_are_read_as_what_they_stand_for(backend):
-    x = torch._neg_view(torch.tensor([1.0, -2.0, 3.0]))  # what `.conj().imag` gives
+    x = torch._neg_view(torch.tensor([1.0, -2.0, 3.0]))  # as from `.conj().imag`
     assert x.is_neg()
     device_table = DeviceTable(torch.tensor([0.0]), torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([5.0, 7.0]), 1)
     assert backend.decode(backend.encode(x, device_table), torch.ones(3), device_table).tolist() == [5.0, 7.0, 5.0]
@@ -214,8 +214,8 @@ def test_a_kernel_that_does_not_finish_raises(monkeypatch):
 
 @pytest.mark.slow
 def test_kernels_allocate_nothing(monkeypatch):
-    """What fails in them is swallowed, and nothing else in them can fail."""
-    monkeypatch.setattr(loops, "callback", numba.cfunc)  # without a cache: what comes from there has no text to look at
+    """Errors in these functions are swallowed, so the functions must not be able to fail in other ways."""
+    monkeypatch.setattr(loops, "callback", numba.cfunc)  # without a cache: cached functions have no text to look at
     compiled = [loops.encoder("int16", False), loops.encoder("float64", True), loops.decoder("uint16")]
     assert not [kernel for kernel in compiled if "NRT_Allocate" in kernel.inspect_llvm()]
 
@@ -283,7 +283,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_each_kernel_has_a_cache_of_its_own(monkeypatch):
-    """Else two processes that compile at once, each for another dtype, may leave one's kernel under the other's number."""
+    """Otherwise two processes that compile at once, for different dtypes, may store a kernel under the other's number."""
     monkeypatch.setattr(loops, "callback", lambda *_, **__: lambda kernel: kernel)
     kernels = [loops.encoder(element, wide) for element in ("int16", "float32", "float64") for wide in (False, True)]
     kernels += [loops.decoder(element) for element in ("uint16", "int16", "float32", "float64")]
@@ -292,7 +292,7 @@ def test_each_kernel_has_a_cache_of_its_own(monkeypatch):
 
 @pytest.mark.slow
 def test_a_cache_of_kernels_that_cannot_be_written(tmp_path):
-    """A source tree that is read-only to this user: numba turns to the user's cache folder, or compiles in memory."""
+    """A source tree that this user cannot write: numba uses the user's cache folder, or compiles in memory."""
     code = """
 import torch, fewbit
 from numba.core import caching

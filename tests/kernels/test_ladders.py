@@ -1,4 +1,4 @@
-"""Ladders in every backend, against naive code: which rung an input takes, and that all else is as with that rung's table."""
+"""Ladders in every backend, compared with naive code: which rung an input takes, and that all else is as with its table."""
 
 import numpy as np
 import oracles
@@ -66,7 +66,7 @@ def test_packed_codes_are_those_of_the_rung_and_its_number(backend, n, bits, dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rungs_part_at_the_last_bit(backend, dtype, rng):
-    """One number, the largest that takes a rung, and the next one, which takes the rung above."""
+    """For each rung, the largest number that takes it, and the next number, which takes the rung above."""
     _, ladder = random_ladder(rng, 2, dtype)
     for k in range(-4, 4):
         at = torch.tensor(3**0.25 * 2 ** (k + 0.5), dtype=torch.float64).to(dtype)
@@ -158,7 +158,7 @@ def test_even_derivatives_compare_magnitudes_on_every_rung():
 
 @pytest.mark.parametrize("name", ["gelu", "tanh", "sigmoid", "relu"])
 def test_zeros_get_the_level_zero(name):
-    """In each rung; nothing else changes, and nothing at all where 0 has that level already."""
+    """In each rung. Nothing else changes, and nothing at all if 0 has that level already."""
     ladder = resolve.shipped_tables(activations.get(name), resolve.JOINT, 4, torch.float32, CPU)[1]
     found = ladder.with_zeros
     assert (found is ladder) == (name == "relu")

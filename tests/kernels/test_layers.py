@@ -1,4 +1,4 @@
-"""The kernels for layers against their specification, bit by bit, and their gradients against torch's own norms."""
+"""The kernels for layers compared with their specification, bit for bit, and their gradients with torch's own norms."""
 
 import numba
 import numpy as np
@@ -31,7 +31,7 @@ def gate_tables(bits, dtype):
 
 
 def assert_same(found, expected):
-    """Of one dtype and shape, NaN in the same places, and elsewhere the same bytes."""
+    """The same dtype and shape, NaN in the same places, and the same bytes elsewhere."""
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     if found.is_floating_point():
@@ -41,7 +41,7 @@ def assert_same(found, expected):
 
 
 def assert_close(found, expected, bound, dtype):
-    """To rounding: in the wide dtype of what, without its sign, is at most `bound`, and of the result to the dtype."""
+    """Equal to rounding: in the wide dtype for terms of size `bound` at most, and of the result to its dtype."""
     error = (found.double() - expected).abs()
     of_result = torch.finfo(dtype).eps * expected.abs().clamp_min(torch.finfo(dtype).smallest_normal)
     assert (error <= 64 * torch.finfo(wide_dtype(dtype)).eps * bound + of_result).all()
@@ -148,7 +148,7 @@ def check_codes(grid, dtype, bits, kind, layout, of, affine, by_sign, keep_means
         row = row_weight
     elif of == "rows":
         first = First(moments[0], moments[1], True)
-    elif of == "padded rows":  # an eps near the variance of some
+    elif of == "padded rows":  # an eps near the variance of some channels
         first = First(moments[0], moments[1], True, float(moments[1].nan_to_num(1.0, 1.0, 1.0).pow(-2).median()))
         row, eps = moments[1], first.eps
     elif of == "channels":
@@ -214,7 +214,7 @@ def check_gradients(grid, dtype, bits, layout, seed):
     if centered:  # it is taken about its mean
         mean = x_hat.double().view(grid[:3]).mean((0, 2), keepdim=True)
         x_hat, size = x_hat.double().view(grid[:3]) - mean, size + mean.abs()
-    size = size + 2 * vectors[0].abs().view(1, -1, 1)  # what is rebuilt of it without its center
+    size = size + 2 * vectors[0].abs().view(1, -1, 1)  # of the rebuilt values, without the center
     check_norm(found, grad, x_hat, scale, weight, channel_of_elements(grid), grid, centered, centered, True, True, size)
     derivative, value = gate_tables(min(bits, 4), dtype)
     gate, row = (
@@ -241,7 +241,7 @@ def check_norm(found, grad, x_hat, scale, weight, share, grid, has_mean, has_pro
     """The gradients (of x, weight and bias) of a norm, by the formula in float64.
 
     share  (outer, channels, inner): which of the statistics an element shares
-    size   of x̂, by which its errors are measured, if that is not its own
+    size   of x̂, to which errors are relative, if that is not its own size
     """
     of_x, of_weight, of_bias = found
     g, x_hat = grad.double(), x_hat.double().view(grid[:3])
@@ -269,7 +269,7 @@ def check_norm(found, grad, x_hat, scale, weight, share, grid, has_mean, has_pro
 
 
 def plus_and_minus_one(shape, over, rng):
-    """Random signs, as many of one as of the other along the dimensions `over`: numbers of mean 0 and variance 1."""
+    """Random signs, equally many of both along the dimensions `over`: numbers of mean 0 and variance 1."""
     whole = np.moveaxis(np.empty(shape), over, range(-len(over), 0))
     rows = np.tile([1.0, -1.0], whole.size // 2).reshape(-1, int(np.prod(whole.shape[-len(over) :])))
     signs = rng.permuted(rows, axis=1).reshape(whole.shape)
@@ -290,7 +290,7 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_torchs_where_codes_are_exact(name, dtype, rng):
-    """One bit tells all of numbers that are 1 or -1, which a norm leaves as they are: autograd in float64 is the oracle."""
+    """For numbers that are 1 or -1, one bit is exact, and a norm does not change them: autograd in float64 is the oracle."""
     shape, over, grid, norm = NORMS[name]
     signs, sigma = plus_and_minus_one(shape, over, rng), 4.0
     packed = kernels.encode(signs.float(), ONE_BIT)
@@ -311,7 +311,7 @@ def test_gradients_are_torchs_where_codes_are_exact(name, dtype, rng):
 
 
 def all_results(x, grad, grid):
-    """All that the kernels make of a layer's input, as one list."""
+    """All results of the kernels for a layer's input, as one list."""
     table = normal_table(4, x.dtype)
     magnitude = layers_cpu.magnitudes(x, grid)
     scales, moments = layers_cpu.row_scales(x, grid, magnitude), layers_cpu.row_moments(x, grid, 1e-5, True)
@@ -353,7 +353,7 @@ def test_results_do_not_depend_on_the_number_of_threads(grid, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_dtypes_that_the_kernels_do_not_mix_go_to_the_reference(dtype, rng):
-    """A gradient, or an output, wider or narrower than what the codes were made in."""
+    """A gradient, or an output, in a wider or narrower dtype than the codes were made in."""
     grid, other = Grid(9, 11), torch.float64 if dtype == torch.float32 else torch.float32
     table = normal_table(3, dtype)
     packed = kernels.encode(torch.randn(99, dtype=dtype), table)
@@ -369,7 +369,7 @@ def test_dtypes_that_the_kernels_do_not_mix_go_to_the_reference(dtype, rng):
 
 
 def test_tables_with_any_thresholds_and_codes(rng):
-    """Codes in no order, one used twice, and as many thresholds as no multiple of what is compared at once."""
+    """Codes in any order, one used twice; and a number of thresholds that is no multiple of the block size of comparisons."""
     grid = Grid(30, 21)
     x = torch.randn(grid[:3])
     coding = torch.stack([torch.zeros(21), torch.ones(21), torch.zeros(21)])
@@ -415,6 +415,6 @@ def test_each_kernel_has_a_cache_of_its_own(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_kernels_allocate_nothing(make, monkeypatch):
-    """What fails in them is swallowed, and nothing else in them can fail."""
-    monkeypatch.setattr(loops, "callback", numba.cfunc)  # without a cache: what comes from there has no text to look at
+    """Errors in these functions are swallowed, so the functions must not be able to fail in other ways."""
+    monkeypatch.setattr(loops, "callback", numba.cfunc)  # without a cache: cached functions have no text to look at
     assert "NRT_Allocate" not in make("float32").inspect_llvm()

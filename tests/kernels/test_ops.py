@@ -1,4 +1,4 @@
-"""The operators fewbit::encode and fewbit::decode, and what records or skips them: make_fx, fake tensors, export, fx."""
+"""The operators fewbit::encode and fewbit::decode, and tools that record or skip them: make_fx, fake tensors, export, fx."""
 
 import oracles
 import pytest
@@ -10,7 +10,7 @@ from fewbit import packing, resolve
 from fewbit.errors import InputError
 from fewbit.kernels import ops  # noqa: F401  it registers the operators
 
-# torch's own: export asks each input that is no leaf for its .grad
+# from torch: export reads .grad of each input that is not a leaf
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 
 

@@ -1,4 +1,4 @@
-"""Backward of LSTMs compiled by numba against the same in torch operations, which tests of gradients hold against torch."""
+"""Backward of LSTMs compiled by numba, compared with torch operations. Tests of gradients compare these with torch's LSTM."""
 
 import numba
 import pytest
@@ -71,7 +71,7 @@ def test_large_ones_run_in_threads_and_give_the_same():
         found, *_ = recurrent_cpu.back_through_time(gates, *others, steps)
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(gates, one, rtol=1e-4, atol=1e-5)  # products of several threads round otherwise
+    torch.testing.assert_close(gates, one, rtol=1e-4, atol=1e-5)  # products on several threads round differently
     for each, true in zip(found, expected, strict=True):
         torch.testing.assert_close(each, true, rtol=1e-4, atol=1e-5)
 
@@ -121,6 +121,6 @@ def test_each_kernel_has_a_cache_of_its_own(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_kernels_allocate_nothing(make, monkeypatch):
-    """What fails in them is swallowed, and nothing else in them can fail."""
-    monkeypatch.setattr(loops, "callback", numba.cfunc)  # without a cache: what comes from there has no text to look at
+    """Errors in these functions are swallowed, so the functions must not be able to fail in other ways."""
+    monkeypatch.setattr(loops, "callback", numba.cfunc)  # without a cache: cached functions have no text to look at
     assert "NRT_Allocate" not in make("float32").inspect_llvm()

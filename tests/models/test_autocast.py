@@ -1,4 +1,4 @@
-"""Whatever runs a model runs it under the autocast of who asks, and leaves nothing in its cache."""
+"""Functions that run a model do so under the caller's autocast, and leave nothing in its cache."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Adapters of PEFT on frozen models: what is kept, outputs, gradients of the adapters, and all that is done with adapters."""
+"""Adapters of PEFT on frozen models: what is kept, outputs, gradients of the adapters, and uses of adapters."""
 
 import importlib.util
 
@@ -12,7 +12,7 @@ from tools.studies import lora
 from tools.studies.huggingface import BATCH, CASES, TOKENS
 
 pytestmark = [
-    # PEFT asks models of transformers 5 by the name that those before it know alone
+    # PEFT uses a name that transformers 5 deprecates
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning"),
     # what torchao and bitsandbytes warn of when they are imported, and PEFT of torchao's weights: that they cannot be merged
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -79,7 +79,7 @@ def test_half_precision(precision):
 
 
 def test_dropouts_of_the_first_block_share_a_code():
-    """There nothing needs a gradient, and yet x is no batch that somebody holds."""
+    """There nothing needs a gradient, but x is not a batch that the caller holds."""
     report = fewbit.memory(lora.build("Llama", "LoRA, dropout", when="after"), batches("Llama", 1)[0])
     sizes = [each.bytes for each in report.storages if ".layers.0.self_attn.q_proj.lora_A" in each.savers[0].module]
     n = BATCH * TOKENS * 64
@@ -159,7 +159,7 @@ def test_adapters_learn_as_exact_ones_do():
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_chosen_layer_of_a_plain_network(when, tmp_path):
-    """A frozen base: its activations keep codes alone, and the adapters are trained, saved, loaded and merged."""
+    """A frozen base: its activations only keep codes, and the adapters are trained, saved, loaded and merged."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     def base():

@@ -1,4 +1,4 @@
-"""A model made ready in one call: what is coded, with how many bits, and what is said of it."""
+"""Preparing a model in one call: what is coded, with how many bits, and what the report says."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from fewbit.errors import DesignError, InputError
 
 
 class Classifier(nn.Module):
-    """Takes sequences and gives logits; the batch holds targets besides."""
+    """Takes sequences and gives logits. Batches also hold targets."""
 
     def __init__(self, width=32, classes=5):
         super().__init__()
@@ -49,7 +49,7 @@ def test_a_safe_model():
     assert done.peaks[1].bytes < done.peaks[0].bytes
     assert isinstance(found.head, fewbit.Linear)
     text = str(done)
-    assert "1.00 GiB is kept" in text
+    assert "1.00 GiB is met" in text
     assert "next: train" in text
     assert fewbit.fidelity(found, batches(), loss).level == "safe"
 
@@ -77,7 +77,7 @@ def test_a_budget_that_is_too_small():
 
 
 def test_blocks_are_recomputed_where_codes_alone_do_not_fit():
-    """Recomputed blocks count in the budget, and their gradients in the verdict."""
+    """Recomputed blocks count for the budget, and their gradients for the verdict."""
     found = model()
     report = fewbit.memory(found, batches()[0], loss_fn=loss)
     exact, coded = report.peak.bytes, report.plan().peak.bytes
@@ -90,7 +90,7 @@ def test_blocks_are_recomputed_where_codes_alone_do_not_fit():
 
 
 def test_a_model_that_looks_at_numbers():
-    """Fake tensors do not serve for it: there is no peak, and all else is there."""
+    """It does not run on fake tensors: there is no peak, but everything else."""
 
     class Looks(nn.Module):
         def __init__(self):
@@ -129,7 +129,7 @@ def test_a_model_in_which_nothing_pays():
     found = nn.Linear(4, 4)
     done = fewbit.prepare(found, [torch.randn(8, 4) for _ in range(2)], squares)
     assert type(found) is nn.Linear
-    assert "nothing in this model pays" in done.next_step
+    assert "coding pays nowhere in this model" in done.next_step
 
 
 def test_the_same_as_what_is_saved(tmp_path):

@@ -1,4 +1,4 @@
-"""What all reports share."""
+"""The parts that all reports share."""
 
 import csv
 import io

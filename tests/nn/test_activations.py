@@ -1,4 +1,4 @@
-"""The module drop-ins: torch's modules in every respect but the codes."""
+"""The coded activation modules: torch's modules in every respect except the codes."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ def module_of(record, **keywords):
 
 
 def gradient(module, x):
-    return gradient_at(lambda leaf: module(leaf * 1), x)  # which a module may overwrite
+    return gradient_at(lambda leaf: module(leaf * 1), x)  # a module may overwrite it
 
 
 def test_forward_gradient_and_class(record):

@@ -1,4 +1,4 @@
-"""Modules of exact codes: torch's own in all but what they keep."""
+"""Modules with exact codes: the same as torch's, except for what they keep."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""Pictures: what they show is checked here by their parts; how they look, by looking."""
+"""Pictures: the tests check their parts. How they look must be checked by eye."""
 
 import itertools
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from fewbit.record import from_callable
 
 
 def boxes_of_texts(figure):
-    """Where titles, axis labels and legends lie: (text, box) for each. Not tick labels: matplotlib has some beyond the axes."""
+    """The places of titles, axis labels and legends: (text, box) for each. Tick labels may lie outside."""
     FigureCanvasAgg(figure).draw()
     legends = [text for legend in figure.findobj(Legend) for text in legend.get_texts()]
     titles = [text for axis in figure.axes for text in (axis.title, axis._left_title, axis.xaxis.label, axis.yaxis.label)]
@@ -31,13 +31,13 @@ def boxes_of_texts(figure):
 
 
 def overlapping(texts):
-    """Pairs that lie on each other; arrows of annotations apart."""
+    """Pairs that overlap, without arrows of annotations."""
     boxes = [(text.get_text(), Text.get_window_extent(text)) for text in texts if text.get_visible() and text.get_text()]
     return [(a[0], b[0]) for a, b in itertools.combinations(boxes, 2) if a[1].overlaps(b[1])]
 
 
 def tick_labels(axis):
-    """Those of an axis that are drawn: matplotlib has some beyond its ends."""
+    """The drawn ticks of an axis: matplotlib has some beyond its ends."""
     low, high = sorted(axis.get_view_interval())
     ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
     return [tick.label1 for tick in ticks if low <= tick.get_loc() <= high]
@@ -84,7 +84,7 @@ def test_exact_tables_are_drawn_once():
     figure = plots.plot_tables(record, [fewbit.load_table("relu", bits) for bits in (1, 2, 3, 4)])
     check(figure)
     (axis,) = figure.axes
-    assert axis.get_title() == "exact with 1 bit: 2 levels, 2 intervals\nand so with more bits, not drawn"
+    assert axis.get_title() == "exact with 1 bit: 2 levels, 2 intervals\nalso exact with more bits, not drawn"
     assert "not drawn" not in plots.plot_tables(record, [fewbit.load_table("relu", 1)]).axes[0].get_title()
 
 
@@ -189,7 +189,7 @@ def test_ratios():
             np.testing.assert_allclose(ends, [point[2:] for point in points])
         assert [1.0, 1.0] in [list(line.get_ydata()) for line in axis.get_lines()]
     assert [label.get_text() for label in figure.axes[3].get_xticklabels()] == ["$2^{10}$", "$2^{20}$"]
-    assert figure.axes[0].get_ylabel() == "time over exact's"
+    assert figure.axes[0].get_ylabel() == "time, exact = 1"
 
 
 def test_ratios_of_one_odd_size():
@@ -201,7 +201,7 @@ def test_ratios_of_one_odd_size():
 
 
 def test_many_sizes_and_a_wild_spread():
-    """Labels keep apart, and spreads do not set the scale."""
+    """Labels do not overlap, and spreads do not set the scale."""
     sizes = [1000, 1200, 90_000, 100_000, 120_000, 1_000_000, 1_100_000]
     points = [(size, 1.1, 0.01, 50.0) for size in sizes]
     figure = plots.plot_ratios({f"{name}, float32": {"3 bits": points} for name in ("gelu", "silu", "tanh")}, 3, "cpu")
@@ -244,7 +244,7 @@ def test_memory_of_many_modules():
     top, bottom = figure.axes
     labels = [label.get_text() for label in bottom.get_yticklabels()]
     assert labels[:2] == list(MANY)[:2]
-    assert len(labels) < 12  # all others are too small to be seen
+    assert len(labels) < 12  # all others are too small to be visible
     assert [text.get_text() for text in top.texts] == [str(sum(sum(bars["exact"].values()) for bars in MANY.values()))]
 
 
@@ -316,7 +316,7 @@ def test_frontier(uniform):
 
 @pytest.mark.parametrize("name", ["a$_{b", "$\\frac$", "$a_{b}$", "\x1b[2J", "_", "a\\$b$c", "ä\n"])
 def test_names_are_no_formulas(name, tmp_path):
-    """Of modules, operations and activations: matplotlib would take what stands between two $ for a formula."""
+    """Names of modules, operations and activations: matplotlib would set text between two $ as a formula."""
     record = from_callable(torch.tanh, name=f"{name}$")
     figures = (
         plot_memory({f"{name}${name}": {"": {name: 3}}}, {name: f"{name}$"}, f"{name} $", str),

@@ -1,4 +1,4 @@
-"""tools/fuzz: networks come again by their seed, what is wrong is found and made small, and nothing is wrong."""
+"""tools/fuzz: a seed always gives the same network; failures are found and made small; and there are none."""
 
 import copy
 import os
@@ -16,7 +16,7 @@ from tools.fuzz.check import Judge, Way
 from tools.fuzz.isolated import Death, isolated
 from tools.fuzz.networks import Chain, Network, network
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, of what random networks do
+pytestmark = pytest.mark.filterwarnings("ignore")  # from torch, about random networks
 MLP = Chain(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4))
 CONVERTED = Way("convert", 8)
 
@@ -110,7 +110,7 @@ def test_ten_networks(seed):
     assert account(seed, shrink=False).failures == []
 
 
-# What still fails, each to be mended and taken out: nothing else may
+# Known failures. Each must be fixed and removed from here; no others are allowed
 KNOWN = {
     1000353: "a constant through a batch norm: 1e-13 where the gradient is 0",
     1000271: "bfloat16 gradients of a convolution differ from run to run, without codes too",
@@ -119,7 +119,7 @@ KNOWN = {
 
 
 def with_new_pieces(seeds):
-    """Those whose network has a piece that those before it had in no dtype, or in one other."""
+    """Networks with a piece that earlier networks had in no dtype, or in only one other."""
     seen = defaultdict(set)
     for seed in seeds:
         net = network(seed)
@@ -133,7 +133,7 @@ def with_new_pieces(seeds):
 @pytest.mark.slow
 @pytest.mark.long
 def test_each_piece_in_two_dtypes():
-    """A fifth of a thousand networks, drawn in a few seconds; `python -m tools.fuzz 1000 --first 1000000` runs them all."""
+    """A fifth of a thousand networks, drawn in a few seconds. `python -m tools.fuzz 1000 --first 1000000` runs them all."""
     seeds = {*with_new_pieces(range(1000000, 1001000)), *KNOWN}
     assert len(seeds) > 150
     results = dict(isolated(account, sorted(seeds), 2))
@@ -142,7 +142,7 @@ def test_each_piece_in_two_dtypes():
     assert {seed: result for seed, result in failed.items() if seed not in KNOWN} == {}
 
 
-TURNS = {  # eager, each shape in each mode by each way, in three dtypes; compiled, in each mode, and by each way
+TURNS = {  # eager: each shape in each mode and each way, in three dtypes; compiled: in each mode and each way
     "eager": ["--turns", "4"],
     "compiled": ["--turns", "2", "--compiled", "--dtypes", "float32"],
 }

@@ -1,4 +1,4 @@
-"""tools/results: each file says what it was measured with, and README.md and docs/ print the figures that stand there."""
+"""tools/results: each file names its versions and date, and README.md and docs/ print its figures."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tools.studies import final_loss
 from tools.studies.reviewers import architectures, batches, comparison, verdicts
 
 ROOT = Path(__file__).parents[2]
-# beside them lie the pictures that studies draw
+# pictures of studies are in the same folder
 FILES = sorted((ROOT / "tools" / "results").glob("*.json"))
 TEXT = " ".join(map(words, (README, *PAGES)))
 BITS = range(1, 5)
@@ -26,7 +26,7 @@ def read(name):
 
 
 def at(results, path):
-    """What stands at a path such as "128/float32, exact/total", or what a function makes of the results."""
+    """The value at a path such as "128/float32, exact/total", or what a function computes from the results."""
     if callable(path):
         return path(results)
     for key in path.split("/"):
@@ -35,7 +35,7 @@ def at(results, path):
 
 
 def behind(label):
-    """By how many percent the models' last losses are behind those of the exact ones at most, but for ResNet's."""
+    """The largest percentage by which models' last losses are behind those of exact ones, without ResNet."""
     return lambda results: max(lag(each, label) for name, each in results["models"].items() if name != "ResNet")
 
 
@@ -81,7 +81,7 @@ def ratio(above, below):
 
 
 def final_loss_above_exact(label):
-    """Percent, on average over the orders of batches."""
+    """Percent, averaged over the orders of batches."""
 
     def above(results):
         found = final_loss.distance(results["runs"], label)
@@ -92,13 +92,13 @@ def final_loss_above_exact(label):
 
 
 def worst_held_out(results):
-    """Percent between the held-out losses of coded and exact training, at most."""
+    """The largest difference in percent between the held-out losses of coded and exact training."""
     exact = results["exact"]["held_out"]
     return max(100 * abs(each["held_out"] / exact - 1) for each in results.values())
 
 
 def of_architectures(count):
-    """Of each number of bits what `count` makes of (distance, spread) of all networks."""
+    """For each number of bits, `count` of the (distance, spread) of all networks."""
 
     def found(bits):
         def of(results):
@@ -111,7 +111,7 @@ def of_architectures(count):
 
 
 def count_of_noise(found):
-    """How many of (distance, spread) are no farther above exact than exact runs differ."""
+    """How many of (distance, spread) are not farther above exact than exact runs differ."""
     return sum(comparison.is_noise(*each) for each in found)
 
 
@@ -129,7 +129,7 @@ def of_level(level):
 
 
 def verdict_of(task, key, times=1):
-    """What `fidelity` says of a network at 4 bits."""
+    """The verdict of `fidelity` on a network at 4 bits."""
 
     def found(results):
         (run,) = (each for each in results["runs"] if each["task"] == task)
@@ -139,7 +139,7 @@ def verdict_of(task, key, times=1):
 
 
 def of_lora(count):
-    """What `count` makes of the figures of all models, bases, adapters and times when these are attached."""
+    """`count` of the figures of all models, bases, adapters and orders of attaching."""
 
     def found(results):
         return count([each for bases in results.values() for ways in bases.values() for each in ways.values()])
@@ -154,16 +154,16 @@ RECURRENT = "LSTM", "GRU", "RNN, tanh"
 
 
 def of_batches(results, label):
-    """The largest batches in one way over those of exact steps."""
+    """The largest batches in one way, relative to those of exact steps."""
     return [each[label] / each["exact"] for each in batches.by_case(results["runs"]).values()]
 
 
 def of_others(results):
-    """The ratios of times of all but LSTMs."""
+    """The ratios of times, without LSTMs."""
     return [each["ratio"] for kind, sizes in results["time"].items() if kind != "LSTM" for each in sizes.values()]
 
 
-# what README.md and docs/ print, with a place and its rounding for each figure; the file; and the figures' paths in it
+# texts of README.md and docs/, with a place and its rounding for each figure; the file; and the figures' paths in it
 QUOTED = [
     *(
         (

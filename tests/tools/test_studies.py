@@ -1,4 +1,4 @@
-"""tools/studies: what they share, on cases whose answer is known, and each study at a tiny size."""
+"""tools/studies: shared functions in cases with known answers, and each study at a tiny size."""
 
 import doctest
 import io
@@ -36,7 +36,7 @@ from tools.studies import (
 
 @pytest.fixture
 def screen():
-    """A console to print to; str() of its file is what was printed."""
+    """A console to print to. str() of its file is what was printed."""
     return Console(file=io.StringIO(), width=120)
 
 
@@ -47,12 +47,12 @@ def printed(console):
 class TestKeptBytes:
     def test_each_storage_once_without_parameters_and_batch(self):
         model, x = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), torch.randn(4, 8)
-        assert common.kept_bytes(model, x) == 2 * 4 * 4 * 16  # GELU's input and its output, which the last layer keeps
+        assert common.kept_bytes(model, x) == 2 * 4 * 4 * 16  # GELU's input, and its output, which the last layer keeps
         assert common.kept_bytes(model, {"input": x}) == 2 * 4 * 4 * 16
 
     def test_code_tables_do_not_count(self):
         model, x = fewbit.convert(nn.Sequential(nn.Linear(8, 16), nn.GELU()), bits={"activation": 4}), torch.randn(512, 8)
-        for call in (model, torch.compile(model, backend="aot_eager")):  # whose graph keeps the levels
+        for call in (model, torch.compile(model, backend="aot_eager")):  # its graph keeps the levels
             assert common.kept_bytes(call, x) == 512 * 16 // 2 + 1  # with the number of the rung
 
     def test_is_what_fewbit_counts(self):
@@ -144,7 +144,7 @@ def test_results_are_written_under_a_stamp(tmp_path, capsys):
         "threads": torch.get_num_threads(),
         "results": {"a": 1},
     }
-    assert abs((date.today() - date.fromisoformat(found["date"])).days) <= 1  # midnight may have come between
+    assert abs((date.today() - date.fromisoformat(found["date"])).days) <= 1  # midnight may have passed in between
     assert "some.json" in capsys.readouterr().out
 
 
@@ -322,7 +322,7 @@ class TestRecurrent:
 
 
 @pytest.mark.slow
-# PEFT asks models of transformers 5 by the name that those before it know alone
+# PEFT uses a name that transformers 5 deprecates
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 def test_lora(screen, monkeypatch):
     monkeypatch.setattr(lora, "ADAPTERS", {"LoRA, dropout": lora.ADAPTERS["LoRA, dropout"]})

@@ -1,4 +1,4 @@
-"""tools/studies/zoo: models whose figures are known, one that fails, and what is told of them."""
+"""tools/studies/zoo: models with known figures, one that fails, and the report on them."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ class Hidden(nn.Module):
 
 
 class Forgetful(nn.Linear):
-    """Its copies say something else."""
+    """A module whose copies give another output."""
 
     def __deepcopy__(self, memo):
         copied = Forgetful(self.in_features, self.out_features)
@@ -40,7 +40,7 @@ class Forgetful(nn.Linear):
 
 
 class Broken(nn.Module):
-    """Raises once converted."""
+    """A module that raises once it is converted."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ def test_models_written_out(screen):
     assert found["summary"]["failures"] == 0
     assert found["summary"]["not the same"] == []
     assert all(0 < report.ratio(row) < 1 for row in found["models"].values())
-    assert sum(each["share"] for each in found["left"].values()) == pytest.approx(1, abs=1e-3)  # but for rounding
+    assert sum(each["share"] for each in found["left"].values()) == pytest.approx(1, abs=1e-3)  # up to rounding
     assert "Sin" in found["models"]["SIREN"]["left"]
 
 

@@ -1,1 +1,1 @@
-"""Random networks, exact and coded side by side: `python -m tools.fuzz 1000`, see `__main__.py`."""
+"""Compare random networks, exact and coded: `python -m tools.fuzz 1000`, see `__main__.py`."""

@@ -1,10 +1,10 @@
-"""Run random networks exact and coded, and tell what differs: `python -m tools.fuzz 1000 --first 0 --processes 2`.
+"""Run random networks exact and coded, and print what differs: `python -m tools.fuzz 1000 --first 0 --processes 2`.
 
-python -m tools.fuzz 1000              # a thousand networks; the seeds of what failed, by kind, and the smallest such network
-python -m tools.fuzz --seed 271        # one network again, with all that is known of its failures
-python -m tools.fuzz 1000 --quantiles  # by how many times its scale a gradient errs, see check.py
+python -m tools.fuzz 1000              # a thousand networks; for each kind of failure the seeds and the smallest such network
+python -m tools.fuzz --seed 271        # one network again, with all details of its failures
+python -m tools.fuzz 1000 --quantiles  # quantiles of the errors of gradients, as multiples of their scale, see check.py
 
-The exit status is 1 where something failed.
+The exit status is 1 if something failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tools.fuzz.networks import network
 
 
 def tell(results: Iterable[tuple[int, Account | Death]]) -> int:
-    """Print what came of all networks, or of those that were done when the user lost patience; the number that failed."""
+    """Print the results of all networks, or of those that had run before an interrupt. Returns how many failed."""
     outcomes, kinds, ratios, failed, runs, coded = Counter(), defaultdict(list), defaultdict(list), 0, 0, 0
     for seed, result in _until_interrupted(results):
         if isinstance(result, Death):
@@ -46,7 +46,7 @@ def tell(results: Iterable[tuple[int, Account | Death]]) -> int:
     screen = terminal.console(at_least=160)
     for name, number in outcomes.most_common():
         screen.print(f"{number:7d} networks, {name}")
-    screen.print(f"{runs:7d} coded runs, {coded} of them with other gradients than exact")
+    screen.print(f"{runs:7d} coded runs; in {coded} of them gradients differ from exact ones")
     screen.print(f"{failed:7d} of {sum(outcomes.values())} networks failed")
     for kind, found in sorted(kinds.items(), key=lambda each: -len(each[1])):
         seed, how, detail, smallest = min(found, key=lambda each: len(each[-1]))
@@ -64,7 +64,7 @@ def _until_interrupted(results: Iterable[Any]) -> Iterator[Any]:
 
 
 def quantiles(ratios: dict[int, list[float]]) -> Table:
-    """By bits how many times its scale a gradient errs."""
+    """Quantiles of the errors of gradients, as multiples of their scale, for each number of bits."""
     levels = (0.5, 0.9, 0.99, 0.999, 1.0)
     view = terminal.table(("bits",), ("gradients", *(f"{each:.1%}" for each in levels)))
     for bits, found in sorted(ratios.items()):
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="run this network alone, in this process")
     parser.add_argument("--device", default="cpu", help="where they run (%(default)s)")
     parser.add_argument("--quantiles", action="store_true", help="measure how far gradients err")
-    parser.add_argument("--whole", action="store_true", help="show networks as drawn, not the smallest that fail")
+    parser.add_argument("--whole", action="store_true", help="show networks as drawn, not the smallest ones that fail")
     given = parser.parse_args(arguments)
     run = partial(account, measure=given.quantiles, shrink=not given.whole, device=given.device)
     if given.seed is not None:

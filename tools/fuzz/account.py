@@ -1,4 +1,4 @@
-"""What came of one network: its failures, each with the smallest network that fails alike."""
+"""The result of one network: its failures, each with the smallest network that fails in the same way."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tools.fuzz.networks import Network, network
 
 
 class Account(NamedTuple):
-    """What came of a network."""
+    """The result of a network."""
 
-    exact: str  # what the exact network did
+    exact: str  # how far the exact network came
     runs: int
     coded: int  # runs in which some gradient came from codes
-    failures: list[tuple[Way, Failure, str]]  # one of each kind, in the smallest network that was found to fail so
+    failures: list[tuple[Way, Failure, str]]  # one of each kind, with the smallest network found that fails so
     ratios: list[tuple[int, float]]
 
 
 def account(seed: int, measure: bool = False, shrink: bool = True, device: str = "cpu") -> Account:
-    """Run the network of a seed, coded in all its ways, on a device."""
+    """Run the network of a seed on a device, coded in all its ways."""
     silence_torch()
     judge, found, tried = Judge(network(seed).on(device), measure), [], list(ways(seed))
     for way in tried:
@@ -37,7 +37,7 @@ def account(seed: int, measure: bool = False, shrink: bool = True, device: str =
 
 
 def shrunk(net: Network, way: Way, failure: Failure) -> tuple[Network, Failure]:
-    """A network with fewer pieces that fails in the same way, and how."""
+    """A network with fewer pieces that fails in the same way, and its failure."""
     for smaller in _without_one(net.module):
         less = replace(net, module=smaller)
         for each in Judge(less).failures(way):
@@ -47,7 +47,7 @@ def shrunk(net: Network, way: Way, failure: Failure) -> tuple[Network, Failure]:
 
 
 def _without_one(module: nn.Module) -> Iterator[nn.Module]:
-    """The module with one piece left out, or with one of its parts in its place."""
+    """Modules with one piece left out, and the module's parts by themselves."""
     parts = module._modules
     for name, part in parts.items():
         if part is not None:
@@ -60,7 +60,7 @@ def _without_one(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _with(module: nn.Module, parts: dict[str, nn.Module | None]) -> nn.Module:
-    """A module like this one, of these parts."""
+    """A module like this one, made of these parts."""
     other = type(module).__new__(type(module))
     other.__dict__ = {**vars(module), "_modules": parts}
     return other

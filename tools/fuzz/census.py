@@ -1,9 +1,9 @@
-"""Every layer and activation on empty inputs and inputs of size 1, exact and coded: `python -m tools.fuzz.census`.
+"""Run every layer and activation on empty inputs and inputs of size 1, exact and coded: `python -m tools.fuzz.census`.
 
-For each of them, dtype, mode and way to code, all shapes that come of setting dimensions to 0 and to 1; compiled, one dimension
-at a time. What torch gives counts: the same outputs and state, bit for bit, the same kind of exception, gradients that are NaN
-or infinite in the same places, those of empty inputs the same, and others near the exact ones. Each group runs in a process of
-its own, which may die. The exit status is 1 where anything differs.
+Each layer runs in every dtype, mode and way to code, on all shapes in which some dimensions are set to 0 or 1; in compiled code
+one dimension at a time. The coded run must agree with torch: the same outputs and state, bit for bit; the same kind of
+exception; and gradients that are NaN or infinite in the same places. Gradients of empty inputs must be the same, others near
+the exact ones. Each group runs in a process of its own, which may die. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tools.fuzz.isolated import Death, isolated, silence_torch
 from tools.fuzz.networks import Network
 
 WAYS = (Way("convert", 8), Way("patch", 8))
-NEAR = 0.1  # the most that a gradient may err, beside 1 and itself
+NEAR = 0.1  # the largest error of a gradient, absolute or relative
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear": (lambda: nn.Linear(4, 3), (2, 3, 4)),
@@ -80,7 +80,7 @@ class Group(NamedTuple):
 
 
 def groups(compiled: bool, dtypes: Iterable[str], turns: int = 1) -> Iterator[Group]:
-    """All of them; where there are more turns than one, each with the shapes whose turn it is, and the next with others."""
+    """All groups. With several turns, a group has only every so many-th of the shapes, and the next group has other ones."""
     for (i, way), layer, (j, dtype), training in itertools.product(enumerate(WAYS), LAYERS, enumerate(dtypes), (True, False)):
         base = LAYERS[layer][1]
         shapes = list(itertools.product(*({size, 0, 1} for size in base)))
@@ -91,7 +91,7 @@ def groups(compiled: bool, dtypes: Iterable[str], turns: int = 1) -> Iterator[Gr
 
 
 def differences(group: Group) -> list[str]:
-    """Of each shape what differs."""
+    """The differences, for each shape."""
     silence_torch()
     return [f"{list(shape)}: {each}" for shape in group.shapes for each in _differences_at(group, shape)]
 
@@ -108,7 +108,8 @@ def _differences_at(group: Group, shape: tuple[int, ...]) -> Iterator[str]:
 
 
 def compared(exact: Outcome, coded: Outcome, empty: bool, compiled: bool) -> Iterator[str]:
-    """What differs between them. Compilers wrap exceptions, now and then: there only whether there is one counts."""
+    """The differences of two outcomes. Compilers sometimes wrap exceptions, so in compiled code it only counts whether there is
+    one."""
     if (exact.error is None) != (coded.error is None) if compiled else type(exact.error) is not type(coded.error):
         yield f"{_words(coded.error)}, exact {_words(exact.error)}"
     if exact.y is None or coded.y is None:
@@ -124,11 +125,11 @@ def compared(exact: Outcome, coded: Outcome, empty: bool, compiled: bool) -> Ite
     for name, grad in exact.gradients.items():
         other = coded.gradients[name]
         if grad.shape != other.shape or grad.dtype != other.dtype:
-            yield f"gradient of {name}: another shape or dtype"
+            yield f"gradient of {name}: other shape or dtype"
         elif not torch.equal(grad.isnan(), other.isnan()) or not torch.equal(grad.isinf(), other.isinf()):
-            yield f"gradient of {name}: NaN or infinite elsewhere"
+            yield f"gradient of {name}: NaN or infinite in other places"
         elif empty and not same(grad, other):
-            yield f"gradient of {name}: another"
+            yield f"gradient of {name}: other numbers"
         elif not empty and ((grad - other).abs() > NEAR * (1 + grad.abs())).any():
             yield f"gradient of {name}: off by {(grad - other).abs().max():.3g}"
 
@@ -142,9 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.fuzz.census", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--compiled", action="store_true", help="compiled code, of fewer shapes")
+    parser.add_argument("--compiled", action="store_true", help="compiled code, with fewer shapes")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--turns", type=int, default=1, help="a group runs one shape of so many, the next group another")
+    parser.add_argument("--turns", type=int, default=1, help="a group runs one of so many shapes, the next group another")
     parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args(arguments)
     chosen = [*groups(given.compiled, given.dtypes.split(","), given.turns)]

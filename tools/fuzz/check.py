@@ -1,22 +1,22 @@
-"""A network exact and coded: what has to be the same, and how far gradients may be from the exact ones.
+"""Compare a network exact and coded: what must be the same, and how far gradients may be from the exact ones.
 
-**The bound of gradients.** How much the error of a code matters to a gradient depends on the network: behind a batch norm the
-gradient of a bias is zero by cancellation, and any error is infinite beside it. So each gradient is compared with what noise of
-the same size does to it. The exact network runs again with every tensor that torch keeps for backward multiplied by 1 + δ n,
-where n is standard normal noise and δ the error of a code of so many bits for a normal number (60 % at 1 bit, 34 %, 19 %,
-9.7 %, 5 %, 2.5 %, 1.3 %, 0.6 % at 8), or the resolution of the dtype, if that is more. Tables of activations are for standard
-normal inputs, whatever comes; so δ n is added besides to an activation's derivative and to its output where that is kept. The
-gradient that comes in gets noise of the dtype's resolution alone. The root mean square of how far all that leads a gradient g
-astray, plus δ |g|, is its `scale`: it knows of cancellation, of depth and of every layer, and nothing of fewbit. A coded
-gradient may err by `BOUNDS[bits]` times its scale.
+**The bound of gradients.** How much the error of a code matters to a gradient depends on the network. For example, the gradient
+of a bias before a batch norm is zero by cancellation, so any relative error of it is infinite. Each gradient is therefore
+compared with the effect of noise of the same size. The exact network runs again, and every tensor that torch keeps for backward
+is multiplied by 1 + δ n. n is standard normal noise. δ is the error of a code of so many bits for a normal number (60 % at 1
+bit, 34 %, 19 %, 9.7 %, 5 %, 2.5 %, 1.3 %, 0.6 % at 8), or the resolution of the dtype, if that is larger. Tables of activations
+are made for standard normal inputs, whatever the inputs are. So δ n is also added to an activation's derivative, and to its
+output if that is kept. The incoming gradient only gets noise of the dtype's resolution. The `scale` of a gradient g is the root
+mean square of the change that all this noise makes, plus δ |g|. It accounts for cancellation, depth and every layer, and does
+not depend on fewbit. The error of a coded gradient may be `BOUNDS[bits]` times its scale.
 
-Errors of codes have no noise's luck: they are the same for equal numbers, so that where many numbers are equal they add up
-where noise averages out. `python -m tools.fuzz --quantiles` prints by how many times their scale gradients err: at all bits
-0.1 to 0.3 times at the median and about once for the worst in a hundred, where nothing is wrong; where something is, thousands
-of times. From that the bounds were taken.
+Errors of codes are the same for equal numbers. So if many numbers are equal, these errors add up where noise averages out.
+`python -m tools.fuzz --quantiles` prints the errors of gradients as multiples of their scale. If nothing is wrong, they are 0.1
+to 0.3 at the median and about 1 for the worst in a hundred, at all bits. If something is wrong, they are in the thousands. The
+bounds were chosen from these figures.
 
-Where the kind "linear" alone is coded, only weights of linear layers and convolutions may differ by more than rounding: all
-other gradients are held to the scale of δ = 0.
+If only the kind "linear" is coded, then only gradients of weights of linear layers and convolutions may differ by more than
+rounding. All other gradients are compared with the scale of δ = 0.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ from tools.fuzz.noise import noise_of, noisy
 
 Tensor = torch.Tensor
 
-BOUNDS = {0: 200.0, **dict.fromkeys(range(1, 9), 20.0)}  # times the scale, by bits; at 0 nothing but rounding may differ
-NEGLIGIBLE = 1e-15  # an error that is none beside gradients of size 1, as those that come in are
+BOUNDS = {0: 200.0, **dict.fromkeys(range(1, 9), 20.0)}  # bits -> multiple of the scale; at 0 bits only rounding may differ
+NEGLIGIBLE = 1e-15  # a negligible error, since incoming gradients have size 1
 NOISES = 3  # runs with noise
 PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 @dataclass
 class Outcome:
-    """What a pass left."""
+    """The result of a pass."""
 
     error: BaseException | None = None
     passed: str = "nothing"  # how far it came: nothing, forward, backward
     y: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)  # parameters, buffers, the input, and the state of random numbers
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    kept: int = 0  # bytes, for backward, that are neither parameters nor buffers
-    tensors: int = 0  # in which they lie
+    kept: int = 0  # bytes kept for backward, without parameters and buffers
+    tensors: int = 0  # how many tensors hold these bytes
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that should not be.
+    """One thing that is wrong.
 
-    kind    what, in words that many failures share
-    detail  the rest
+    kind    words that many failures share
+    detail  words for this failure only
     """
 
     kind: str
@@ -86,14 +86,14 @@ class Way:
         return self.bits if isinstance(self.bits, int) else min(self.bits.values())
 
     def outcome(self, net: Network, module: nn.Module) -> Outcome:
-        """Of the network with this module, an exact one, which `convert` changes."""
+        """The outcome of the network with this exact module. `convert` changes the module."""
         if self.by == "patch":
             return run(net, module, lambda: fewbit.patch(self.bits), compiled=self.compiled)
         return run(net, fewbit.convert(module, self.bits), compiled=self.compiled)
 
 
 def ways(seed: int) -> Iterator[Way]:
-    """How the network of that seed is to be coded."""
+    """The ways in which the network of that seed is coded."""
     draw = Draw(seed + 1_000_003)
     for by in ("convert", "patch"):
         bits: Any = draw.randint(1, 8)
@@ -112,10 +112,10 @@ def run(
     noise: tuple[int, float] | None = None,
     compiled: bool = False,
 ) -> Outcome:
-    """A forward and a backward pass.
+    """Run a forward and a backward pass.
 
     around   the context of both
-    noise    a seed and δ: noise in what is kept for backward
+    noise    a seed and δ, for noise in what is kept for backward
     """
     found, x = Outcome(), net.x.clone().requires_grad_(net.needs)
     module.zero_grad()
@@ -145,7 +145,7 @@ def run(
 
 
 def _incoming(net: Network, y: Tensor, noise: tuple[int, float] | None) -> Tensor:
-    """The gradient that comes in, random; with noise of the dtype's resolution, where there is any."""
+    """The incoming gradient, which is random. It gets noise of the dtype's resolution if there is noise."""
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(net.seed)).to(y)
     if noise is None:
         return grad
@@ -153,37 +153,37 @@ def _incoming(net: Network, y: Tensor, noise: tuple[int, float] | None) -> Tenso
 
 
 def _resolution(net: Network) -> float:
-    """Of the coarsest dtype that the network computes in."""
+    """The resolution of the coarsest dtype that the network computes in."""
     casts = any(isinstance(each, Autocast) for each in net.module.modules())
     return torch.finfo(torch.bfloat16 if casts else net.x.dtype).eps
 
 
 def bytes_allowed(exact: Outcome) -> float:
-    """Of a network whose kinds are all coded. Each code is padded by up to 512 bytes; and where rows or channels are a few
-    numbers long, as here they often are, their statistics cost more than codes save."""
+    """The bytes that a network may keep if all kinds are coded. Each code is padded by up to 512 bytes. Rows and channels are
+    often only a few numbers long here, and then their statistics take more than codes save."""
     return 1.125 * exact.kept + 1024 * (exact.tensors + 1)
 
 
 class Judge:
-    """Knows the exact run of a network, and what noise does to its gradients."""
+    """Judges coded runs of a network. It knows the exact run, and the effect of noise on the gradients."""
 
     def __init__(self, net: Network, measure: bool = False):
-        """measure: find the scale of each gradient, also of those that err so little that none is needed"""
+        """measure: find the scale of each gradient, even if its error is so small that no scale is needed"""
         self.net, self.measure = net, measure
         self.exact = self.run_exact()
         self.scales: dict[float, dict[str, float] | None] = {}
-        self.ratios: list[tuple[int, float]] = []  # by how many times its scale a gradient errs, with the bits
+        self.ratios: list[tuple[int, float]] = []  # bits, and the error of a gradient as a multiple of its scale
         self.coded = 0  # runs in which some gradient came from codes
 
     def run_exact(self, **options: Any) -> Outcome:
         module = copy.deepcopy(self.net.module)
         for each in module.modules():
-            if isinstance(each, Checkpoint) and "noise" in options:  # what it runs again in backward would get no noise
+            if isinstance(each, Checkpoint) and "noise" in options:  # when it runs again in backward, nothing would get noise
                 each.active = False
         return run(self.net, module, **options)
 
     def scale(self, size: float) -> dict[str, float] | None:
-        """By name how far noise of this size leads each gradient astray; None where that cannot be said."""
+        """Name -> how far noise of this size moves each gradient; None if that cannot be found."""
         if size not in self.scales:
             runs = [self.run_exact(noise=(seed, size)) for seed in range(NOISES)]
             found: dict[str, float] | None = {}
@@ -198,7 +198,7 @@ class Judge:
         return self.scales[size]
 
     def failures(self, way: Way) -> list[Failure]:
-        """What fails where the network is coded this way."""
+        """The failures of the network, coded in this way."""
         exact, module = self.exact, copy.deepcopy(self.net.module)
         if way.compiled:
             torch.compiler.reset()
@@ -210,7 +210,7 @@ class Judge:
         return found
 
     def reverted(self, module: nn.Module) -> Iterator[Failure]:
-        """Whether `revert` gives back the exact model. Its state is that after one pass."""
+        """Failures if `revert` does not give back the exact model. The model's state is that after one pass."""
         exact = copy.deepcopy(self.net.module)
         fewbit.revert(module).load_state_dict(exact.state_dict())
         if [type(each) for each in module.modules()] != [type(each) for each in exact.modules()]:
@@ -222,13 +222,13 @@ class Judge:
                 return
 
     def compare(self, way: Way, exact: Outcome, coded: Outcome) -> Iterator[Failure]:
-        """What differs that may not."""
+        """The differences that are not allowed."""
         if exact.error is not None or coded.error is not None:
             stage = {"nothing": "forward", "forward": "backward", "backward": "after"}[coded.passed]
             if exact.error is None:
                 yield Failure(f"{stage} raises {type(coded.error).__name__}: {_first_words(coded.error)}")
             elif coded.error is None:
-                # in backward, which compilers trace in the forward pass, a tensor that codes replace may have been overwritten
+                # codes may replace a tensor that was overwritten; compilers trace backward in the forward pass
                 if exact.passed == "nothing" and not way.compiled:
                     yield Failure(f"{stage} raises nothing, exact {type(exact.error).__name__}: {_first_words(exact.error)}")
             elif not isinstance(coded.error, type(exact.error)):
@@ -288,7 +288,8 @@ class Judge:
                 yield Failure(kind, f"{name}: {error:.3g}, {ratio:.3g} times its scale, norm {norm:.3g}")
 
     def _is_exact(self, way: Way, name: str) -> bool:
-        """Whether the contract says so: with the kind "linear" alone, all but the weights of linear layers and convolutions."""
+        """Whether the gradient must be exact. With only the kind "linear", this holds for all gradients except those of weights
+        of linear layers and convolutions."""
         if way.bits != {"linear": way.fewest}:
             return False
         if name == "the input":
@@ -299,12 +300,13 @@ class Judge:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, but that NaN is NaN."""
+    """Whether both have the same bits. Any NaN equals any other."""
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.nan_to_num(0.123), other.nan_to_num(0.123))
 
 
 def near(one: Tensor, other: Tensor) -> bool:
-    """To a few roundings of the largest: on CUDA devices activations are one unit in the last place from torch's at most."""
+    """Whether both agree to a few roundings of the largest number. On CUDA devices, activations may differ from torch's by one
+    unit in the last place."""
     if same(one, other):
         return True
     if (one.shape, one.dtype) != (other.shape, other.dtype) or not torch.equal(one.isfinite(), other.isfinite()):
@@ -316,12 +318,12 @@ def near(one: Tensor, other: Tensor) -> bool:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """Euclidean, over what is finite in `other`."""
+    """The Euclidean distance, over the places where `other` is finite."""
     finite = other.isfinite()
     return (torch.where(finite, one.double(), 0.0) - torch.where(finite, other.double(), 0.0)).norm().item()
 
 
 def _first_words(error: BaseException | None, words: int = 12) -> str:
-    """The start of the message, without the name of an activation or layer that fewbit puts first."""
+    """The first words of the message, without the name of an activation or layer with which fewbit begins it."""
     found = str(error).split()[:words]
     return " ".join(["…", *found[1:]] if isinstance(error, fewbit.FewbitError) else found)

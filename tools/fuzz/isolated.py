@@ -1,4 +1,4 @@
-"""A function of many items in processes of their own, which may die."""
+"""Run a function on many items in processes of their own, which may die."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-SECONDS = 300  # after which an item hangs
+SECONDS = 300  # an item that takes longer counts as hanging
 
 
 def silence_torch() -> None:
-    """No warnings of what random networks do, and no log of what does not compile."""
+    """Switch off warnings, which random networks cause, and the log of code that does not compile."""
     warnings.simplefilter("ignore")
     logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
 
 
 class Death(str):
-    """How a process ended, or what it raised, in place of a result."""
+    """Given instead of a result: how a process ended, or what it raised."""
 
 
 class _Worker:
@@ -41,7 +41,7 @@ class _Worker:
 
 
 def isolated(function: Callable[[Any], Any], items: Iterable[Any], processes: int) -> Iterator[tuple[Any, Any]]:
-    """Each item, as they come, with function(item), or with the Death of the process that ran it."""
+    """Each item, in the order of completion, with function(item) or with the Death of its process."""
     items, busy, workers = iter(items), {}, [_Worker(function) for _ in range(processes)]
 
     def give(worker: _Worker) -> None:

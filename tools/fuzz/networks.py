@@ -1,7 +1,7 @@
-"""Random networks, drawn from a seed: pieces that compose, a few lines each.
+"""Random networks, drawn from a seed. They are composed of pieces of a few lines each.
 
-A piece is drawn for the tensor that it is to read, and need not fit: `Draw.chain` runs each on the way, and draws another one
-where torch refuses it. So no piece has to know the rules of the others, and the networks reach what nobody thought of.
+A piece is drawn for the tensor that it will read, but need not fit. `Draw.chain` runs each piece at once, and draws another one
+if torch refuses it. So no piece needs to know the rules of the others, and networks arise that nobody would write.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Piece = Callable[["Draw", Tensor], nn.Module]
 
 
 def _texts(text: str) -> list[str]:
-    """What stands in the lines, two spaces apart."""
+    """The entries in the lines. Two spaces separate them."""
     return [each for line in text.strip().splitlines() for each in line.split("  ")]
 
 
-# without RReLU: checkpointed, torch's own gradient of it is what lay in memory
+# without RReLU: if it is checkpointed, torch's own gradient of it is uninitialized memory
 MODULES = _texts("""
 ReLU  GELU  SiLU  Sigmoid  Tanh  ELU  SELU  CELU  Softplus  Mish  Hardswish  Hardsigmoid  Hardtanh  ReLU6  LeakyReLU  LogSigmoid
 Softsign  Tanhshrink  Hardshrink  Softshrink  Softmax  PReLU  Softmin  Identity
@@ -71,7 +71,7 @@ REFUSALS = (
     IndexError,
     ArithmeticError,
     AssertionError,
-)  # what torch says to what does not fit
+)  # what torch raises for pieces that do not fit
 
 
 class Function(nn.Module):
@@ -106,7 +106,7 @@ class Residual(nn.Module):
 
 
 class Gate(nn.Module):
-    """What two readers of x give, joined by an expression of `a` and `b`."""
+    """Two chains that read x, and an expression of their outputs `a` and `b`."""
 
     def __init__(self, one: nn.Module, other: nn.Module, text: str):
         super().__init__()
@@ -121,7 +121,7 @@ class Gate(nn.Module):
 
 
 class Tied(nn.Module):
-    """A linear layer, and the way back by the same weight, as in autoencoders and language models."""
+    """A linear layer, and one back with the same weight, as in autoencoders and language models."""
 
     def __init__(self, linear: nn.Linear, between: nn.Module):
         super().__init__()
@@ -153,24 +153,24 @@ class Autocast(nn.Module):
 
 
 class Draw(random.Random):
-    """Decisions that a seed determines, and what was drawn before, to be used again."""
+    """Random decisions from a seed, and earlier pieces, to be used again."""
 
     def __init__(self, seed: int):
         super().__init__(seed)
         self.sizes = SCALES[self.choice(["small", "large"])]
-        self.odd = self.chance(0.15)  # whether sizes may be 0 and 1, and a piece may stay that torch refuses
+        self.odd = self.chance(0.15)  # whether sizes may be 0 and 1, and a piece that torch refuses may stay
         self.made: list[nn.Module] = []
-        self.left = 300  # pieces to try: those that consist of others would now and then not come to an end
+        self.left = 300  # pieces to try; without a limit, pieces that consist of others might never end
 
     def chance(self, probability: float) -> bool:
         return self.random() < probability
 
     def size(self) -> int:
-        """Of a dimension."""
+        """The size of a dimension."""
         return self.choice((0, 1, 1, 2)) if self.odd and self.chance(0.2) else self.choice(self.sizes)
 
     def chain(self, x: Tensor, longest: int = 3) -> tuple[Chain, Tensor]:
-        """Pieces that fit one behind the other, and what they make of x."""
+        """Pieces that fit one after the other, and their output for x."""
         found, goal, tries = Chain(), self.randint(1, longest), 0
         while len(found) < goal and tries < 8 * goal and self.left:
             tries, self.left = tries + 1, self.left - 1
@@ -183,7 +183,7 @@ class Draw(random.Random):
                     y = module(x.clone())
             except REFUSALS:
                 if self.odd and self.chance(0.02):
-                    found.append(module)  # in spite of that
+                    found.append(module)  # although torch refuses it
                     break
                 continue
             if y.numel() <= 1 << 15 and y.dim() <= 5 and y.is_floating_point() and (y.numel() or self.odd):
@@ -319,15 +319,15 @@ class Network:
     seed: int
     module: nn.Module
     x: Tensor
-    needs: bool  # whether a gradient of x is asked for
+    needs: bool  # whether x requires a gradient
     values: str  # one of INPUTS
 
     def on(self, device: str) -> Network:
-        """The same on a device."""
+        """The same network on a device."""
         return replace(self, module=self.module.to(device), x=self.x.to(device))
 
     def __str__(self) -> str:
-        """In a line, as small as it can be said."""
+        """The network on one line, as short as possible."""
         words = " ".join(repr(self.module).split()).replace("( ", "(").replace(" )", ")")
         mode = "" if self.module.training else ", eval"
         return f"{str(self.x.dtype)[6:]} {list(self.x.shape)} {self.values}{', needed' * self.needs}{mode}: {words}"
@@ -340,7 +340,7 @@ def network(seed: int, longest: int = 6) -> Network:
     dtype, values = draw.choice(DTYPES), draw.choice([*["normal"] * 6, *INPUTS])
     rank = draw.choice([1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5])
     shape = [draw.size() for _ in range(rank)]
-    shape[0] *= draw.choice([1, 4, 16])  # what is small is not coded
+    shape[0] *= draw.choice([1, 4, 16])  # small tensors are not coded
     while torch.Size(shape).numel() > 1 << 13:
         shape[draw.randrange(rank)] //= 2
     x = INPUTS[values](torch.randn(shape)).to(dtype)
@@ -350,7 +350,7 @@ def network(seed: int, longest: int = 6) -> Network:
 
 
 def _unsettle(draw: Draw, module: nn.Module) -> None:
-    """Train or eval, parts frozen, tied weights, parameters and statistics as training leaves them."""
+    """Choose the mode, freeze parts, tie weights, and change parameters and statistics as training does."""
     module.train(draw.chance(0.8))
     for each in module.modules():
         if draw.chance(0.04):

@@ -1,4 +1,4 @@
-"""Noise in what the exact network keeps for backward: what an error of a code's size does to its gradients, see check.py."""
+"""Noise in what the exact network keeps for backward: how an error of a code's size changes gradients, see check.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ACTIVATIONS = {*(each.replace("_", "") for each in activations.names()), "glu", 
 
 
 def noise_of(bits: int) -> float:
-    """The error of a code of so many bits for a standard normal number."""
+    """The error of a code of these bits for a standard normal number."""
     errors = fewbit.load_table("identity", bits, channels="value").errors
     assert errors is not None, "shipped and designed tables know theirs"
     return float(errors[0]) ** 0.5
@@ -25,9 +25,9 @@ def noise_of(bits: int) -> float:
 
 @contextmanager
 def noisy(seed: int, size: float, leave_out: Collection[int]) -> Iterator[None]:
-    """Within this context what is kept for backward gets noise of this size, and derivatives of activations do.
+    """In this context everything kept for backward gets noise of this size, and so do derivatives of activations.
 
-    leave_out  addresses of storages that get none, as those of parameters
+    leave_out  addresses of storages that get no noise, such as parameters
     """
     noise = _Noise(seed)
     around = _AroundActivations(noise, size)
@@ -44,24 +44,24 @@ def noisy(seed: int, size: float, leave_out: Collection[int]) -> Iterator[None]:
 
 
 class _Noise:
-    """Standard normal noise of a seed."""
+    """Standard normal noise from a seed."""
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, x: Tensor, size: float) -> Tensor:
-        """Of x's shape, and of that size, or of the resolution of x's dtype."""
+        """Noise of x's shape, of that size or of the resolution of x's dtype."""
         noise = torch.randn(x.shape, generator=self.generator, dtype=torch.float64).to(x.device)
         return noise * max(size, torch.finfo(x.dtype).eps)
 
 
 class _AroundActivations(TorchFunctionMode):
-    """Within this context derivatives of activations get noise, and it is noted where their outputs lie."""
+    """In this context derivatives of activations get noise, and the addresses of their outputs are recorded."""
 
     def __init__(self, noise: _Noise, size: float):
         super().__init__()
         self.noise, self.size = noise, size
-        self.outputs: dict[int, Tensor] = {}  # address -> the tensor, which lives on, so that no other gets its address
+        self.outputs: dict[int, Tensor] = {}  # address -> the tensor, which is held so that no other gets its address
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         is_activation = getattr(func, "__name__", "").replace("_", "") in ACTIVATIONS
@@ -74,7 +74,7 @@ class _AroundActivations(TorchFunctionMode):
 
 
 class _Slope(torch.autograd.Function):
-    """Zeros, whose derivative is noise."""
+    """Zeros whose derivative is noise."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, noise: _Noise, size: float) -> Tensor:

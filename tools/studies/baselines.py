@@ -1,6 +1,6 @@
-"""What the joint codes are compared with.
+"""The methods that joint codes are compared with.
 
-They are group-wise min-max codes of saved inputs, training on quantized activations, and training in 8 bits throughout.
+They are group-wise min-max codes of saved inputs, training on quantized activations, and training entirely in 8 bits.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ Tensor = torch.Tensor
 
 
 def min_max_coded(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
-    """A copy whose backward reads the inputs of every Linear, GELU and LayerNorm from a code of each, as most peers do.
+    """A copy in which every Linear, GELU and LayerNorm codes its own input, as in most related methods. Backward reads the
+    codes.
 
-    Each `group` neighbours of a row are rounded to the nearest of 2**bits even steps from their least to their greatest; every
-    module codes its own input. Forward is exact, as are the means and deviations of norms, attention, and the gradients that
-    linear layers pass down. Held are the values that the codes stand for, not packed codes: this is to compare errors.
+    Each group of `group` neighbours in a row is rounded to 2**bits even steps from its smallest to its largest value. Forward
+    is exact, and so are the means and deviations of norms, attention, and the gradients that linear layers pass down. The copy
+    holds decoded values, not packed codes: it only serves to compare errors.
     """
     copied = copy.deepcopy(model)
     for module in copied.modules():
@@ -32,7 +33,7 @@ def min_max_coded(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module
 
 
 def min_max_bits(bits: int = 4, group: int = 64) -> float:
-    """Bits an element of such a code, with the least value and the step of each group in 16 bits.
+    """Bits for each element of such a code, with the smallest value and the step of each group in 16 bits.
 
     >>> min_max_bits()
     4.5
@@ -54,10 +55,10 @@ def min_max(x: Tensor, bits: int, group: int) -> Tensor:
 
 
 class QuantizedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose output is quantized for forward and backward alike; gradients pass straight through the rounding.
+    """BatchNorm2d whose output is quantized for both forward and backward. Gradients pass straight through the rounding.
 
-    The coding is the second method's own (uniform bins over three standard deviations to either side of the channel's mean,
-    zero an edge between bins), so that this differs from it in one thing: here forward, too, sees the quantized values.
+    The coding is that of the second method: uniform bins over three standard deviations on both sides of the channel's mean,
+    with zero as an edge of bins. So only one thing differs from that method: here forward also sees the quantized values.
     """
 
     def __init__(self, channels: int, bits: int):
@@ -69,7 +70,7 @@ class QuantizedBatchNorm2d(nn.BatchNorm2d):
         return y + (self._quantized(y) - y).detach()
 
     def _quantized(self, y: Tensor) -> Tensor:
-        deviation = self.weight.abs().clamp_min(1e-6)[:, None, None]  # of the output's channels, whose means are the biases
+        deviation = self.weight.abs().clamp_min(1e-6)[:, None, None]  # of the output, whose means are the biases
         bins = 2**self.bits
         shift = (bins / 2 - (self.bias[:, None, None] / deviation * bins / 6).floor()).clamp_min(1)
         code = ((y / deviation * bins / 6).floor() + shift).clamp(0, bins - 1)
@@ -79,9 +80,9 @@ class QuantizedBatchNorm2d(nn.BatchNorm2d):
 def eight_bit_trained(model: nn.Module, bits: int = 8) -> nn.Module:
     """A copy that is trained in 8 bits: "Scalable methods for 8-bit training of neural networks", Banner et al., NeurIPS 2018.
 
-    Convolutions and linear layers see their input and weight quantized, and give their input a gradient that is quantized too
-    (see `bifurcated`); every BatchNorm2d becomes a `RangeBatchNorm2d`. All other parts stay. Values are quantized, but held in
-    full: this is to compare what training loses; `eight_bit_bytes` says what would be kept.
+    Convolutions and linear layers read quantized inputs and weights, and give their input a quantized gradient (see
+    `bifurcated`). Every BatchNorm2d becomes a `RangeBatchNorm2d`. All other parts stay. Quantized values are held in full
+    precision: the copy only serves to compare final losses. `eight_bit_bytes` computes what would be kept.
     """
     copied = copy.deepcopy(model)
     for module in copied.modules():
@@ -98,12 +99,13 @@ def eight_bit_trained(model: nn.Module, bits: int = 8) -> nn.Module:
 
 @torch.no_grad()
 def eight_bit_bytes(model: nn.Module, batch: tuple[Tensor, ...]) -> int:
-    """Bytes that 8-bit training of a model would keep for backward, by reckoning.
+    """The computed number of bytes that 8-bit training of a model would keep for backward.
 
-    They are 8 bits for each element of the inputs of convolutions, linear layers and batch norms, each tensor once; 2 for each
-    choice of max pooling; and 1 for each element of a mask of dropout, and of the signs of a ReLU whose output no layer reads.
+    They are 8 bits for each element of the inputs of convolutions, linear layers and batch norms, each tensor once; 2 bits for
+    each choice of max pooling; and 1 bit for each element of a dropout mask, and of the signs of a ReLU whose output no layer
+    reads.
     """
-    values: dict[int, Tensor] = {}  # by address; held, so that no address is used twice
+    values: dict[int, Tensor] = {}  # by address; the tensors are held so that no address is used twice
     signs: dict[int, Tensor] = {}
     others: list[int] = []  # bits
 
@@ -124,16 +126,17 @@ def eight_bit_bytes(model: nn.Module, batch: tuple[Tensor, ...]) -> int:
 
 
 class RangeBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm by the range of each channel in place of its deviation; its input and its output's gradient are quantized.
+    """Batch norm that uses the range of each channel instead of its deviation. Its input and its output's gradient are
+    quantized.
 
-    See `channel_scale`, which the running statistics are of, beside the mean.
+    The running statistics are the mean and `channel_scale`.
     """
 
     bits = 8
 
     @classmethod
     def of(cls, norm: nn.BatchNorm2d, bits: int = 8) -> RangeBatchNorm2d:
-        """The same parameters, statistics and settings, normed by the range."""
+        """A range batch norm with the parameters, statistics and settings of this norm."""
         made = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         made.load_state_dict(norm.state_dict())
         made.bits = bits
@@ -159,17 +162,18 @@ class RangeBatchNorm2d(nn.BatchNorm2d):
 
 
 def channel_scale(x: Tensor) -> Tensor:
-    """x (n, c, h, w): the range of each channel over 2 sqrt(2 ln(n h w)), (c,), which is about the deviation of normal numbers.
+    """The range of each channel of x (n, c, h, w), divided by 2 sqrt(2 ln(n h w)): (c,). For normal numbers this is about the
+    deviation.
 
-    The paper has no 2 there and leaves it to the weight. With it the network begins as with batch norm, and so trains better.
+    The paper does not have the factor 2 and leaves it to the weight. With the factor, the network begins as with batch norm,
+    and trains better.
     """
     return (x.amax((0, 2, 3)) - x.amin((0, 2, 3))) / (2 * math.sqrt(2 * math.log(x.numel() / x.shape[1])))
 
 
 def even_steps(x: Tensor, bits: int, stochastic: bool = False) -> Tensor:
-    """x on 2**bits even steps from its least to its greatest value: the nearest one, or one of the two around it at random.
-
-    At random, it is right on average.
+    """x on 2**bits even steps from its smallest to its largest value. It is rounded to the nearest step, or with `stochastic`
+    to one of the two steps around it at random, which is right on average.
 
     >>> even_steps(torch.tensor([0.0, 0.9, 2.2, 3.0]), bits=2)
     tensor([0., 1., 2., 3.])
@@ -186,14 +190,15 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 
 
 def gradient_rounded(x: Tensor, bits: int) -> Tensor:
-    """x itself, whose gradient is put on even steps at random."""
+    """x itself. Its gradient is rounded to even steps at random."""
     return _GradientRounded.apply(x, bits)
 
 
 def bifurcated(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    """layer(x, weight, bias), linear in x and in weight, with two gradients of its output.
+    """layer(x, weight, bias), which is linear in x and in weight, with two gradients of its output.
 
-    The one that makes x's gradient is quantized, at random; the one that makes the weight's and bias's is as it came.
+    The gradient of x is computed from a quantized one, rounded at random. The gradients of weight and bias are computed from
+    the exact one.
     """
     of_weight = layer(x.detach(), weight, bias)
     of_input = gradient_rounded(layer(x, weight.detach(), None), bits)
@@ -212,7 +217,7 @@ class _GradientRounded(torch.autograd.Function):
 
 
 def _bifurcate(module: nn.Module, layer: Callable[..., Tensor], bits: int) -> None:
-    """layer: what the module does with its input, its weight and its bias."""
+    """layer: the function that the module computes from its input, its weight and its bias"""
     parameters = dict(module.named_parameters())
 
     def forward(x: Tensor) -> Tensor:
@@ -222,7 +227,7 @@ def _bifurcate(module: nn.Module, layer: Callable[..., Tensor], bits: int) -> No
 
 
 def _code_input(module: nn.Module, code: Callable[[Tensor], Tensor]) -> None:
-    """What the module saves of its input's storage is from now on saved as its code."""
+    """From now on the module saves its input, and all else in the same storage, as decoded codes."""
     exact = module.forward
 
     def forward(x: Tensor) -> Tensor:

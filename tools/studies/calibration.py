@@ -1,11 +1,11 @@
 """Calibrated tables and allocated bits on the demo's GPT: `python -m tools.studies.calibration`.
 
-tables      gradient errors with shipped tables, with tables calibrated on the model's own pre-activations, and with those
-            weighted by the squared gradient there, at equal bits
-allocation  bits chosen layer by layer against the same bits everywhere, at equal bytes, all tables calibrated
+tables      gradient errors at equal bits with shipped tables, with tables calibrated on the model's own pre-activations, and
+            with calibrated tables weighted by the squared gradient there
+allocation  bits chosen for each layer, compared with the same bits everywhere, at equal bytes; all tables are calibrated
 
-The model is that of `tools.studies.gpt`. Errors are means over batches that were not calibrated on. Tables go to the terminal
-and, as JSON, to tools/results/, with a picture.
+The model is that of `tools.studies.gpt`. Errors are means over batches that were not used to calibrate. Tables are printed, and
+written to tools/results/ as JSON with a picture.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ALLOCATED_BITS = (2, 3)
 
 
 def converted(model: nn.Module, kind: str, bits: int) -> nn.Module:
-    """A copy that codes the derivative of GELU, GELU and the layer behind it with one code, or all layers."""
+    """A copy that codes the derivative of GELU, or GELU and the layer after it with one code, or all layers."""
     if kind == "GELU":
         return common.coded(model, bits={"activation": bits})
     filter_fn = None if kind == "all layers" else lambda _, name: name.endswith(("act", "down"))
@@ -89,12 +89,12 @@ def tables(console: Console, model: nn.Module, judge: Judge, data: Sequence[Tens
 
 
 def _inputs(data: Sequence[Tensor], loss_fn: Any) -> Sequence[Tensor]:
-    """What calibrate wants: batches as the loss takes them, or what the model alone does."""
+    """The batches that calibrate takes: those for the loss, or those for the model if there is no loss."""
     return data if loss_fn else [batch[:, :-1] for batch in data]
 
 
 def allocation(console: Console, model: nn.Module, judge: Judge, data: Sequence[Tensor]) -> dict[str, Any]:
-    """Kind -> bits -> errors of the same bits everywhere and of those allocated with the same bytes."""
+    """Kind -> bits -> errors with the same bits everywhere, and with bits allocated to take the same bytes."""
     results: dict[str, Any] = {}
     columns = ("bytes", "predicted", "on its batch", "held out", "over uniform")
     view = terminal.table(("what is coded", "bits"), columns)
@@ -116,7 +116,7 @@ def allocation(console: Console, model: nn.Module, judge: Judge, data: Sequence[
 
 
 def study(console: Console, model: nn.Module, number: int = 4) -> dict[str, Any]:
-    """Both parts, calibrated on so many batches and judged on as many others."""
+    """Both parts, calibrated on `number` batches and judged on as many others."""
     data, judge = batches(11, number), Judge(copy.deepcopy(model), batches(12, number))
     return {"tables": tables(console, model, judge, data), "allocation": allocation(console, model, judge, data)}
 

@@ -1,4 +1,4 @@
-"""What the studies share: bytes counted, gradients compared, results written."""
+"""Functions that the studies share: they count bytes, compare gradients and write results."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def coded(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def kept_bytes(model: nn.Module, batch: Any) -> int:
-    """Bytes of the distinct storages that a forward pass keeps for backward: a count of its own, to judge `fewbit.memory` by.
+    """Bytes of the distinct storages that a forward pass keeps for backward. This count is independent of `fewbit.memory`, so
+    that it can check it.
 
-    Neither parameters and buffers, nor the batch, which is as in `fewbit.memory`, nor code tables are counted.
+    Parameters, buffers, the batch (as in `fewbit.memory`) and code tables do not count.
     """
     args, kwargs = arguments_of(batch)
     owned = [*model.parameters(), *model.buffers(), *args, *kwargs.values()]
@@ -45,12 +46,12 @@ def kept_bytes(model: nn.Module, batch: Any) -> int:
         for tensor in (table.thresholds, table.codes, table.levels):
             seen.pop(tensor.untyped_storage().data_ptr(), None)
     total = sum(seen.values())
-    del output  # which held all that was counted, so that no address was used twice
+    del output  # until here it held all that was counted, so that no address was used twice
     return total
 
 
 def gradients(model: nn.Module, loss: Callable[[], Tensor], group_of: Callable[[str], str]) -> Gradients:
-    """Of loss(), by group. group_of: name of a parameter -> name of its group."""
+    """The gradients of loss(), by group. group_of: name of a parameter -> name of its group."""
     model.zero_grad()
     loss().backward()
     groups: dict[str, list[Tensor]] = {}
@@ -73,7 +74,7 @@ def gradient_errors(exact: list[Gradients], other: list[Gradients]) -> dict[str,
 
 
 def gradient_noise(exact: list[Gradients]) -> dict[str, float]:
-    """The gradient's own standard deviation between batches over its mean norm, by group."""
+    """The standard deviation of the gradient between batches, relative to its mean norm, by group."""
     noise = {}
     for group in exact[0]:
         batches = torch.stack([each[group] for each in exact])
@@ -83,7 +84,7 @@ def gradient_noise(exact: list[Gradients]) -> dict[str, float]:
 
 
 def write(name: str, results: Any, directory: Path = RESULTS) -> None:
-    """Write the results, under what they were measured with and when, to directory/name.json; say so."""
+    """Write the results to directory/name.json, under the versions and the date of the measurement. Prints the file's name."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
     files.write(path, json.dumps({**stamp(), "results": results}, indent=1) + "\n")
@@ -91,7 +92,7 @@ def write(name: str, results: Any, directory: Path = RESULTS) -> None:
 
 
 def stamp() -> dict[str, Any]:
-    """What stands above the results in every file of them."""
+    """The head of every file of results."""
     return {
         "version": fewbit.__version__,
         "torch": torch.__version__,

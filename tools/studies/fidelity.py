@@ -1,13 +1,14 @@
-"""Is it safe? On the demo's GPT, trained 300 steps: `python -m tools.studies.fidelity [errors] [drift]`, both by default, and
-`… fidelity systematic`.
+"""Is it safe? On the demo's GPT, trained for 300 steps: `python -m tools.studies.fidelity [errors] [drift]`, both by default,
+and `… fidelity systematic`.
 
-errors  what `fewbit.fidelity` says of 1 to 4 bits: of the activations alone, of all layers of the blocks, and of all layers
-drift   training goes on with coded blocks, and at one step the weights of one layer are scaled by 10: what `fewbit.watch` says,
-        and when. The same where activations alone are coded, whose tables of the derivative endure it.
-systematic  what of the error does not average out over 64 batches, by group of parameters, for 2 to 8 bits: the noise of a
-        batch hides it, but training goes where it leads
+errors  the verdicts of `fewbit.fidelity` at 1 to 4 bits, with only activations coded, with all layers of the blocks coded, and
+        with all layers coded
+drift   training continues with coded blocks, and at one step the weights of one layer are multiplied by 10: when does
+        `fewbit.watch` warn, and what does it say? The same with only activations coded, whose tables of the derivative bear it.
+systematic  the part of the error that does not average out over 64 batches, by group of parameters, for 2 to 8 bits. The noise
+        of a single batch hides it, but training follows it.
 
-Tables go to the terminal and, as JSON, to tools/results/; the pictures go there too.
+Tables are printed, and written to tools/results/ as JSON with pictures.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any
 def systematic(
     console: Console, model: demo.GPT, batches: int = 64, bits: Sequence[int] = (2, 3, 4, 5, 6, 8)
 ) -> dict[str, dict[str, float | None]]:
-    """By bits of all layers and by group: the part of the error that does not average out, over the mean gradient."""
+    """Bits of all layers -> group -> the part of the error that does not average out, relative to the mean gradient."""
     training, _ = demo.read_text(torch.device("cpu"))
     sampler = torch.Generator().manual_seed(1)
     data = [demo.sample_batch(training, sampler) for _ in range(batches)]
@@ -83,7 +84,7 @@ def systematic(
 
 
 def drift(console: Console, model: demo.GPT, steps: int = 30, every: int = 5) -> dict[str, Any]:
-    """Training goes on for so many steps, with the weights scaled after half of them."""
+    """Continue training for so many steps. The weights are scaled after half of them."""
     results = {}
     ways: dict[str, dict[str, Any]] = {
         "blocks, 4 bits": {"bits": 4, "filter_fn": in_blocks},
@@ -106,7 +107,7 @@ def drift(console: Console, model: demo.GPT, steps: int = 30, every: int = 5) ->
 
 
 def _train(model: Any, steps: int) -> list[tuple[int, str]]:
-    """Steps of AdamW; the warnings, with the step of each."""
+    """Run steps of AdamW. Returns the warnings, with the step of each."""
     training, _ = demo.read_text(torch.device("cpu"))
     sampler, seen = torch.Generator().manual_seed(2), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)

@@ -1,10 +1,10 @@
-"""What codes cost in the end: `python -m tools.studies.final_loss [--bits 8 6 5 4 3] [--starts 5] [--orders 2] [--steps 1200]`.
+"""What codes cost in final loss: `python -m tools.studies.final_loss [--bits 8 6 5] [--starts 5] [--orders 2] [--steps 1200]`.
 
-The demo's GPT is trained to the end of a schedule, exact and with everything coded, from several starts (the same seed, and
-weights that differ by a hundredth of themselves) and on several orders of batches. The spread between starts tells which
-differences between losses mean something. Each run is written to tools/results/ as soon as it is finished, and runs that stand
-there are not run again: the study may be stopped at any time, and goes on with the same command. Each start is finished for all
-settings before the next one begins, so that the table is a fair one at any time. Where codes change, remove the file first.
+The demo's GPT is trained to the end of a schedule, exact and with everything coded. Runs differ in their start (the same seed,
+with weights changed by 1 %) and in the order of batches. The spread between starts shows which differences between losses are
+significant. Each run is written to tools/results/ as soon as it is finished, and is not run again. So the study may be stopped
+at any time, and the same command continues it. All settings finish one start before the next one begins, so the table is fair
+at any time. If codes change, remove the file first.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Run = dict[str, Any]
 NAME = "final_loss"
 EXACT = "exact"
 LEARNING_RATE, LEAST_RATE = 1e-3, 2e-5
-DIFFERENCE = 0.01  # between starts, of the standard deviation of each parameter
-SHARE = 12  # the warm-up is a SHAREth of all steps, and the last SHAREth of them is what the final loss is the mean of
-IDENTITY = ("label", "order", "start", "steps")  # what tells runs apart
+DIFFERENCE = 0.01  # difference between starts, relative to the standard deviation of each parameter
+SHARE = 12  # the warm-up is 1/SHARE of all steps; the final loss is the mean over the last 1/SHARE of them
+IDENTITY = ("label", "order", "start", "steps")  # the entries that identify a run
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate of a step: a line up, then half a cosine down to LEAST_RATE.
+    """The learning rate of a step. It rises linearly, then falls along half a cosine to LEAST_RATE.
 
     >>> [round(1e3 * rate(step, 1200), 3) for step in (0, 99, 649, 1199)]
     [0.01, 1.0, 0.511, 0.02]
@@ -51,7 +51,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def start(number: int) -> demo.GPT:
-    """The model of that start, exact: number 0 is the seed's own, all others differ from it a little."""
+    """The exact model of that start. Number 0 has the weights of the seed, all others differ from it a little."""
     torch.manual_seed(0)
     model = demo.GPT(None)
     noise = torch.Generator().manual_seed(number)
@@ -78,7 +78,7 @@ def train(model: nn.Module, steps: int, order: int) -> list[float]:
 
 
 def setting(text: str) -> int | dict[str, int]:
-    """`fewbit.convert`'s bits as the command line has them.
+    """The bits of `fewbit.convert` that a text of the command line means.
 
     >>> setting("4"), setting("activation=3,norm=8")
     (4, {'activation': 3, 'norm': 8})
@@ -89,7 +89,7 @@ def setting(text: str) -> int | dict[str, int]:
 
 
 def run(label: str, order: int, number: int, steps: int) -> Run:
-    """One model trained; label: EXACT or the text of a `setting`."""
+    """Train one model. label: EXACT or the text of a `setting`"""
     model = start(number)
     if label != EXACT:
         fewbit.convert(model, bits=setting(label))
@@ -108,7 +108,7 @@ def run(label: str, order: int, number: int, steps: int) -> Run:
 
 
 def finished(directory: Path = common.RESULTS) -> list[Run]:
-    """The runs that stand in the file of results, if there is one."""
+    """The runs in the file of results, if there is one."""
     path = directory / f"{NAME}.json"
     return json.loads(path.read_text(encoding="utf-8"))["results"]["runs"] if path.exists() else []
 
@@ -116,7 +116,7 @@ def finished(directory: Path = common.RESULTS) -> list[Run]:
 def run_all(
     console: Console, labels: Sequence[str], starts: int, orders: int, steps: int, directory: Path = common.RESULTS
 ) -> list[Run]:
-    """All runs of these labels, starts and orders, those that are not in the file added to it one by one."""
+    """All runs of these labels, starts and orders. Runs that are not in the file are made and added to it one by one."""
     wanted = [(label, order, number, steps) for number in range(starts) for order in range(orders) for label in labels]
     for each in wanted:
         if each not in map(_identity, finished(directory)):  # read each time, since another process may have added some
@@ -131,7 +131,8 @@ def _identity(run: Run) -> tuple[Any, ...]:
 
 
 def table(runs: Iterable[Run], steps: int) -> Table:
-    """By setting: the mean final loss for each order of batches; its distance from that of exact runs, with standard error."""
+    """One row for each setting: the mean final loss for each order of batches, and its distance from exact runs with standard
+    error."""
     runs = [each for each in runs if each["steps"] == steps]
     labels = dict.fromkeys(each["label"] for each in runs)
     orders = sorted({each["order"] for each in runs})
@@ -146,10 +147,10 @@ def table(runs: Iterable[Run], steps: int) -> Table:
 
 
 def distance(runs: Sequence[Run], label: str, name: str = "loss") -> tuple[float, float] | None:
-    """How far the runs of a label end above exact ones, relative, on average over orders; and the standard error of that.
+    """How far the runs of a label end above exact ones, relative, on average over orders; and its standard error.
 
-    The spread between starts is taken to be the same for all labels and orders: each has few of them. None for exact runs,
-    where none are there, and where all are single ones.
+    Each label and order has few starts, so one spread between starts is assumed for all of them. None for exact runs, if there
+    are no runs, and if every label and order has only one start.
     """
     cells = {key: _losses(runs, *key, name) for key in {(each["label"], each["order"]) for each in runs}}
     orders = [order for one, order in cells if one == label and (EXACT, order) in cells]

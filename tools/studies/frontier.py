@@ -1,9 +1,9 @@
 """Memory against time, planned and measured: `python -m tools.studies.frontier [names]`, all by default.
 
-GPT-2, and a Llama with LoRA adapters on all of its linear layers, both of `tools.studies.working_sizes`: plans by
-`report.plan(4, budget=…)` for budgets between the least peak and the exact one. Each plan is converted and run: the peak is
-what torch's allocator takes beyond the model, the time the median ratio of steps paired with exact ones. "7B" plans a Llama of
-7 billion parameters with LoRA, in bfloat16 on the meta device, 2,048 tokens, for 24 GiB; nothing of it runs.
+The models are GPT-2, and a Llama with LoRA adapters on all of its linear layers, both from `tools.studies.working_sizes`.
+`report.plan(4, budget=…)` makes plans for budgets between the lowest peak and the exact one. Each plan is converted and run:
+the peak is what torch's allocator takes beyond the model, and the time is the median ratio of steps paired with exact ones.
+"7B" plans a Llama of 7 billion parameters with LoRA, in bfloat16 on the meta device, 2,048 tokens, for 24 GiB; it does not run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tools.studies import common, working_sizes
 
 CPU = torch.device("cpu")
 BITS, ROUNDS = 4, 5
-SHARES = (0.75, 0.5, 0.25, 0.1)  # of the way from the least peak to the exact one
+SHARES = (0.75, 0.5, 0.25, 0.1)  # positions of budgets between the lowest peak (0) and the exact one (1)
 LARGE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008}
 BUDGET = "24 GiB"
 
@@ -49,7 +49,7 @@ MODELS = {"GPT-2": working_sizes.gpt2, "Llama with LoRA": llama_with_adapters}
 
 
 def compare(subject: Subject, console: Console, name: str) -> list[dict[str, Any]]:
-    """Of each budget: what was planned, and what came of it."""
+    """For each budget: the planned and the measured figures."""
     report = fewbit.memory(subject.model, subject.batch, loss_fn=subject.loss_fn)
     least = report.plan(BITS, budget=1)
     lowest, exact = min(each.peak for each in least.frontier), report.peak.bytes
@@ -87,7 +87,7 @@ def _seconds(step: Step) -> float:
 
 
 def seven_billion(console: Console) -> dict[str, Any]:
-    """What is advised, and how long that takes."""
+    """The plan, and how long it takes to make it."""
     transformers: Any = import_module("transformers")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LARGE)).to(torch.bfloat16)

@@ -1,12 +1,12 @@
 """A GPT with joint codes: `python -m tools.studies.gpt [memory] [errors] [training]`, all of them by default.
 
-memory    bytes that a block keeps, by the part that keeps them
-errors    of the gradient of a trained model, coded in several ways, against exact, by group of parameters beside SGD's noise:
-          by joint codes all layers, or those of the blocks alone with the last norm and the head exact
-training  from the same seed, exact and coded
+memory    bytes that a block keeps, by part of the block
+errors    errors of the gradient of a trained model, coded in several ways, by group of parameters, compared with SGD's noise:
+          joint codes in all layers, or only in the blocks, with the last norm and the head exact
+training  losses from the same seed, exact and coded
 
-The model is the demo's, 4 blocks of width 128 on the standard library's source. Tables go to the terminal and, as JSON, to
-tools/results/; the picture of the errors goes there too.
+The model is the demo's: 4 blocks of width 128 on the standard library's source. Tables are printed, and written to
+tools/results/ as JSON with a picture of the errors.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def memory(console: Console, widths: tuple[int, ...] = (128, 512), batch: int = 
 
 
 def _units(model: nn.Module, batch: int, width: int, dtype: torch.dtype) -> dict[str, float]:
-    """By part and in all, in units of batch x tokens x width elements.
+    """What each part keeps, and all parts together, in units of batch x tokens x width elements.
 
-    The block's own input stands apart: an exact norm1 keeps it, as it keeps the sum that the block before has put out.
+    The block's own input has an entry of its own. An exact norm1 keeps it: it is the output of the block before.
     """
     x = torch.randn(batch, TOKENS, width, dtype=dtype, requires_grad=True)
     unit = x.untyped_storage().nbytes()
@@ -99,7 +99,7 @@ def train(model: nn.Module, steps: int) -> list[float]:
 
 
 def trained(weights: Path, steps: int) -> demo.GPT:
-    """The exact model after so many steps; read from `weights`, or trained and written there."""
+    """The exact model after so many steps. It is read from `weights`, or trained and written there."""
     torch.manual_seed(0)
     model = demo.GPT(None)
     if weights.exists():
@@ -123,7 +123,7 @@ def group_of(name: str) -> str:
 
 
 def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any]:
-    """Of the gradient against exact: of all parameters by what codes it, and by group of parameters beside SGD's noise."""
+    """Errors of the gradient: of all parameters for each way to code, and by group of parameters, compared with SGD's noise."""
     training, _ = demo.read_text(torch.device("cpu"))
     sampler = torch.Generator().manual_seed(1)
     data = [demo.sample_batch(training, sampler) for _ in range(batches)]
@@ -158,7 +158,7 @@ def errors(console: Console, model: demo.GPT, batches: int = 8) -> dict[str, Any
 
 
 def _stochastic(model: nn.Module) -> nn.Module:
-    """The coded model, rounding values at random; codes of activations are of intervals and stay so."""
+    """The coded model with stochastic rounding of values. Codes of activations stand for intervals and stay as they are."""
     for module in model.modules():
         if isinstance(module, CodedLayer):
             module.rounding = "stochastic"
@@ -166,7 +166,7 @@ def _stochastic(model: nn.Module) -> nn.Module:
 
 
 def training(console: Console, steps: int = 200) -> dict[str, Any]:
-    """From the same weights on the same batches: the last losses, exact and coded."""
+    """The last losses, exact and coded, from the same weights on the same batches."""
     _, held_out = demo.read_text(torch.device("cpu"))
     results: dict[str, Any] = {}
     view = terminal.table((f"{steps} steps",), ("training loss", "held-out loss", "against exact"))

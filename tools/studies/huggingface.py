@@ -1,12 +1,12 @@
-"""Hugging Face's models, small and from configurations, converted: `python -m tools.studies.huggingface [NAME ...]`.
+"""Convert small Hugging Face models, made from configurations: `python -m tools.studies.huggingface [NAME ...]`.
 
-For each model, at 4 bits: whether the output has the same bits and the state the same keys; the bytes kept for backward
-before and after, and how far `fewbit.memory(...).plan(...)` is from the latter; the error of the gradient, with the shipped
-tables and with those that `fewbit.calibrate` makes of another batch; and the loss after 50 steps from the same seed on data
-that can be learnt, exact, coded and calibrated. Models of text learn to go on with a sequence of equal steps, or to fill the
-gaps in one of equal tokens, those of images to tell which colour is brighter.
+The figures of each model, at 4 bits, are: whether the output has the same bits and the state the same keys; the bytes kept for
+backward before and after, and the error of `fewbit.memory(...).plan(...)` in predicting the latter; the error of the gradient
+with the shipped tables, and with tables that `fewbit.calibrate` makes from another batch; and the loss after 50 steps from the
+same seed, exact, coded and calibrated. The data can be learnt: models of text continue sequences with equal steps, or fill gaps
+in sequences of equal tokens; models of images find the brighter colour.
 
-The table goes to the terminal and, as JSON, to tools/results/.
+The table is printed, and written to tools/results/ as JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
 class Case(NamedTuple):
-    """The class of a model in transformers, its configuration's arguments, and what draws its batches."""
+    """The class of a model in transformers, its configuration's arguments, and a function that draws its batches."""
 
     model: str
     options: dict[str, Any]
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 def sample_text(sampler: torch.Generator) -> Batch:
-    """Sequences that go on by one of three steps, modulo the vocabulary; each token is to be told, or the next one."""
+    """Sequences that increase by one of three steps, modulo the vocabulary. The target is each token, or the next one."""
     start = torch.randint(1, VOCABULARY, (BATCH, 1), generator=sampler)
     step = torch.randint(1, 4, (BATCH, 1), generator=sampler)
     tokens = 1 + (start + step * torch.arange(TOKENS)) % (VOCABULARY - 1)
@@ -54,14 +54,14 @@ def sample_text(sampler: torch.Generator) -> Batch:
 
 
 def sample_masked(sampler: torch.Generator) -> Batch:
-    """Sequences of one token each, a fifth of whose places is hidden and to be told."""
+    """Sequences that repeat a single token. A fifth of the places is hidden, and their tokens are the target."""
     tokens = torch.randint(1, VOCABULARY, (BATCH, 1), generator=sampler).repeat(1, TOKENS)
     hidden = torch.rand(tokens.shape, generator=sampler) < 0.2
     return {"input_ids": tokens.masked_fill(hidden, 0), "labels": tokens.masked_fill(~hidden, -100)}
 
 
 def sample_images(sampler: torch.Generator) -> Batch:
-    """Noise, with one of the colours brighter: which one is to be told."""
+    """Noise in which one colour is brighter. That colour is the target."""
     labels = torch.randint(CLASSES, (BATCH,), generator=sampler)
     pixels = torch.randn(BATCH, 3, 32, 32, generator=sampler)
     pixels[torch.arange(BATCH), labels] += 0.5
@@ -99,7 +99,7 @@ CASES = {
 
 
 def build(case: Case) -> nn.Module:
-    """The model in training mode, its weights seeded, without dropout: else no two forward passes compare."""
+    """The model in training mode, with seeded weights. It has no dropout, so that two forward passes can be compared."""
     import transformers
 
     cls = getattr(transformers, case.model)
@@ -158,7 +158,7 @@ def _gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 
 
 def compare_all(console: Console, names: list[str], steps: int = STEPS) -> dict[str, Any]:
-    """Print, and give, the figures of these models."""
+    """Print and return the figures of these models."""
     kept_columns = ("kept, KiB\nexact", "\ncoded", "pre-\ndicted", "devi-\nation", "of\nexact")
     loss_columns = ("first\nloss", "last\nexact", "\ncoded", "cali-\nbrated")
     columns = ("bits", "keys", *kept_columns, "gradient\nerror", "cali-\nbrated", *loss_columns)
@@ -183,7 +183,7 @@ def compare_all(console: Console, names: list[str], steps: int = STEPS) -> dict[
 
 
 def conversion_seconds(console: Console) -> dict[str, float]:
-    """Of a Llama of 1.1 billion parameters on the meta device."""
+    """Seconds of converting a Llama of 1.1 billion parameters on the meta device."""
     import transformers
 
     config = transformers.LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32)

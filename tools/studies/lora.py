@@ -1,12 +1,12 @@
-"""Adapters of PEFT on frozen models of Hugging Face, converted: `python -m tools.studies.lora [NAME ...]`.
+"""Convert frozen Hugging Face models with PEFT's adapters: `python -m tools.studies.lora [NAME ...]`.
 
-Small models from configurations get adapters on all their linear layers: LoRA, rsLoRA and DoRA, with and without dropout, on
-bases in floating point and, where bitsandbytes or torchao are installed, on quantized ones. They are attached before and after
-`fewbit.convert(model, bits=4)`. For each: what is kept of exact in float32, in bfloat16 and under autocast; whether outputs
-have the same bits; the error of the adapters' gradients and its share of their noise, with 5 bits, too; and how many codes the
-adapters of queries, keys and values keep of what they read, masks of dropouts apart.
+Small models from configurations get adapters on all their linear layers: LoRA, rsLoRA and DoRA, with and without dropout. Bases
+are in floating point, and also quantized if bitsandbytes or torchao are installed. Adapters are attached before and after
+`fewbit.convert(model, bits=4)`. The figures are: the bytes kept relative to exact ones, in float32, in bfloat16 and under
+autocast; whether outputs have the same bits; the error of the adapters' gradients and its share of their noise, also with
+5 bits; and how many codes the adapters of queries, keys and values keep of their input, without masks of dropout.
 
-The table goes to the terminal and, as JSON, to tools/results/.
+The table is printed, and written to tools/results/ as JSON.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _READERS = re.compile(r"\.1\.\S*\b(q_proj|k_proj|v_proj|query|key|value|c_attn)\
 
 
 def _with_bitsandbytes(model: nn.Module, make: Callable[..., nn.Module]) -> nn.Module:
-    """The model, whose linear layers but the last are those that bitsandbytes makes of them."""
+    """The model with its linear layers, except the last, replaced by those of bitsandbytes."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child is not model.get_output_embeddings():  # type: ignore[operator]
                 coded = make(child.in_features, child.out_features, bias=child.bias is not None)
                 coded.load_state_dict(child.state_dict())
-                setattr(module, name, coded.to("cpu"))  # which quantizes
+                setattr(module, name, coded.to("cpu"))  # this quantizes
     return model
 
 
@@ -73,7 +73,7 @@ def _int8(model: nn.Module) -> nn.Module:
 
 
 def _with_torchao(model: nn.Module, name: str, **options: Any) -> nn.Module:
-    """The model, whose linear layers but the last have weights by torchao's configuration of that name."""
+    """The model with the weights of its linear layers, except the last, quantized by torchao's configuration of that name."""
     quantization = importlib.import_module("torchao.quantization")
 
     def is_chosen(module: nn.Module, name: str) -> bool:
@@ -107,19 +107,19 @@ def installed_bases() -> list[str]:
 
 
 def works(adapter: str, base: str) -> bool:
-    """Whether the exact model trains: on integers of bitsandbytes the second step with DoRA fails on the CPU (PEFT 0.21)."""
+    """Whether the exact model trains. With DoRA on integers of bitsandbytes, the second step fails on the CPU (PEFT 0.21)."""
     return base != "bitsandbytes int8" or "use_dora" not in ADAPTERS[adapter]
 
 
 def adapted(model: nn.Module, adapter: str) -> nn.Module:
-    """The model with seeded adapters on its linear layers, which already do something."""
+    """The model with seeded adapters on its linear layers. The adapters do not begin at zero."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
     config = LoraConfig(
         r=RANK,
         target_modules="all-linear",
-        fan_in_fan_out="GPT2" in type(model).__name__,  # whose layers hold their weights transposed
+        fan_in_fan_out="GPT2" in type(model).__name__,  # GPT-2's layers hold their weights transposed
         init_lora_weights=False,
         **ADAPTERS[adapter],
     )
@@ -127,7 +127,8 @@ def adapted(model: nn.Module, adapter: str) -> nn.Module:
 
 
 def build(name: str, adapter: str, base: str = "", when: str = "") -> nn.Module:
-    """A model with adapters: exact, or converted where `when` says when they are attached."""
+    """A model with adapters. It is exact if `when` is empty; else `when` says whether they are attached before or after the
+    conversion."""
     model = huggingface.build(huggingface.CASES[name])
     model = BASES[base][1](model) if base else model
     if when == "after":
@@ -137,7 +138,7 @@ def build(name: str, adapter: str, base: str = "", when: str = "") -> nn.Module:
 
 
 def kept(name: str, adapter: str, base: str, when: str, precisions: Sequence[str] = PRECISIONS) -> dict[str, MemoryReport]:
-    """By precision what a forward pass keeps."""
+    """Precision -> what a forward pass keeps."""
     batch, found = huggingface.CASES[name].sample(torch.Generator().manual_seed(1)), {}
     for precision in precisions:
         model = build(name, adapter, base, when)
@@ -150,7 +151,7 @@ def kept(name: str, adapter: str, base: str, when: str, precisions: Sequence[str
 
 
 def codes_of_attention_input(report: MemoryReport) -> int:
-    """How many codes the adapters of queries, keys and values keep of what they read: storages of that many bits an element."""
+    """How many codes the adapters of queries, keys and values keep of their input: storages with that many bits an element."""
     read = [each for each in report.storages if any(_READERS.search(saver.module) for saver in each.savers)]
     width = report.forward.model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
     return sum(each.bytes == huggingface.BATCH * huggingface.TOKENS * width * BITS // 8 for each in read)
@@ -186,14 +187,14 @@ def _judged(model: nn.Module, batches: list[Any]) -> dict[str, Any]:
 
 
 def compare_all(console: Console, names: list[str], bases: list[str]) -> dict[str, Any]:
-    """Print, and give, the figures of these models, and of those of them that have linear layers on these quantized bases."""
+    """Print and return the figures of these models, also on these quantized bases if they have linear layers."""
     kept_columns = ("kept of\nexact", "bf16", "auto-\ncast")
     judged_columns = (f"error,\n{BITS} bits", "of\nnoise", f"error,\n{MORE} bits", "of\nnoise")
     columns = (*kept_columns, *judged_columns, "codes\nof x", "same\noutput")
     view = terminal.table(("model, base", "adapter", "attached"), columns)
     results: dict[str, Any] = {}
     for name in names:
-        for base in ["", *(bases if name != "GPT-2" else [])]:  # whose layers are no nn.Linear
+        for base in ["", *(bases if name != "GPT-2" else [])]:  # GPT-2's layers are not nn.Linear
             label = f"{name}, {base}" if base else name
             results[label] = {}
             for adapter in (each for each in ADAPTERS if works(each, base)):

@@ -1,8 +1,8 @@
-"""Inputs of a linear layer with outliers, coded with 4 bits in several ways: `python -m tools.studies.outliers`.
+"""Code inputs of a linear layer that have outliers, with 4 bits in several ways: `python -m tools.studies.outliers`.
 
-For each input the error ||x~ - x|| / ||x|| of what the codes stand for, over all numbers and over the ordinary ones alone
-(those of no outlying channel or row, or single number), with the bits an element of codes and scales. The table goes to the
-terminal and, as JSON, to tools/results/.
+For each input it measures the error ||x~ - x|| / ||x|| of the decoded numbers, over all numbers and over the ordinary ones only
+(those that are neither outliers nor in an outlying channel or row), and the bits of codes and scales for each element. The
+table is printed, and written to tools/results/ as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ BITS, ROWS, CHANNELS, GROUP = 4, 2048, 512, 64
 
 
 def inputs() -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs (ROWS, CHANNELS), each with a mask of what is ordinary in it: not four channels or rows, or one number."""
+    """Name -> an input (ROWS, CHANNELS), and a mask of its ordinary numbers. Outliers are four channels, four rows or one
+    number."""
     torch.manual_seed(0)
 
     def normal() -> tuple[Tensor, Tensor]:
@@ -42,9 +43,10 @@ def inputs() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def ours(x: Tensor) -> Tensor:
-    """What a coded linear layer makes its weight's gradient of: its own gradient for a unit matrix."""
+    """The input from which a coded linear layer computes its weight's gradient. It is that gradient for a unit matrix."""
     weight = torch.zeros(ROWS, CHANNELS, requires_grad=True)
-    output = fewbit.functional.linear(x.clone().requires_grad_(), weight, bits=BITS)  # a batch would be kept as it is
+    # an input that needs no gradient would be kept exactly
+    output = fewbit.functional.linear(x.clone().requires_grad_(), weight, bits=BITS)
     (seen,) = torch.autograd.grad(output, weight, torch.eye(ROWS))
     return seen
 
@@ -61,7 +63,7 @@ def by_group(x: Tensor) -> Tensor:
 
 
 def with_exact_list(x: Tensor) -> Tensor:
-    """The same with one scale a row, of all but the largest numbers, one in a thousand, which are kept exactly."""
+    """The same table with one scale a row. The largest numbers, one in a thousand, are kept exactly."""
     largest = x.abs() >= x.abs().flatten().kthvalue(x.numel() - x.numel() // 1000).values
     return torch.where(largest, x, by_row(torch.where(largest, 0, x)))
 

@@ -1,8 +1,8 @@
 """The peak of a training step, predicted and measured: `python -m tools.studies.peak [names]`, all models by default.
 
-The models are those of `tools.studies.working_sizes`, and GPT-2 with a head, whose logits set the peak; exact, with blocks
-checkpointed, and coded at 4 bits. Predicted is what `fewbit.memory(model, batch).peak` says from fake tensors, measured what
-torch's allocator took on the CPU, both beyond the model.
+The models are those of `tools.studies.working_sizes`, and GPT-2 with a head, whose logits set the peak. They run exact, with
+blocks checkpointed, and coded at 4 bits. `fewbit.memory(model, batch).peak` predicts the peak from fake tensors. The measured
+peak is what torch's allocator takes on the CPU. Both are beyond the model.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ MODELS = {**working_sizes.MODELS, "GPT-2, logits": (language_model, torch.float3
 
 
 def compare(subject: Subject) -> dict[str, dict[str, Any]]:
-    """By way: bytes predicted and measured beyond the model, their ratio, and the moment."""
+    """Way -> bytes predicted and measured beyond the model, their ratio, and the moment of the peak."""
     found = {}
     for way, change in WAYS.items():
         model = change(copy.deepcopy(subject.model))
         step = Step(subject._replace(model=model))
-        step()  # what is made once is there when anything is measured
+        step()  # makes all that is made once, before anything is measured
         measured = step.peak_bytes(CPU)
         assert measured is not None, "the CPU's memory is followed"
         peak = fewbit.memory(model, subject.batch, fake=True, loss_fn=subject.loss_fn).peak
@@ -61,7 +61,7 @@ def compare(subject: Subject) -> dict[str, dict[str, Any]]:
 
 
 def compare_all(console: Console, models: dict[str, working_sizes.Make]) -> dict[str, Any]:
-    """Print, and give, what `compare` finds of each."""
+    """Print and return the figures of each model."""
     results = {}
     view = terminal.table(("model", "way"), ("predicted", "measured", "ratio"))
     view.add_column("moment")
@@ -73,7 +73,7 @@ def compare_all(console: Console, models: dict[str, working_sizes.Make]) -> dict
     console.print(view)
     ratios = sorted(abs(each["ratio"] - 1) for found in results.values() for each in found.values())
     close = sum(each <= 0.05 for each in ratios)
-    console.print(f"within 5 %: {close} of {len(ratios)}; the farthest off by {ratios[-1]:.0%}")
+    console.print(f"within 5 %: {close} of {len(ratios)}; the largest error is {ratios[-1]:.0%}")
     return results
 
 

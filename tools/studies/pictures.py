@@ -12,7 +12,7 @@ _WAYS = {"calibrated": "tab:blue", "by gradient": "tab:red"}
 
 
 def plot_errors_beside_noise(noise: dict[str, float], errors: dict[str, dict[str, float]], groups: Sequence[str]) -> Figure:
-    """The gradient's error for every group of parameters, what codes it by marker, under that group's SGD noise.
+    """The gradient's error for every group of parameters, with a marker for each way to code, and that group's SGD noise.
 
     noise   group -> standard deviation between batches, over the gradient's norm
     errors  label -> group -> error over the gradient's norm
@@ -39,7 +39,8 @@ def plot_errors_beside_noise(noise: dict[str, float], errors: dict[str, dict[str
 
 
 def plot_calibration_study(results: dict[str, Any]) -> Figure:
-    """Errors of the gradient over those with shipped tables, against bits; and beside them uniform against allocated bits."""
+    """Errors of the gradient relative to those with shipped tables, against bits. In a second panel, uniform and allocated
+    bits."""
     figure = Figure(figsize=(8.6, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.axhline(1.0, color="0.6", linewidth=1.5)

@@ -1,8 +1,8 @@
-"""What `fewbit.memory` and its plan say of small networks: `python -m tools.studies.planner`.
+"""Check `fewbit.memory` and its plan on small networks: `python -m tools.studies.planner`.
 
-For each network, eager and compiled: what it keeps, in units of batch x hidden numbers; what the plan predicts after
-conversion, and after that of what pays alone; what is measured then, counted apart from `fewbit.memory`; and what the plan
-advises. Tables go to the terminal and, as JSON, to tools/results/.
+For each network, eager and compiled, it shows what the network keeps, in units of batch x hidden numbers; what the plan
+predicts if everything is converted, and if only what pays is converted; what is measured then, independently of
+`fewbit.memory`; and what the plan advises. Tables are printed, and written to tools/results/ as JSON.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def study(make: Callable[[], nn.Module], trainable: bool, compiled: bool, bits: Bits) -> dict[str, Any]:
-    """Units kept exact, with all converted, and with what pays alone, predicted and measured; and the advice."""
+    """Units kept by the exact network, with all converted, and with only what pays converted, predicted and measured; and the
+    advice."""
     torch.manual_seed(0)
     torch.compiler.reset()
     model = make().requires_grad_(trainable)

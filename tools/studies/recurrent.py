@@ -1,12 +1,13 @@
-"""Recurrent layers from codes: `python -m tools.studies.recurrent [errors] [kept] [time]`, all of them by default.
+"""Coded recurrent layers: `python -m tools.studies.recurrent [errors] [kept] [time]`, all of them by default.
 
-errors  of the gradient of language models that were trained exactly for a while, by bits, on sequences of 32 to 1,024 steps,
-        beside SGD's noise
-kept    bytes that the layers keep, by bits, over those of torch's own
-time    of a step of the layers alone, forward and backward, over torch's own: both run in turns, five steps at a time
+errors  errors of the gradient, by bits, on sequences of 32 to 1,024 steps, compared with SGD's noise; the language models were
+        trained exactly for a while
+kept    bytes that the layers keep, by bits, relative to torch's layers
+time    time of forward and backward of the layers, relative to torch's layers; both run in turns, five steps at a time
 
-Models have an embedding, two layers of width 128 and a linear head; they read the standard library's source. Batches shrink as
-sequences grow, to 2,048 characters each. Tables go to the terminal, and with a picture of the errors to tools/results/.
+Models have an embedding, two layers of width 128 and a linear head. They read the standard library's source. Each batch has
+2,048 characters, so longer sequences make smaller batches. Tables are printed, and written to tools/results/ with a picture of
+the errors.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "RNN, ReLU": partial(nn.RNN, nonlinearity="relu"),
 }
 TIMED = ((64, 32, 128), (64, 8, 128), (256, 32, 256))  # steps, batch, width
-ROUNDS, TURN = 5, 5  # of turns of so many steps
+ROUNDS, TURN = 5, 5  # rounds of turns, and steps in a turn
 
 
 class LanguageModel(nn.Module):
@@ -64,7 +65,7 @@ def _text() -> Tensor:
 
 
 def sample(steps: int, sampler: torch.Generator, characters: int = CHARACTERS) -> Batch:
-    """Stretches of the text, and what comes next."""
+    """Random parts of the text, and the next characters."""
     starts = torch.randint(len(_text()) - steps - 1, (max(1, characters // steps), 1), generator=sampler)
     found = _text()[starts + torch.arange(steps + 1)]
     return found[:, :-1], found[:, 1:]
@@ -76,7 +77,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def trained(kind: str, steps: int, number: int = TRAINED) -> LanguageModel:
-    """A model after so many exact steps of AdamW, its gradients clipped as usual."""
+    """A model after so many exact steps of AdamW, with clipped gradients as usual."""
     torch.manual_seed(0)
     model, sampler = LanguageModel(kind), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
@@ -89,7 +90,7 @@ def trained(kind: str, steps: int, number: int = TRAINED) -> LanguageModel:
 
 
 def errors(console: Console, kinds: Sequence[str] = tuple(KINDS), lengths: Sequence[int] = STEPS, number: int = TRAINED) -> Any:
-    """By kind and number of steps: the gradient's error by bits, relative, and its noise between batches."""
+    """Kind -> number of steps -> the gradient's relative error by bits, and its noise between batches."""
     view = terminal.table(("gradient error", "steps"), ("SGD noise", *(f"{bits} bits" for bits in BITS)))
     results: dict[str, dict[str, Any]] = {}
     for kind in kinds:
@@ -113,7 +114,7 @@ def _gradients(model: nn.Module, batches: Sequence[Batch]) -> list[common.Gradie
 
 
 def kept(console: Console, steps: int = 64) -> dict[str, Any]:
-    """By kind: bytes that the layers alone keep, exact, and the share of them that is left at so many bits."""
+    """Kind -> bytes that the layers keep exactly, and the share of them that coded layers keep, by bits."""
     view = terminal.table((f"kept, {steps} steps",), ("exact, KiB", *(f"{bits} bits" for bits in BITS)))
     results = {}
     x = torch.randn(CHARACTERS // steps, steps, WIDTH, requires_grad=True)
@@ -128,7 +129,7 @@ def kept(console: Console, steps: int = 64) -> dict[str, Any]:
 
 
 def times(console: Console, sizes: Sequence[tuple[int, int, int]] = TIMED, rounds: int = ROUNDS) -> dict[str, Any]:
-    """By kind and size: seconds of a step at 4 bits over torch's own, the median of all rounds with the least and the most."""
+    """Kind and size -> time of a step at 4 bits relative to torch's: median, minimum and maximum over all rounds."""
     view = terminal.table(("step at 4 bits over torch's", "steps x batch x width"), ("ratio", "least", "most", "torch's, ms"))
     results: dict[str, Any] = {}
     for kind in KINDS:
@@ -145,7 +146,7 @@ def times(console: Console, sizes: Sequence[tuple[int, int, int]] = TIMED, round
 
 
 def _turn(layers: nn.Module, x: Tensor) -> float:
-    """The median of some steps; one before them is not counted."""
+    """The median time of some steps. One step before them is not counted."""
     seconds = []
     for _ in range(TURN + 1):
         began = time.perf_counter()
@@ -156,7 +157,7 @@ def _turn(layers: nn.Module, x: Tensor) -> float:
 
 
 def plot(results: dict[str, Any]) -> Figure:
-    """Errors against the number of steps, a panel a kind, a line for each number of bits."""
+    """Errors against the number of steps: a panel for each kind, a line for each number of bits."""
     figure = Figure(figsize=(8.4, 2.9), layout="constrained")
     axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axis, (kind, by_steps) in zip(axes, results.items(), strict=True):
@@ -179,7 +180,7 @@ def plot(results: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    """Run the parts asked for; what other parts have found before stays in the file."""
+    """Run the parts asked for. Earlier results of other parts stay in the file."""
     parts: dict[str, Callable[[Console], Any]] = {"errors": errors, "kept": kept, "time": times}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[[], *parts], help="all by default")

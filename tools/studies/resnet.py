@@ -1,10 +1,10 @@
 """A ResNet with joint codes on the digits of scikit-learn: `python -m tools.studies.resnet`.
 
-Accuracy on held-out digits after training exactly, with joint codes, with the second method's uniform codes, and with
-activations quantized in forward and backward alike; and the bytes that a step keeps for backward.
+It measures the accuracy on held-out digits, and the bytes that a step keeps for backward. The network trains exactly, with
+joint codes, with the second method's uniform codes, and with activations quantized in both forward and backward.
 
-The network is pre-activated: batch norm and ReLU come before each convolution, and sums carry the residual. Tables go to the
-terminal and, as JSON, to tools/results/.
+The network is pre-activated: batch norm and ReLU come before each convolution, and sums carry the residual. Tables are printed,
+and written to tools/results/ as JSON.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ CODED: dict[str, Callable[..., nn.Module]] = {
     "uniform codes, 8 bits": _coded(bits=8, coding="uniform"),
     "uniform codes, 4 bits": _coded(bits=4, coding="uniform"),
 }
-NAIVE = {"naive, 8 bits": _naive(8), "naive, 4 bits": _naive(4)}  # they hold values, not codes: their bytes say nothing
+NAIVE = {"naive, 8 bits": _naive(8), "naive, 4 bits": _naive(4)}  # they hold values, so their bytes do not count
 
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images (n, 1, 8, 8) of mean 0 and deviation 1 with their labels: to train on, and to test on."""
+    """Images (n, 1, 8, 8) of mean 0 and deviation 1 with their labels: for training, and for testing."""
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32)[:, None]  # type: ignore[attr-defined]
     labels = torch.tensor(found.target)  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 class WithLoss(nn.Module):
-    """A model and the loss that it is trained with: images and labels to the loss."""
+    """A module of a model and its loss: it maps images and labels to the loss."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -112,7 +112,7 @@ class WithLoss(nn.Module):
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int) -> None:
-    """SGD with momentum, its rate falling to 0 along a cosine; the seed orders the images."""
+    """Train with SGD with momentum. The learning rate falls to 0 along a cosine. The seed determines the order of images."""
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = epochs * (len(labels) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -128,14 +128,14 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: i
 
 @torch.no_grad()
 def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of the images whose label the model, left in evaluation mode, finds."""
+    """The share of images that the model classifies correctly. The model is in evaluation mode afterwards."""
     return float((model.eval()(images).argmax(1) == labels).double().mean())
 
 
 def accuracy(
     console: Console, seeds: int = 3, epochs: int = EPOCHS, widths: tuple[int, ...] = WIDTHS, blocks: int = BLOCKS
 ) -> dict[str, Any]:
-    """On held-out digits with each seed, bytes kept by a step, and the gradient's error on a network half trained."""
+    """Accuracy on held-out digits with each seed, bytes kept by a step, and the gradient's error on a half-trained network."""
     training, test = digits()
     images, labels = training[0][:BATCH], training[1][:BATCH]
     halfway = _trained(lambda: ResNet(widths, blocks), training, epochs // 2, seed=0)
@@ -172,13 +172,13 @@ def _trained(make: Callable[[], nn.Module], training: tuple[Tensor, Tensor], epo
 
 
 def gradient(model: nn.Module, training: tuple[Tensor, Tensor], batches: int = 4) -> list[common.Gradients]:
-    """Of the loss of each of the first batches."""
+    """The gradients of the loss of each of the first batches."""
     pairs = list(zip(*(each.split(BATCH) for each in training), strict=True))[:batches]
     return [common.gradients(model, lambda pair=pair: loss_of(model, *pair), lambda _: "network") for pair in pairs]
 
 
 def kept_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, int]:
-    """Bytes that a step keeps, by the kind of module that saved them first, and of all."""
+    """Bytes that a step keeps: by the kind of module that saved them first, and in total."""
     kinds: dict[str, int] = {"all": 0}
     modules = dict(model.named_modules())
     for part, number in fewbit.memory(WithLoss(model), (images, labels)).by_module().items():

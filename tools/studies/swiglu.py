@@ -1,8 +1,8 @@
 """What a SwiGLU block keeps for backward, exact and coded: `python -m tools.studies.swiglu`.
 
-The block is down(silu(gate(x)) * up(x)), its Linear layers without bias. Counted are the bits that it keeps for each element of
-the hidden tensor, the block's input apart; beside them the error of the weights' gradients at random weights. The table goes to
-the terminal and, as JSON, to tools/results/.
+The block is down(silu(gate(x)) * up(x)), with Linear layers without bias. The table shows the bits that it keeps for each
+element of the hidden tensor, and the block's input separately; and the error of the weights' gradients at random weights. It is
+printed, and written to tools/results/ as JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SwiGLU(nn.Module):
 
 
 class CodedSwiGLU(SwiGLU):
-    """The same from codes of gate and up."""
+    """The same, with codes of gate and up."""
 
     def __init__(self, width: int, hidden: int, bits: int):
         super().__init__(width, hidden)
@@ -50,7 +50,7 @@ class CodedSwiGLU(SwiGLU):
 
 
 def coded(block: SwiGLU, bits: int) -> SwiGLU:
-    """A copy that keeps codes: of gate and up, and of the input of its Linear layers."""
+    """A copy that keeps codes of gate and up, and of the inputs of its Linear layers."""
     copied = CodedSwiGLU(block.gate.in_features, block.gate.out_features, bits).to(block.gate.weight.dtype)
     copied.load_state_dict(block.state_dict())
     fewbit.convert(copied, bits=bits)
@@ -67,7 +67,7 @@ def kept_bits(block: SwiGLU, x: Tensor, hidden: int) -> dict[str, float]:
 
 
 def memory(console: Console, width: int = WIDTH, hidden: int = HIDDEN) -> dict[str, Any]:
-    """Exact and coded, by dtype: bits kept, and the error of the gradient."""
+    """Bits kept and the error of the gradient, exact and coded, for each dtype."""
     results: dict[str, Any] = {}
     view = terminal.table((f"{width} wide, {hidden} hidden",), (*PARTS, "gradient error"))
     for dtype in (torch.bfloat16, torch.float32):
@@ -87,7 +87,7 @@ def memory(console: Console, width: int = WIDTH, hidden: int = HIDDEN) -> dict[s
 
 
 def gradients(block: SwiGLU, x: Tensor, target: Tensor) -> common.Gradients:
-    """Of the squared distance from the target, by weight."""
+    """The gradients of the squared distance from the target, by weight."""
     return common.gradients(block, lambda: (block(x) - target).square().sum(), lambda name: name)
 
 

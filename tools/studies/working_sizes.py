@@ -1,11 +1,11 @@
 """What codes cost at common sizes: `python -m tools.studies.working_sizes [names] [--device cuda]`, all models by default.
 
-Each is measured as `fewbit bench --model tools.studies.working_sizes:gpt2` does it: exact, with its blocks checkpointed, and
+Each model is measured as by `fewbit bench --model tools.studies.working_sizes:gpt2`: exact, with its blocks checkpointed, and
 with everything coded at 4 bits. The models are Hugging Face's without a head, from configurations, with random weights and
-without dropout: 6 layers on 2,048 tokens or 8 images of 224 x 224, or whole networks of convolutions on 8 images of 128 x 128.
-Then comes the small ResNet of `tools.studies.resnet` on scikit-learn's digits. On a GPU models are as wide as common ones,
-with 12 layers of transformers (Llama: 8), on 65,536 tokens (Llama: 16,384) or 256 images of 224 x 224: with small steps a GPU
-waits for Python. Nothing is downloaded.
+without dropout. They have 6 layers on 2,048 tokens or 8 images of 224 x 224, or are whole convolutional networks on 8 images of
+128 x 128. Another one is the small ResNet of `tools.studies.resnet` on scikit-learn's digits. On a GPU models have common
+widths, 12 layers of transformers (Llama: 8), and 65,536 tokens (Llama: 16,384) or 256 images of 224 x 224, since a GPU with
+small steps waits for Python. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _RESNET18 = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths
 
 
 def sample_tokens(sampler: torch.Generator, more: int = 1, longer: int = 1) -> Batch:
-    """Random ones; so many times as many sequences, so many times as long."""
+    """Random tokens. more, longer: factors for the number and the length of sequences"""
     return {"input_ids": torch.randint(VOCABULARY, (more * BATCH, longer * TOKENS), generator=sampler)}
 
 
 def sample_images(sampler: torch.Generator, size: int, more: int = 1) -> Batch:
-    """Noise, of size x size; so many times as many."""
+    """Noise of size x size. more: factor for the number of images"""
     return {"pixel_values": torch.randn(more * BATCH, 3, size, size, generator=sampler)}
 
 
@@ -51,7 +51,7 @@ CASES = {
     "llama": Case("LlamaModel", {**_TEXT, "intermediate_size": 1408, "use_cache": False}, sample_tokens),
     "vit": Case("ViTModel", _VIT, partial(sample_images, size=224)),
     "resnet18": Case("ResNetModel", _RESNET18, partial(sample_images, size=128)),
-    "convnext": Case("ConvNextModel", {}, partial(sample_images, size=128)),  # the smallest that there is by default
+    "convnext": Case("ConvNextModel", {}, partial(sample_images, size=128)),  # the default configuration is the smallest model
 }
 _WIDE = {"hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "vocab_size": VOCABULARY}
 _WIDE |= {"max_position_embeddings": 4 * TOKENS, "intermediate_size": 4096}
@@ -83,7 +83,7 @@ def digits() -> Subject:
 
 
 Make = tuple[Callable[[], Subject], torch.dtype]
-Models = dict[str, Make]  # by the name under which it is reported: what makes the model, and the dtype
+Models = dict[str, Make]  # name in the report -> a function that makes the model, and the dtype
 MODELS: Models = {
     "GPT-2": (gpt2, torch.float32),
     "GPT-2, bfloat16": (gpt2, torch.bfloat16),
@@ -108,7 +108,8 @@ COLUMNS = ("calls", "moved", "kept", "peak", "time")
 
 
 def compare_all(console: Console, models: Models, repeats: int, device: str = "cpu") -> dict[str, Any]:
-    """Print, and give, what steps take of the exact ones: coded, and checkpointed at the level of blocks that peaks lowest."""
+    """Print and return the figures of coded and checkpointed steps, relative to exact ones. Of several levels of blocks, the
+    one with the lowest checkpointed peak counts."""
     results: dict[str, Any] = {}
     columns = [f"{kind}\n{column}" for kind in ("coded", "checkpoint") for column in COLUMNS]
     view = terminal.table(("\nmodel",), tuple(columns))
@@ -125,7 +126,7 @@ def compare_all(console: Console, models: Models, repeats: int, device: str = "c
 
 
 def _shares(run: compare.RunResult, exact: compare.RunResult) -> dict[str, Any]:
-    """Calls and bytes moved outside of products, bytes kept, peak and time, over those of the exact run."""
+    """Calls and bytes moved outside of products, bytes kept, peak and time, relative to the exact run."""
     assert run.peak_bytes is not None, "followed on the CPU"
     assert exact.peak_bytes is not None, "likewise"
     return {

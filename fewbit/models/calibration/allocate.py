@@ -1,11 +1,13 @@
-"""How many bits each layer gets: those of least predicted error of the gradient that fit into a number of bytes.
+"""Choose the bits of each layer: those with the least predicted error of the gradient that fit a number of bytes.
 
-The layers' errors add up as squares, nearly: ||g̃ - g||² ≈ Σ_l s_l d_l(bits_l). d_l is the error of the layer's table, known for
-every number of bits; s_l, what the layer's place in the model makes of it, is measured: on one batch, with 2-bit codes in
-that layer and 8-bit codes in all others, against 8-bit codes everywhere, whose own error is some 1/60 of that. Other ways
-did worse on a GPT's GELUs, where they chose bits with a larger error than the same bits for all: to measure with 3 bits, since
-errors with fewer are larger than that foretells, and to take the squared gradient at the layer times d_l, which needs no
-measuring but leaves out what lies upstream.
+The squared errors of the layers nearly add up: ||g̃ - g||² ≈ Σ_l s_l d_l(bits_l). d_l is the error of the layer's table, known
+for every number of bits. The sensitivity s_l says how much that error matters at the layer's place in the model. It is measured
+on one batch: 2-bit codes in that layer and 8-bit codes in all others are compared with 8-bit codes everywhere, whose own error
+is about 1/60 of that.
+
+Two other ways did worse on a GPT's GELUs, where they chose bits with a larger error than the same bits for all layers. One
+measures with 3 bits: it predicts too small errors for fewer bits. The other takes the squared gradient at the layer times d_l:
+it needs no measuring, but leaves out the layers upstream.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def allocate(
     choices: Sequence[int] = range(1, MAX_BITS + 1),
     filter_fn: Filter | None = None,
 ) -> Allocation:
-    """Give each coded layer of a model its own bits and table, so that the gradient's error is least within a budget.
+    """Give each coded layer of a model its own bits and table, such that the gradient's error is least within a budget.
 
     model      As for `fewbit.calibrate`. A model that is not converted yet is converted with every kind. To choose among some
                kinds only, convert it before, with bits by kind.
@@ -55,17 +57,17 @@ def allocate(
                output. If that has none, it is a random projection: the sum of all outputs times fixed normal numbers. A random
                projection shows how an error reaches the parameters, but not which outputs the true loss depends on. Give the
                true loss if you have it.
-    budget     What the codes of all these layers may take together, for one batch like the first, without their scales. It is a
-               share of what the coded tensors take in their own dtype, such as 0.3 or "30%", or a number of bytes, such as
-               1 << 29 or "512 MiB".
+    budget     The most that the codes of all these layers may take together, for one batch like the first, without their
+               scales. It is a share of what the coded tensors take in their own dtype, such as 0.3 or "30%", or a number of
+               bytes, such as 1 << 29 or "512 MiB".
     choices    numbers of bits to choose from, each 1 to 8
     filter_fn  A function of a module and its dotted name that says whether to convert the module and choose its bits.
     Returns    the bits chosen, with predicted and measured errors. Its `calibration` saves and loads.
 
     The choice is optimal for the predicted errors. If the same number of bits in all layers fits the budget and does no worse
-    on the first batch, that is taken instead. Layers that keep no codes of their own stay as they are. An example is a linear
-    layer that reads the code of the activation before it. This takes a forward and a backward pass for each layer. It also
-    designs a table for each activation and each number of bits: for 1 to 8 bits, about three seconds of one core a layer.
+    on the first batch, that is taken instead. Layers that keep no codes of their own stay as they are, such as a linear layer
+    that reads the code of the activation before it. One forward and one backward pass run for each layer. A table is designed
+    for each activation and each number of bits: for 1 to 8 bits, this takes about three seconds of one core for each layer.
 
     Raises DesignError (a budget that is too small or not a budget, choices) or InputError (not a module, no batch, no
     gradient). The model is then as before.
@@ -86,7 +88,7 @@ def allocate(
         if not coded:
             raise InputError(
                 "allocate found no module that is coded, or that these bits could code: check the kinds in bits, and "
-                "filter_fn if you gave one. Activations that code calls as functions all have the same number of bits"
+                "filter_fn if you gave one. Activations called as functions all have the same number of bits"
             )
         first, batches = _peeked(batches)
         histograms = observe(inner, model, batches, [each for each in coded if each.calibrates], loss_fn)
@@ -107,7 +109,7 @@ _UNITS |= {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
 
 
 def parse_budget(budget: Any) -> Callable[[int], int]:
-    """From the bytes that the coded tensors would take to the bytes for codes. DesignError for what is no budget.
+    """A function from the bytes that the coded tensors take exactly to the bytes for codes. DesignError if it is no budget.
 
     >>> [parse_budget(each)(1000) for each in (0.3, "0.3", "30%", 2048, "2 KiB")]
     [300, 300, 300, 2048, 2048]
@@ -164,7 +166,7 @@ def _allocated(probe: Probe, share: Callable[[int], int], bits: Sequence[int], a
 
 
 def _choices(probe: Probe, name: str, found: Sensitivity, bits: Sequence[int]) -> Choices:
-    """For each number of bits the bytes of a layer's codes and its squared relative error of the gradient."""
+    """For each number of bits: the bytes of a layer's codes, and the squared relative error that they add to the gradient's."""
     return {b: (-(-found.elements * b // 8), found.factor * probe.table_error(name, b)) for b in bits}
 
 
@@ -172,8 +174,8 @@ def _check_budget(items: dict[str, Choices], budget: int, exact: int) -> None:
     least = sum(min(size for size, _ in choices.values()) for choices in items.values())
     if budget < least:
         raise DesignError(
-            f"the budget must be at least {least} bytes ({least / exact:.2%} of {exact}), the fewest bits in every layer; "
-            f"got {budget}"
+            f"the budget must be at least {least} bytes ({least / exact:.2%} of {exact}), which the fewest bits in every layer "
+            f"take; got {budget}"
         )
 
 
@@ -184,7 +186,7 @@ def _outcome(probe: Probe, items: dict[str, Choices], bits: dict[str, int]) -> O
 
 
 def _calibrated(probe: Probe, name: str, former: CodeTable) -> CalibratedLayer:
-    """What the calibration says of a layer that has its table."""
+    """The calibration's entry of a layer that already has its table."""
     coded, histogram = probe.coded[name], probe.histograms.get(name)
     if histogram is None or not histogram.elements:
         return layer_of(coded, coded.table, StreamingHistogram())

@@ -1,4 +1,4 @@
-"""What an allocation chose: bits for each layer, and what they are predicted and were measured to do."""
+"""The result of an allocation: the bits of each layer, and the predicted and measured errors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class AllocatedLayer:
     """The bits of one layer.
 
     activation  what its table is for; "identity" for layers that standardize what they code
-    elements    numbers that it keeps codes of, for one batch
-    choices     a number of bits -> bytes, and the squared relative error that it adds to the gradient's
+    elements    how many numbers it keeps codes of, for one batch
+    choices     number of bits -> bytes, and the squared relative error that they add to the gradient's
     """
 
     name: str
@@ -36,11 +36,11 @@ class AllocatedLayer:
 
     @property
     def bytes(self) -> int:
-        """Of its codes."""
+        """Bytes of its codes."""
         return self.choices[self.bits][0]
 
     def error(self, bits: int) -> float:
-        """The relative error of the gradient that the layer alone makes, as predicted."""
+        """The predicted relative error of the gradient from this layer alone."""
         return sqrt(self.choices[bits][1])
 
 
@@ -56,10 +56,12 @@ class Outcome(NamedTuple):
 class Allocation(Report):
     """The bits of each coded layer that keeps codes of its own.
 
-    calibration   tables of these layers, to save, load and install
-    budget, exact_bytes  bytes for one batch: what the codes may take, and what the coded tensors take in their own dtype
+    calibration   the tables of these layers, to save, load and install
+    budget        bytes that the codes of one batch may take
+    exact_bytes   bytes that the coded tensors of one batch take in their own dtype
     outcome       bytes and errors with the chosen bits
-    uniform_bits, uniform  the largest number of bits that fits the budget in all layers, and its bytes and errors
+    uniform_bits  the largest number of bits that fits the budget if all layers have it
+    uniform       bytes and errors with these bits in all layers
     """
 
     layers: tuple[AllocatedLayer, ...]
@@ -108,9 +110,10 @@ class Allocation(Report):
             errors = (f"{outcome[index]:.4f}" for outcome in (self.outcome, self.uniform))
             view.add_row(name, "", "", f"{self.outcome.bytes:,}", *errors)
         key = (
-            "error: of the gradient, ||g̃ - g|| / ||g||, that the layer alone makes; all: measured on the first batch\n"
-            f"budget {self.budget:,} of {self.exact_bytes:,} bytes uncoded; "
-            f"{plural(self.uniform_bits, 'bit')} everywhere take {self.uniform.bytes:,}"
+            "error: predicted error of the gradient, ||g̃ - g|| / ||g||, from this layer alone; "
+            "all: from all layers, on the first batch\n"
+            f"budget: {self.budget:,} bytes for codes of tensors that take {self.exact_bytes:,} exactly; "
+            f"{plural(self.uniform_bits, 'bit')} in every layer take {self.uniform.bytes:,}"
         )
         return Group(view, "", key)
 
@@ -120,6 +123,7 @@ class Allocation(Report):
         bits, sizes = [layer.bits for layer in self.layers], [bytes_label(layer.bytes) for layer in self.layers]
         errors = [(layer.error(self.uniform_bits), layer.error(layer.bits)) for layer in self.layers]
         taken, budget, exact = map(bytes_label, (self.outcome.bytes, self.budget, self.exact_bytes))
-        measured = f"error of the gradient {self.outcome.measured:.3f}, at {plural(self.uniform_bits, 'bit')} everywhere"
-        title = f"Bits of each layer: {taken} of the budget of {budget}, exact {exact}\n{measured} {self.uniform.measured:.3f}"
+        uniform = f"{self.uniform.measured:.3f} with {plural(self.uniform_bits, 'bit')} everywhere"
+        errors_of_all = f"error of the gradient: {self.outcome.measured:.3f}, or {uniform}"
+        title = f"Bits of each layer: {taken} of the budget of {budget}; exact tensors take {exact}\n{errors_of_all}"
         return plot_allocation([layer.name for layer in self.layers], bits, sizes, errors, self.uniform_bits, title)

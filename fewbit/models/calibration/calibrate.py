@@ -1,4 +1,4 @@
-"""Tables for the pre-activations that a model's own data give: streamed into histograms, one a layer, and designed for them."""
+"""Design tables for the pre-activations of a model on its own data. They are collected in one histogram for each layer."""
 
 from __future__ import annotations
 
@@ -54,20 +54,21 @@ def calibrate(
     """Give each coded activation and gate of a model the table of least error for its own inputs.
 
     model      A model that is converted, is built of fewbit's modules, or is neither. In the last case it is converted first,
-               in place. It runs in the mode that it is in, training or evaluation, without its compiled code.
+               in place. It runs in its current mode (training or evaluation), without its compiled code.
     batches    Batches to run the model on, each as in `fewbit.memory`. A few are enough, also early in training. One histogram
                is kept for each layer, and no tensors.
-    loss_fn    A function of the model and a batch that returns a scalar. Tables of the derivative are then made for the squared
-               gradient at each pre-activation, since the gradient multiplies their error. Tables that also hold values are made
-               for the pre-activations only, since the gradient there does not weigh the values. With it, backward runs too.
-    bits       Bits of the tables, one number or by kind, as in `fewbit.convert`. None, and kinds that are not named, keep the
-               bits of each module. A model that is converted now is converted with these bits, or with 5 for every kind.
+    loss_fn    A function of the model and a batch that returns a scalar. If it is given, backward runs too. Tables of the
+               derivative are then designed for the squared gradient at each pre-activation, since the gradient multiplies their
+               error. Tables that also hold values are designed for the pre-activations only, since the gradient there does not
+               weigh the values.
+    bits       Bits of the tables, one number or by kind, as in `fewbit.convert`. With None, modules keep their bits. Modules of
+               kinds that are not named keep theirs too. A model that is converted now gets these bits, or 5 for every kind.
     filter_fn  A function of a module and its dotted name that says whether to convert and calibrate the module.
     Returns    what was seen, and the errors before and after. `save` writes the tables to a file, `Calibration.load` reads it,
                and `install` puts them on a model again.
 
     Layers that never ran keep their table. So do layers for which no better table is found, such as ReLU. Parameters,
-    gradients, buffers and the states of random number generators are as before afterwards.
+    gradients, buffers and the states of random number generators are restored afterwards.
 
     Raises DesignError (bits) or InputError (not a module, no batch, no gradient). The model is then as before.
     """
@@ -84,8 +85,8 @@ def calibrate(
         if not coded:
             raise InputError(
                 "calibrate found no activation or gate that is coded, or that these bits could code: check the kinds in "
-                "bits, and filter_fn if you gave one. Activations that code calls as functions cannot be calibrated: they take "
-                "the table for the scale of their input"
+                "bits, and filter_fn if you gave one. Activations called as functions cannot be calibrated: their table is "
+                "chosen by the scale of their input"
             )
         histograms = observe(inner, model, batches, coded, loss_fn)
         layers = [_calibrated(each, histograms[each.name], _bits_of(each, setting), loss_fn is not None) for each in coded]
@@ -99,7 +100,8 @@ def observe(
 ) -> Histograms:
     """The histograms of what the coded modules read while the model runs on the batches, by name.
 
-    inner  the model without the compiler, whose modules these are; `model` is what loss_fn is called with
+    inner  the model without the compiler's wrapper, which holds the coded modules
+    model  what loss_fn is called with
     """
     parameters = trainable(inner) if loss_fn is not None else []
     histograms, ran = {each.name: StreamingHistogram() for each in coded}, False
@@ -117,7 +119,7 @@ def observe(
 
 
 def _bits_of(coded: CodedModule, setting: Setting | None) -> int:
-    """Of the table that a module gets: those asked for its kind, or those that it has."""
+    """Bits of the table that a module gets: those asked for its kind, or those that it has."""
     asked = None if setting is None else setting.bits_of(coded.module.coded_kind)
     return asked or coded.table.bits
 
@@ -135,7 +137,8 @@ def _watched(coded: Sequence[CodedModule], histograms: Histograms, with_gradient
 
 
 def _watch(coded: CodedModule, histogram: StreamingHistogram, with_gradients: bool) -> list[Any]:
-    """Hooks on a module that count what it reads; the gradient there comes later, when x may be overwritten or gone."""
+    """Hooks on a module that count what it reads. The gradient at x arrives later, when x may be overwritten or freed, so the
+    bins of x are kept until then."""
     waiting: list[Tensor | None] = []
     gradients = with_gradients and coded.channels == ("derivative",)
 
@@ -143,7 +146,7 @@ def _watch(coded: CodedModule, histogram: StreamingHistogram, with_gradients: bo
         if is_backward():  # checkpointing runs forward again
             return
         x = pre_activation(module, args, kwargs)
-        codable = is_codable(x)  # else the module leaves x to torch, and no table matters
+        codable = is_codable(x)  # else torch computes the module's output, and no table is used
         if codable:
             histogram.add(x)
         if gradients:
@@ -162,7 +165,8 @@ def _watch(coded: CodedModule, histogram: StreamingHistogram, with_gradients: bo
 
 
 def _calibrated(coded: CodedModule, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CalibratedLayer:
-    """The better of a table designed for the histogram and of the one in use, or of the shipped one of these bits."""
+    """The better one of two tables: the one designed for the histogram, and the one in use (the shipped one if it has other
+    bits)."""
     former = table_in_use(coded, histogram)
     table = former if former.bits == bits else coded.shipped(bits)
     facts: dict[str, Any] = {}
@@ -177,33 +181,34 @@ def _calibrated(coded: CodedModule, histogram: StreamingHistogram, bits: int, by
 
 
 def table_in_use(coded: CodedModule, histogram: StreamingHistogram | None) -> CodeTable:
-    """The table with which a module codes what the histogram saw."""
+    """The table with which a module codes the inputs in the histogram."""
     return coded.table_for(histogram.spread) if histogram is not None and histogram.elements else coded.table
 
 
 def weighs_gradients(histogram: StreamingHistogram, by_gradient: bool) -> bool:
-    """Whether the gradients are to weigh: if asked for, and if there were any."""
+    """Whether the gradients weigh the errors: if that was asked for, and if there were gradients."""
     return by_gradient and bool(histogram.squares.any())
 
 
 def fitted(coded: CodedModule, histogram: StreamingHistogram, bits: int, by_gradient: bool) -> CodeTable:
-    """The table of so many bits designed for the histogram."""
+    """The table of this number of bits, designed for the histogram."""
     return _designed(coded.record, bits, histogram.smoothed(by_gradient), coded.channels)
 
 
 @lru_cache(maxsize=256)
 def _designed(record: Activation, bits: int, weight: Histogram, channels: tuple[str, ...]) -> CodeTable:
-    """Remembered, so that to allocate after a calibration on the same batches, or with another budget, designs nothing anew."""
+    """Results are remembered: allocating after a calibration on the same batches, or with another budget, designs nothing
+    again."""
     return design(record, bits, weight=weight, channels=channels)
 
 
 def relative_errors(seen: Histogram, table: CodeTable, coded: CodedModule) -> tuple[float, ...]:
-    """The relative rms error of each channel under what was seen; 0 where there is no power and no error."""
+    """The relative rms error of each channel, weighted by what was seen; 0 if there is no error."""
     errors, powers = errors_under(seen, table, coded.record)
     return tuple(np.sqrt(np.divide(errors, powers, out=np.zeros_like(errors), where=errors > 0)).tolist())
 
 
 def layer_of(coded: CodedModule, table: CodeTable, histogram: StreamingHistogram, **facts: Any) -> CalibratedLayer:
-    """What a calibration says of a module."""
+    """The entry of a module in a calibration."""
     numbers = {"elements": histogram.elements, "not_finite": histogram.not_finite}
     return CalibratedLayer(coded.name, coded.record.name, dict(coded.record.parameters), table, **numbers, **facts)

@@ -1,5 +1,5 @@
-"""What a calibration found: a table for each coded module of a model. It prints, goes to a file beside the model's weights, and
-puts its tables back on a model."""
+"""The result of a calibration: a table for each coded module of a model. It can be printed, saved to a file, and installed on a
+model again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FORMAT = "fewbit-calibration"
-MOST_BYTES = 1 << 28  # of a file: tables of 8 bits for twenty thousand layers
+MOST_BYTES = 1 << 28  # largest file that is read: tables of 8 bits for twenty thousand layers
 _NUMBER = (int, float, type(None))
 _TYPES = {"name": str, "activation": str, "parameters": dict, "elements": int, "not_finite": int}
 _TYPES |= {"mean": _NUMBER, "std": _NUMBER}
@@ -39,14 +39,14 @@ _TYPES |= {"mean": _NUMBER, "std": _NUMBER}
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """One coded module, the table that it now has, and what was seen of it.
+    """One coded module, the table that it now has, and what was seen of its inputs.
 
-    name                   of the module in the model
+    name                   the module's name in the model
     activation, parameters  what the table is for; "identity" for layers that standardize what they code
-    elements, not_finite   numbers of finite pre-activations seen, and of others
-    mean, std              of the finite ones; None where none were
-    before, after          relative rms errors by channel of the former table and of this one, under the histogram of what was
-                           seen; None where nothing was
+    elements, not_finite   how many finite pre-activations were seen, and how many others
+    mean, std              of the finite ones; None if there were none
+    before, after          relative rms errors by channel, of the former table and of this one, weighted by the histogram of
+                           what was seen; None if nothing was seen
     """
 
     name: str
@@ -92,14 +92,14 @@ class Calibration(Report):
     """The tables of a model's coded modules, and how well they fit the inputs that were seen.
 
     layers       in the order of the model's modules
-    by_gradient  whether the squared gradient at each pre-activation weighed tables of derivatives and their errors
+    by_gradient  whether tables of derivatives and their errors are weighted by the squared gradient at each pre-activation
     """
 
     layers: tuple[CalibratedLayer, ...]
     by_gradient: bool = False
 
     def save(self, path: str | Path) -> None:
-        """Write the tables and the figures to one JSON file, whole or not at all. Raises OSError as open() does."""
+        """Write the tables and the figures to one JSON file, completely or not at all. Raises OSError as open() does."""
         lines = ",\n".join("  " + json.dumps(layer.to_dict()) for layer in self.layers)
         head = f'"format": "{FORMAT}",\n "version": {VERSION},\n "by_gradient": {json.dumps(self.by_gradient)}'
         files.write(path, f'{{\n {head},\n "layers": [\n{lines}\n ]\n}}\n')
@@ -136,7 +136,7 @@ class Calibration(Report):
         return model
 
     def _convert(self, model: nn.Module) -> None:
-        """Convert those of the modules that are not coded; they get their tables later."""
+        """Convert the modules that are not coded yet; they get their tables later."""
         coded = {id(each.module) for each in coded_modules(model)}
         for setting, joint in ((Setting.of({"activation": 1}), False), (Setting.of(1), True)):
             names = {layer.name for layer in self.layers if (layer.table.channels != ("derivative",)) == joint}
@@ -162,7 +162,7 @@ class Calibration(Report):
         return found | {"rms_before": self._mean("before"), "rms_after": self._mean("after")}
 
     def _mean(self, when: str) -> float | None:
-        """The root mean square over all layers that ran, of all channels."""
+        """The root mean square over the errors of all layers that ran and all channels."""
         errors = [error for layer in self.layers for error in getattr(layer, when) or ()]
         return sqrt(sum(error**2 for error in errors) / len(errors)) if errors else None
 
@@ -181,15 +181,15 @@ class Calibration(Report):
 
     def _key(self) -> str:
         totals = self.totals()
-        weighted = ", weighted by the squared gradient where the table is of f' alone" if self.by_gradient else ""
-        lines = [f"before, after: relative rms error of the table under the layer's own histogram{weighted}"]
+        weighted = "; for tables of f' alone also by the squared gradient" if self.by_gradient else ""
+        lines = [f"before, after: relative rms error of the table, weighted by the layer's own histogram of inputs{weighted}"]
         if totals["rms_before"] is not None:
             before, after = totals["rms_before"], totals["rms_after"]
             lines.append(f"{plural(len(self.layers), 'layer')}: rms {before:.4f} before, {after:.4f} after")
         if totals["not_finite"]:
             lines.append(f"{totals['not_finite']:,} elements were NaN or infinite and were left out")
         if any(not layer.elements and layer.activation != "identity" for layer in self.layers):
-            lines.append("layers of which no elements were seen keep the tables that they had")
+            lines.append("layers that saw no elements keep their former tables")
         return "\n".join(lines)
 
     def figure(self) -> Figure:
@@ -206,14 +206,14 @@ class Calibration(Report):
 
 def _install(layer: CalibratedLayer, coded: CodedModule | None) -> None:
     if coded is None:
-        raise InputError(f"module {layer.name!r} cannot be coded; the calibration has {layer.activation} there")
+        raise InputError(f"module {layer.name!r} cannot be coded, but the calibration has {layer.activation} there")
     wanted, got = label(layer.activation, layer.parameters), str(coded.record)
     if (layer.activation, layer.parameters) != (coded.record.name, dict(coded.record.parameters)):
         raise TableError(f"module {layer.name!r} is {got}, the calibration's table is for {wanted}; calibrate this model anew")
     if layer.table.channels != coded.channels:
         raise TableError(
-            f"module {layer.name!r} needs a table with the channels {coded.channels}, the calibration's has "
-            f"{layer.table.channels}; revert the model first, or convert it with the bits by kind that the calibrated one had"
+            f"module {layer.name!r} needs a table with the channels {coded.channels}, but the calibration's table has "
+            f"{layer.table.channels}; revert the model first, or convert it with the same kinds as the calibrated model"
         )
     coded.install(layer.table)
 

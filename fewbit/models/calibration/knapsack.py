@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one choice for each item, of least total cost, whose sizes fit a budget."""
+"""The multiple-choice knapsack: one choice for each item, with the least total cost, such that the sizes fit a budget."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Choices = Mapping[int, tuple[int, float]]  # a choice -> its size and its cost
 
 
 def choose(items: Sequence[Choices], budget: int) -> list[int]:
-    """The choice for each item; among choices that cost the same, a smaller one.
+    """The choice for each item. Of choices that cost the same, a smaller one is taken.
 
-    items   the choices of each, sizes whole numbers and costs finite and not negative
-    budget  that the sizes chosen may add up to
+    items   the choices of each item; sizes are whole numbers, costs are finite and not negative
+    budget  the most that the chosen sizes may add up to
 
-    Solved to the optimum as an integer program. Raises DesignError where the smallest choices do not fit.
+    It is solved to the optimum as an integer program. Raises DesignError if even the smallest choices do not fit.
     """
     items = [_useful(choices) for choices in items]
     least = sum(min(size for size, _ in choices.values()) for choices in items)
@@ -31,7 +31,7 @@ def choose(items: Sequence[Choices], budget: int) -> list[int]:
     sizes = [items[item][choice][0] for item, choice in options]
     step = gcd(*sizes) or 1
     costs = np.array([items[item][choice][1] for item, choice in options])
-    # the solver stops within 1e-6 of the optimum: far less than what tells two answers apart, in units of the smallest costs
+    # the solver stops within 1e-6 of the optimum; in units of the smallest costs, two answers differ by far more than that
     smallest, largest = sum(min(cost for _, cost in choices.values()) for choices in items), costs.max(initial=0.0)
     scale = max(min(smallest, 1e-4 * largest), 1e-9 * largest) or 1.0
     belongs = np.array([[float(owner == item) for owner, _ in options] for item in range(len(items))])
@@ -49,7 +49,7 @@ def choose(items: Sequence[Choices], budget: int) -> list[int]:
 
 
 def _useful(choices: Choices) -> Choices:
-    """Those choices that cost less than every smaller one."""
+    """The choices that cost less than every smaller choice."""
     useful: dict[int, tuple[int, float]] = {}
     for choice, (size, cost) in sorted(choices.items(), key=lambda each: each[1]):
         if cost < min((known for _, known in useful.values()), default=np.inf):

@@ -1,4 +1,4 @@
-"""How much the error of each coded layer adds to the error of the gradient, and what its codes take: measured."""
+"""Measure how much the error of each coded layer adds to the error of the gradient, and how many bytes its codes take."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from fewbit.models.preserve import eager, preserved_state
 
 Tensor = torch.Tensor
 Gradient = list[Tensor | None]
-_COARSE, _FINE = 2, MAX_BITS  # bits of the layer that is looked at, and of all others
+_COARSE, _FINE = 2, MAX_BITS  # bits of the layer that is measured, and of all others
 
 
 class Sensitivity(NamedTuple):
-    """What one layer's codes take, and what their error does.
+    """How large one layer's codes are, and how much their error matters.
 
-    factor    the squared error of the gradient, relative to its own square, over the error of the layer's table
-    elements  numbers that the layer keeps codes of; 0 if it keeps none of its own
-    itemsize  bytes of one of them before coding
+    factor    the squared relative error of the gradient, divided by the error of the layer's table
+    elements  how many numbers the layer keeps codes of; 0 if it keeps none of its own
+    itemsize  bytes of one number before coding
     """
 
     factor: float
@@ -40,12 +40,13 @@ class Sensitivity(NamedTuple):
 
 
 class Probe:
-    """A model to be run on one batch with several tables in its layers. Buffers and random numbers stay as they are.
+    """Runs a model on one batch with different tables in its layers. Buffers and random numbers stay as they are.
 
-    inner       the model without the compiler; `model` is what loss_fn is called with
+    inner       the model without the compiler's wrapper
+    model       what loss_fn is called with
     coded       its coded layers
-    histograms  by name, of those layers that read pre-activations
-    loss_fn     None for what `surrogate_loss` makes of the outputs
+    histograms  name -> histogram, of the layers that read pre-activations
+    loss_fn     None for `surrogate_loss`
     """
 
     def __init__(
@@ -73,19 +74,19 @@ class Probe:
         return fitted(coded, histogram, bits, self.by_gradient[name])
 
     def table_error(self, name: str, bits: int) -> float:
-        """∫ w (g - q)² dx of the layer's table, all channels together: under what was seen, or as designed."""
+        """∫ w (g - q)² dx of the layer's table, summed over channels. w is what was seen, or else the weight of the design."""
         table, histogram = self.table(name, bits), self.histograms.get(name)
         if histogram is None or not histogram.elements:
             return sum(table.errors or ())
         return float(errors_under(histogram.seen(self.by_gradient[name]), table, self.coded[name].record)[0].sum())
 
     def install(self, bits: Mapping[str, int]) -> None:
-        """Give the layers of these names their tables of so many bits."""
+        """Give the layers of these names their tables of these bits."""
         for name, number in bits.items():
             self.coded[name].install(self.table(name, number))
 
     def sensitivities(self, advance: Callable[[], None]) -> dict[str, Sensitivity]:
-        """Of every layer: one pass with fine codes everywhere, and one for each layer with coarse codes there.
+        """The sensitivity of every layer. One pass has fine codes everywhere; one pass for each layer has coarse codes there.
 
         advance  called after each layer
         """
@@ -117,9 +118,9 @@ class Probe:
         return found
 
     def measured_error(self, bits: Mapping[str, int]) -> float:
-        """The relative error of the gradient with so many bits in these layers and fine codes in all others.
+        """The relative error of the gradient with these bits in these layers and fine codes in all others.
 
-        Asked for after `sensitivities`.
+        Call `sensitivities` before.
         """
         self.install({**dict.fromkeys(self.coded, _FINE), **bits})
         return self._error(self._exact)[0] ** 0.5

@@ -1,4 +1,4 @@
-"""Forwards that run again in backward, and keep their inputs alone until then."""
+"""Modules whose forward runs again in backward. Until then they keep only their inputs."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from fewbit.torch_internals import buffers_of, is_fake
 
 Tensor = torch.Tensor
 ATTRIBUTE = "runs_again"
-# its values: by what is here; a layer of transformers by itself; a module around such layers
+# values of the attribute: checkpointed by this file; a layer of transformers, which does it itself; a module around such layers
 VALUES = (WRAPPED, ITSELF, INSIDE) = True, "itself", "inside"
 _checkpoint = partial(checkpoint, use_reentrant=False)
-# what transformers sets of a layer, and of all around it that has these attributes, which then leave out their cache
+# what transformers sets on a layer, and on all modules around it that have these attributes; they then leave out their cache
 _OF_TRANSFORMERS = {"gradient_checkpointing": True, "_gradient_checkpointing_func": _checkpoint}
 _CONSTANT = (Tensor, nn.Module, type, FunctionType, BuiltinFunctionType, ModuleType)
 _PLAIN = (Tensor, bool, int, float, str, type(None))
-# of a module in some mode: the places of the buffers that its forward changes
+# module -> mode -> places of the buffers that its forward changes
 _changing: WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], list[int]]] = WeakKeyDictionary()
 
 
 def way_of(module: nn.Module) -> bool | str:
-    """How a module runs again: by its class's own way in training, if it is a layer of transformers, or wrapped."""
+    """How a module runs again: by itself if it is a layer of transformers, which does so in training; else wrapped."""
     return ITSELF if isinstance(getattr(type(module), "gradient_checkpointing", None), bool) else WRAPPED
 
 
 def follows(module: nn.Module) -> bool:
-    """Whether a module around layers that run again by themselves is told so."""
+    """Whether a module around layers that run again by themselves must be told so."""
     return isinstance(vars(module).get("gradient_checkpointing"), bool)
 
 
 def attributes_set(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What to set of a module that gets these attributes."""
+    """What to set on a module that gets these attributes."""
     return {**attributes, **(_OF_TRANSFORMERS if attributes.get(ATTRIBUTE) in (ITSELF, INSIDE) else {})}
 
 
 def attributes_meant(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What a module got, of what was set."""
+    """The inverse: the attributes that a module got, from all that was set."""
     return {name: value for name, value in attributes.items() if name not in _OF_TRANSFORMERS}
 
 
 def run_again_in_backward(function: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """function(module, *args, **kwargs), now and again in backward, each time on arguments and buffers as they are now.
+    """Run function(module, *args, **kwargs) now and again in backward, both times on arguments and buffers as they are now.
 
-    What the function changes in them, as in a cache that it fills or in running statistics, it changes once. Compiled code runs
-    as torch's checkpoint has it.
+    If the function changes them, such as a cache that it fills or running statistics, it changes them only once. Compiled code
+    uses torch's checkpoint as it is.
     """
     if torch.compiler.is_compiling():
         return _checkpoint(partial(function, module), *args, **kwargs)
@@ -87,9 +87,10 @@ class _Buffers:
         self._kept = {i: _Kept(*places[i]) for i in chosen if places[i][0][places[i][1]] is not None}
 
     def keep_those_that_changed(self) -> None:
-        """Forget the others. Which these are is looked at in the first run of a mode: a device is waited for then.
+        """Forget the buffers that did not change. The first run in each mode finds out which they are, and waits for the device
+        then.
 
-        Of fake tensors, which have no numbers, none is taken for changed.
+        Fake tensors have no numbers, so they count as unchanged.
         """
         if any(is_fake(each.content) for each in self._kept.values()):
             self._kept = {}
@@ -99,7 +100,7 @@ class _Buffers:
 
     @contextmanager
     def there_again(self) -> Iterator[None]:
-        """Within this context they are there again, in the place of those of now."""
+        """Within this context the kept buffers replace the current ones."""
         now = [(each, each.buffers[each.name]) for each in self._kept.values()]
         try:
             for each, _ in now:
@@ -111,7 +112,7 @@ class _Buffers:
 
 
 class _Kept:
-    """A buffer, by the dictionary that holds it and its name there, and what it holds now."""
+    """A buffer: the dictionary that holds it, its name there, and a copy of its content."""
 
     def __init__(self, buffers: Any, name: str):
         self.buffers, self.name = buffers, name
@@ -123,9 +124,10 @@ class _Kept:
 
 
 def _copied(args: tuple, kwargs: dict[str, Any]) -> Callable[[], tuple[tuple, dict[str, Any]]] | None:
-    """What gives the arguments as they are now: containers and objects in them are made anew, tensors and modules are the same.
+    """A function that gives the arguments as they are now. Containers and objects in them are copied, tensors and modules stay
+    the same.
 
-    None where there is nothing that could change, or where an object cannot be copied.
+    None if nothing in them could change, or if an object cannot be copied.
     """
     if all(isinstance(each, _PLAIN) for each in (*args, *kwargs.values())):
         return None
@@ -145,6 +147,6 @@ def _copied(args: tuple, kwargs: dict[str, Any]) -> Callable[[], tuple[tuple, di
     written = io.BytesIO()
     try:
         Pickler(written).dump((args, kwargs))
-    except Exception:  # whatever an object does that cannot be copied
+    except Exception:  # an object that cannot be copied may raise anything
         return None
     return lambda: Unpickler(io.BytesIO(written.getvalue())).load()

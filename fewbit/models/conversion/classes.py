@@ -1,9 +1,9 @@
-"""Which class of fewbit stands for which, and modules that change their class.
+"""Which class of fewbit replaces which class, and how modules change their class.
 
-A module of exactly torch's class takes fewbit's. A module of a class made from it takes one made anew from both, which comes
-before the module's own: what fewbit replaces is fewbit's, and all else stays the module's.
+A module of exactly torch's class gets fewbit's class. A module of a subclass gets a new class, made from both. In it fewbit's
+class comes before the module's own, so fewbit's methods replace torch's, and all else stays the module's.
 
-Here a module's class is its `own`; fewbit's class for that, or for one of its bases, is `ours`; a twin is made of both.
+In this file `own` is a module's own class, `ours` is fewbit's class for it or for one of its bases, and a twin is made of both.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from fewbit.nn.layers import CodedLayer
 
 CODED = (CodedActivation, CodedLayer, ExactlyCoded)
 _OURS = (*CODED, Intercepted)
-# of torch's modules those whose forward calls functions that can be coded
+# torch's modules whose forward calls functions that can be coded
 _OF_TORCH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-# lazy modules are no layers yet; of out_proj MultiheadAttention reads the weight, and never calls it
+# lazy modules are no layers yet; MultiheadAttention never calls its out_proj, it only reads the weight
 _EXCEPT = (LazyModuleMixin, NonDynamicallyQuantizableLinear, torch.jit.ScriptModule, *_OURS)
-_ATTRIBUTES = {"bits", "table", "shared", "rounding"}  # what coded modules hold
-_OPEN = {"extra_repr"}  # what both may define
-_FORMER = "_before_fewbit"  # of a class that was made anew: the one before
-_OF_ONE_CLASS = {"__dict__", "__weakref__", "__signature__", _FORMER}  # entries that a class made anew does not take over
+_ATTRIBUTES = {"bits", "table", "shared", "rounding"}  # attributes of coded modules
+_OPEN = {"extra_repr"}  # methods that both classes may define
+_FORMER = "_before_fewbit"  # attribute of a class that was made again: the class before
+_OF_ONE_CLASS = {"__dict__", "__weakref__", "__signature__", _FORMER}  # entries that such a class does not take over
 
 
 class Twin:
-    """Base of the classes that `coded_class` makes. Their instances are pickled and copied by the module's own class."""
+    """Base of the classes that `coded_class` makes. Their instances are pickled and copied by way of the module's own class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(2, protocol))
         function, arguments, *rest = reduced
-        if function.__name__ != "__newobj__" or Twin not in type(self).__bases__:  # a way of the module's own class
+        if function.__name__ != "__newobj__" or Twin not in type(self).__bases__:  # the module's own class has its own way
             return reduced
         return (_new_intercepted if isinstance(self, Intercepted) else _new), (type(self).__bases__[-1], *arguments[1:]), *rest
 
@@ -65,7 +65,7 @@ def _made_again(own: type[nn.Module], coded: type[nn.Module] | None, *arguments:
 
 
 def torch_twins() -> dict[type[nn.Module], type[nn.Module]]:
-    """fewbit's class for each of torch's."""
+    """torch's class -> fewbit's class for it."""
     names = {activations.get(name).module for name in activations.names() if name in activations.BUILT_IN}
     found = {getattr(nn, name): activation_modules.module(name) for name in names if hasattr(nn, name)}
     return {**{torchs: ours for torchs, ours in found.items() if ours is not None}, **_layer_twins()}
@@ -81,12 +81,11 @@ def _layer_twins() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def coded_class(own: type[nn.Module], twins: dict[type[nn.Module], type[nn.Module]]) -> type[nn.Module] | None:
-    """The class that codes for modules of a class, if there is one: the last of its bases is that class.
+    """The coded class for modules of the class `own`, or None if there is none. `own` is the last of its bases.
 
     twins  as `torch_twins` gives them
 
-    There is none for a class that defines anew what fewbit replaces (`forward`, mostly), or that has a use of its own for the
-    names of fewbit's attributes.
+    There is none if `own` overrides what fewbit replaces (mostly `forward`), or uses the names of fewbit's attributes itself.
     """
     if issubclass(own, _EXCEPT):
         return None
@@ -100,13 +99,13 @@ def coded_class(own: type[nn.Module], twins: dict[type[nn.Module], type[nn.Modul
             return None
         try:
             return _made(ours, own)
-        except TypeError:  # raised by its own __init_subclass__ or metaclass, which asks for more
+        except TypeError:  # from its own __init_subclass__ or metaclass, which needs more arguments
             return None
     return None
 
 
 def intercepted_class(own: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that runs the `forward` of a class under an interception; None for fewbit's own, and for those that resist."""
+    """The class that runs the `forward` of a class under an interception; None for fewbit's own, or if it cannot be made."""
     if issubclass(own, _EXCEPT):
         return None
     try:
@@ -116,20 +115,21 @@ def intercepted_class(own: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def calls_functions(own: type[nn.Module]) -> bool:
-    """Whether the forward of a class may call functions of torch that can be coded: of a class that is not torch's, mostly."""
+    """Whether the forward of a class may call functions of torch that can be coded. This holds mostly for classes outside of
+    torch."""
     if own.__module__.partition(".")[0] == "torch":
         return issubclass(own, _OF_TORCH)
     return own.forward not in (nn.Module.forward, nn.Sequential.forward)
 
 
 def _names(cls: type, base: type) -> set[str]:
-    """What is defined between a class and one of its bases, or all that they do not share, but for special methods."""
+    """The names, without special methods, that a class and its bases define and that `base` and its bases do not."""
     own = [each for each in cls.__mro__[: cls.__mro__.index(nn.Module)] if each not in base.__mro__]
     return {name for each in own for name in vars(each) if not name.startswith("__")}
 
 
 def _made(ours: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
-    """The class of both. It lives as long as something is of it: classes know their subclasses by weak references."""
+    """The class made of both. It lives only while something uses it, since classes hold weak references to their subclasses."""
     for known in own.__subclasses__():
         if known.__bases__ == (Twin, ours, own):
             return known
@@ -140,13 +140,13 @@ def _made(ours: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class whose place fewbit's takes: the module's, or, where it is parametrized, that below the parametrizations."""
+    """The class that fewbit's class replaces: the module's; of a parametrized module, the class below the parametrizations."""
     cls = type(module)
     return cls.__bases__[0] if parametrize.is_parametrized(module) and cls.__name__.startswith("Parametrized") else cls
 
 
 def exchange(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Let the module be of a class with `new` where its class has `old`; and so its methods that others hold, to call them in a
+    """Replace the class `old` by `new` in the module's class. Also replace its methods that others hold, to call them in a
     `forward` of their own."""
     module.__class__ = _exchanged(type(module), old, new)
     state = vars(module)
@@ -158,8 +158,8 @@ def exchange(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> N
 
 
 def runs_its_forward(module: nn.Module, own: type[nn.Module]) -> bool:
-    """Whether a call of the module comes to the `forward` of its own class, as far as can be seen: it is called as it is, or by
-    a function in its place that holds it."""
+    """Whether a call of the module reaches the `forward` of its own class, as far as this can be seen: directly, or through a
+    function that replaces it and holds it."""
     if "forward" not in vars(module):
         return True
     held = [*vars(module).values(), *(cell.cell_contents for cell in cells_of(module))]
@@ -167,7 +167,7 @@ def runs_its_forward(module: nn.Module, own: type[nn.Module]) -> bool:
 
 
 def _is_method(value: Any, module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether it is a method of the module, as the class has it."""
+    """Whether the value is a method of the module, unchanged from the class."""
     is_method = isinstance(value, types.MethodType) and value.__self__ is module
     return is_method and value.__func__ is getattr(cls, value.__name__, None)
 
@@ -177,8 +177,9 @@ def _method_of(cls: type[nn.Module], method: types.MethodType) -> types.MethodTy
 
 
 def _exchanged(cls: type, old: type, new: type) -> type:
-    """A class that something made for one module, such as a parametrization, on top of `old`, is made anew on top of `new`; or
-    it is the class again that was there before, unless that something has changed it since."""
+    """The class with its base `old` replaced by `new`. Something like a parametrization may have made a class for one module on
+    top of `old`: that class is made again on top of `new`. If it was exchanged before and has not changed since, the former
+    class is used again."""
     if cls is old:
         return new
     if old not in cls.__mro__:
@@ -192,5 +193,5 @@ def _exchanged(cls: type, old: type, new: type) -> type:
 
 
 def fewbits_class(module: nn.Module, own: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that fewbit put in the place of `own` for this module; None if it put none."""
+    """The class of fewbit that replaced `own` in this module; None if there is none."""
     return next((each for each in type(module).__mro__ if issubclass(each, _OURS) and each.__bases__[-1] is own), None)

@@ -1,4 +1,4 @@
-"""Whole models: make torch's modules keep codes, in place, and make them torch's again."""
+"""Convert whole models in place: let torch's modules keep codes, and undo that."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def convert(
     """Let the modules of a model keep codes for backward, in place. The forward pass stays exact, bit for bit.
 
     model      Modules of known classes are converted: activations (torch's and Hugging Face's), linear layers, convolutions,
-               norms, GLU, recurrent layers, dropout, pooling and padding. Subclasses are converted too if they do not replace
+               norms, GLU, recurrent layers, dropout, pooling and padding. Subclasses are converted too if they do not override
                `forward`. All other modules that have a forward of their own, and torch's MultiheadAttention,
                TransformerEncoderLayer and TransformerDecoderLayer, run that forward as it is. The calls of torch's functions
                in it are coded, as by `fewbit.patch`: gates, written-out norms, attention, losses. Each module stays the same
@@ -50,15 +50,15 @@ def convert(
                If "linear" is named, the operation that makes a linear layer's input codes it once, for both. That code has the
                larger of the two numbers of bits.
     filter_fn  A function of a module and its dotted name that says whether to convert the module. Modules that it leaves out
-               stay exact, also inside others.
+               stay exact, also inside converted ones.
     coding     Coding of the tables, as in `fewbit.design`. None is the optimal one.
     recompute  Dotted names of modules, such as the blocks of a model. They keep only their inputs and run their forward again
                in backward, as `torch.utils.checkpoint` does. They may be coded too.
     Returns    the model
 
-    A model that was converted before has only the new setting afterwards. Modules that were built as fewbit's stay. The logger
-    "fewbit" reports at level INFO what was done. A ConversionWarning says that nothing was converted. With some kinds only, a
-    model may keep more bytes than it does exact. `fewbit.memory(model, batch).plan(bits).convert()` converts only what pays.
+    A former conversion of the model is undone first. Modules that were built as fewbit's stay as they are. The logger "fewbit"
+    reports at level INFO what was done. A ConversionWarning says that nothing was converted. If only some kinds are coded, a
+    model may keep more bytes than an exact one. `fewbit.memory(model, batch).plan(bits).convert()` converts only what pays.
 
     Raises DesignError (bits, coding) or InputError (not a module, a filter that cannot be called, names to recompute that the
     model lacks) before anything is changed.
@@ -84,7 +84,7 @@ def convert(
 def revert(model: Model) -> Model:
     """Undo `convert`, in place: the modules have torch's own classes again. Returns the model.
 
-    Modules that were built as fewbit's stay. Raises InputError if `model` is not a module.
+    Modules that were built as fewbit's stay as they are. Raises InputError if `model` is not a module.
     """
     check_model("revert", model)
     reverted = revert_modules(model)
@@ -101,8 +101,8 @@ def log_conversion(
     elif not converted:
         warnings.warn(
             f"no module of the {type(model).__name__} was converted with {setting}: no module is of these kinds, or "
-            f"filter_fn let none through{_left_exact(model, setting)}. Modules that were built as fewbit's stay. Code that "
-            "calls functions such as torch.nn.functional.gelu itself is coded by `with fewbit.patch(bits):` around it",
+            f"filter_fn let none through{_left_exact(model, setting)}. Modules that were built as fewbit's stay as they are. "
+            "To code calls of functions such as torch.nn.functional.gelu, put `with fewbit.patch(bits):` around that code",
             ConversionWarning,
             stacklevel=3,
         )
@@ -127,7 +127,7 @@ def _described(kind: str, setting: Setting) -> str:
 
 
 def _left_exact(model: nn.Module, setting: Setting) -> str:
-    """What to say of modules that stay exact for what others, or they themselves, have made of them."""
+    """A note on modules that stay exact although their class could be converted, with the reasons."""
     text = ""
     for reason, names in left_exact(model, setting).items():
         text += f"; left exact: {some(names)} ({plural(len(names), 'module')}), since {reason}"
@@ -135,7 +135,7 @@ def _left_exact(model: nn.Module, setting: Setting) -> str:
 
 
 def _caveat(converted: Sequence[Converted], setting: Setting) -> str:
-    """What to say of activations whose codes may come on top of the output that an exact linear layer keeps anyway."""
+    """A note on activations whose codes may come in addition to the output that an exact linear layer keeps anyway."""
     if setting.shares:
         return ""
     activations = [each.module for each in converted if isinstance(each.module, CodedActivation)]
@@ -143,12 +143,13 @@ def _caveat(converted: Sequence[Converted], setting: Setting) -> str:
     if not names:
         return ""
     return (
-        f"; {', '.join(names)} keep their output, which an exact linear layer behind them keeps anyway: there codes add to it, "
-        "and fewbit.memory(model, batch).plan(bits).convert() leaves them out"
+        f"; exact training keeps only the output of {', '.join(names)}, and an exact linear layer after it keeps that output "
+        "too: there, codes take additional bytes; fewbit.memory(model, batch).plan(bits).convert() leaves such activations "
+        "exact"
     )
 
 
 def _keeps_its_output(module: CodedActivation) -> bool:
-    """Whether the exact operation keeps its output for backward, asked of the operation."""
+    """Whether the exact operation keeps its output for backward. The operation runs to find out."""
     with torch.inference_mode(False), torch.enable_grad():
         return is_kept_exactly(type(module).record(module).forward(torch.zeros(1, requires_grad=True)))

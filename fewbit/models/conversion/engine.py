@@ -1,4 +1,4 @@
-"""What a conversion does to the modules of a model, and how it is undone. `convert.py` is what users call."""
+"""How a conversion changes the modules of a model, and how it is undone. Users call `convert.py`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from fewbit.record import Activation
 from fewbit.torch_internals import registered
 
 _BEFORE = "_before_fewbit"  # the attribute of a converted module that holds what `revert` needs
-_NO_FORWARD = nn.Module.forward  # that of a ModuleList
-CALLS = "calls"  # in the place of a kind: of modules whose calls of torch's functions are intercepted
+_NO_FORWARD = nn.Module.forward  # the forward of modules that have none, such as a ModuleList
+CALLS = "calls"  # the kind of modules whose calls of torch's functions are intercepted
 
 
 class Converted(NamedTuple):
-    """A module that was converted: its dotted name, the module itself, the kind of what it keeps, or CALLS."""
+    """A module that was converted: its dotted name, the module, and the kind of what it keeps, or CALLS."""
 
     name: str
     module: nn.Module
@@ -45,7 +45,7 @@ def convert_modules(
     recompute: Collection[str] = (),
     keep_others: bool = False,
 ) -> list[Converted]:
-    """Convert the modules that are of a kind in the setting, and make all others torch's own again; what was converted.
+    """Convert the modules whose kind is in the setting, and undo the conversion of all others. Returns what was converted.
 
     recompute    names of modules whose forward is to run again in backward
     keep_others  leave alone the modules that were converted before
@@ -65,7 +65,7 @@ def convert_modules(
 
 
 def revert_modules(model: nn.Module) -> list[nn.Module]:
-    """Make converted modules torch's own again; what was changed."""
+    """Give converted modules their former classes again. Returns the modules that were changed."""
     found = [module for module in model.modules() if is_converted(module)]
     for module in found:
         _revert_module(module)
@@ -73,13 +73,13 @@ def revert_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether `revert` would change it."""
+    """Whether `revert` would change the module."""
     return _BEFORE in vars(module)
 
 
 def conversion_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """By the dotted name of each converted module, what the conversion set, with the values of now: bits and table of a coded
-    one, the interception of one whose calls are intercepted."""
+    """Dotted name of each converted module -> the attributes that the conversion set, with their values of now: bits and table
+    of a coded module, the interception of a module whose calls are intercepted."""
     return {
         name: again.attributes_meant({each: vars(module)[each] for each in vars(module)[_BEFORE][2]})
         for name, module in model.named_modules()
@@ -88,9 +88,9 @@ def conversion_of(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def convert_again(model: nn.Module, conversion: Mapping[str, dict[str, Any]]) -> None:
-    """Convert the modules of these names to what `conversion_of` said of them, and no others.
+    """Convert exactly the modules of these names, with the attributes that `conversion_of` gave.
 
-    InputError for names that the model lacks, and modules that cannot be converted so; the model is then as before.
+    InputError if the model lacks a name, or if a module cannot be converted in this way. The model is then as before.
     """
     with structure_restored_on_error(model):
         revert_modules(model)
@@ -108,7 +108,7 @@ def convert_again(model: nn.Module, conversion: Mapping[str, dict[str, Any]]) ->
 
 
 def left_exact(model: nn.Module, setting: Setting) -> dict[str, list[str]]:
-    """Names of the modules of a class that can be converted with this setting but that are not, by the reason."""
+    """Reason -> names of the modules whose class could be converted with this setting, but that are left exact."""
     twins, found = classes.torch_twins(), defaultdict(list)
     for name, module in model.named_modules():
         own = classes.own_class(module)
@@ -127,7 +127,7 @@ def left_exact(model: nn.Module, setting: Setting) -> dict[str, list[str]]:
 
 @dataclass
 class _Change:
-    """A module's own class, the class of fewbit's to take its place, and the attributes to set."""
+    """A conversion of one module: its own class, fewbit's class that replaces it, and the attributes to set."""
 
     name: str
     module: nn.Module
@@ -154,7 +154,7 @@ def _revert_module(module: nn.Module) -> None:
 
 
 def _changes(model: nn.Module, setting: Setting, filter_fn: Filter | None) -> list[_Change]:
-    """Modules that become coded ones."""
+    """The changes of modules that become coded modules."""
     found = []
     for name, module, own, coded in _candidates(model, filter_fn):
         kind = coded.coded_kind  # type: ignore[attr-defined]
@@ -168,8 +168,8 @@ def _changes(model: nn.Module, setting: Setting, filter_fn: Filter | None) -> li
 def _interceptions(
     model: nn.Module, setting: Setting, filter_fn: Filter | None, coded: Collection[str], keep_others: bool
 ) -> dict[str, _Change]:
-    """Modules with a forward of their own, which runs under an interception; and modules within them that are to stay exact. By
-    name.
+    """Name -> change of the modules with a forward of their own, which will run under an interception. Modules inside them that
+    must stay exact get an interception that codes nothing.
 
     coded  names of modules that are coded themselves
     """
@@ -189,11 +189,12 @@ def _interceptions(
 
 
 def _let_run_again(model: nn.Module, names: Collection[str], intercepted: dict[str, _Change], coded: Collection[str]) -> None:
-    """Let the modules of these names run again in backward: of what is intercepted, to which those that are not are added.
+    """Let the modules of these names run again in backward. Their changes in `intercepted` get an attribute that says so;
+    modules that are not intercepted yet are added to it.
 
     coded  names of modules that are coded themselves
 
-    InputError for names that the model lacks, and for modules whose forward is not their class's.
+    InputError if the model lacks a name, and for modules whose forward is not their class's.
     """
     modules, nothing = dict(model.named_modules()), Interception(None)
     own_names = {module: name for name, module in modules.items()}
@@ -218,7 +219,7 @@ def _let_run_again(model: nn.Module, names: Collection[str], intercepted: dict[s
         if name not in all_names:
             near = "".join(f"; did you mean {each!r}?" for each in difflib.get_close_matches(name, all_names, n=1))
             raise InputError(f"recompute names a module {name!r}, which the model does not have{near}")
-        name = all_names[name]  # where a module has several
+        name = all_names[name]  # the first name, if a module has several
         let(name, way := again.way_of(modules[name]))
         for each in _around(name) if way == again.ITSELF else ():
             if again.follows(modules[each]):
@@ -226,7 +227,7 @@ def _let_run_again(model: nn.Module, names: Collection[str], intercepted: dict[s
 
 
 def _around(name: str) -> list[str]:
-    """The names of the modules that a module lies in, the model's, which is empty, among them.
+    """The names of the modules around a module, from the outside in. The first is the model's, which is empty.
 
     >>> _around("blocks.0.norm"), _around("")
     (['', 'blocks', 'blocks.0'], [])
@@ -236,7 +237,7 @@ def _around(name: str) -> list[str]:
 
 
 class _Candidate(NamedTuple):
-    """A module that can be converted: its dotted name, its own class, and the one to take its place."""
+    """A module that can be converted: its dotted name, its own class, and the class that will replace it."""
 
     name: str
     module: nn.Module
@@ -245,7 +246,7 @@ class _Candidate(NamedTuple):
 
 
 def _candidates(model: nn.Module, filter_fn: Filter | None) -> list[_Candidate]:
-    """The modules of the model that can be converted, and that the filter lets pass."""
+    """The modules of the model that can be converted and that the filter lets pass."""
     twins, found = classes.torch_twins(), []
     for name, module in model.named_modules():
         own = classes.own_class(module)
@@ -256,7 +257,7 @@ def _candidates(model: nn.Module, filter_fn: Filter | None) -> list[_Candidate]:
 
 
 def _has_a_table(module: nn.Module, coded: type[nn.Module]) -> bool:
-    """Whether there can be a table for the module: not for an activation at parameters where it has no finite derivative."""
+    """Whether a table for the module can exist. It cannot for an activation whose parameters make its derivative infinite."""
     try:
         return not issubclass(coded, CodedActivation) or _is_finite(coded.record_of(module))
     except ActivationError:
@@ -273,7 +274,7 @@ def _is_finite(record: Activation) -> bool:
 
 
 def _names_in_use(module: nn.Module, own: type[nn.Module], coded: type[nn.Module], attributes: Collection[str]) -> set[str]:
-    """Names of attributes that the module would get, or that fewbit's class has, and that the module itself uses otherwise."""
+    """Names of attributes that the module would get, or that fewbit's class has, but that the module already uses itself."""
     ours = {name for each in coded.__mro__ if each not in own.__mro__ for name in vars(each) if not name.startswith("__")}
     ours.update(attributes)
     # torch's modules have `inplace`, `name` and `record` are read from the class, and others may wrap `forward`
@@ -282,7 +283,7 @@ def _names_in_use(module: nn.Module, own: type[nn.Module], coded: type[nn.Module
 
 
 def _attributes(module: nn.Module, coded: type[nn.Module], kind: str, setting: Setting) -> dict[str, Any]:
-    """What a module of this class gets, of this kind and setting."""
+    """The attributes that a module of this class and kind gets with this setting."""
     bits = setting.bits_of(kind)
     if issubclass(coded, CodedActivation):
         table = None if setting.coding is None else setting.activation_table(coded.record_of(module))

@@ -1,8 +1,8 @@
-"""Calls of torch's functions, made to keep codes wherever they are written.
+"""Intercept calls of torch's functions, so that they keep codes in any code.
 
 A mode of torch (`torch.overrides.TorchFunctionMode`) sees every call of torch's functions and methods on its thread before
-torch does; torch.compile traces through it. What the mode does not code goes on to torch as it came. `patch` enters such a mode
-for a block of code, and `convert` lets modules that have a forward of their own enter one for as long as it runs.
+torch does, and torch.compile traces through it. Calls that the mode does not code go on to torch unchanged. `patch` enters such
+a mode for a block of code. `convert` lets modules that have a forward of their own enter one while that forward runs.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ Tensor = torch.Tensor
 
 
 class Interception:
-    """What torch's functions become.
+    """What an interception codes.
 
-    setting      bits and tables by kind; None: nothing is coded
-    activations  the names of those to code; None for all
+    setting      bits and tables by kind; None codes nothing
+    activations  names of the activations to code; None codes all
     """
 
     def __init__(self, setting: Setting | None, activations: frozenset[str] | None = None):
@@ -59,11 +59,11 @@ class Interception:
 class Mode(TorchFunctionMode):
     """One entry into an interception, on the stack of its thread.
 
-    active  whether no other one was entered since
-    outer   the one around it
-    region  the checkpointed region in which it was entered. What is called in another one is torch's own, unless the mode holds
-            `anywhere`: when that region runs again, the mode is missing.
-    saving  what makes codes of what torch's own operations save; None where nothing is coded or hooks see nothing
+    active  whether it codes something and no other mode was entered after it
+    outer   the mode around it
+    region  the checkpointed region in which it was entered. Calls in another region stay torch's own, unless the mode holds
+            `anywhere`, since the mode is missing when that region runs again.
+    saving  makes codes of what torch's own operations save; None if nothing is coded, or if hooks would see nothing
     """
 
     def __init__(self, settings: Interception, outer: Mode | None, given: Any, anywhere: bool):
@@ -88,17 +88,17 @@ class Mode(TorchFunctionMode):
             if coded is not None:
                 return coded
         if func in _CALL_OTHERS and not torch.compiler.is_compiling():
-            with self:  # again, for what is called within
+            with self:  # entered again, for the calls inside
                 return _redispatch(func, types, args, kwargs)
         if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
-            return args[0].unflatten(*args[1:], **kwargs)  # dynamo cannot trace the function itself, for its super()
+            return args[0].unflatten(*args[1:], **kwargs)  # dynamo cannot trace the function itself, because of its super()
         if here and self.saving is not None and type(func) is not _GETTER and _may_save_codes():
             return self.saving.run(func, args, kwargs)
         return func(*args, **kwargs)
 
 
 def _may_save_codes() -> bool:
-    """Whether what torch's own operations save may be codes."""
+    """Whether torch's own operations may save codes now."""
     return torch.is_grad_enabled() and not exact_mode.is_active() and not is_transformed()
 
 
@@ -108,7 +108,7 @@ def innermost() -> Mode | None:
 
 
 def enter(settings: Interception, given: Any = (), anywhere: bool = False) -> Mode:
-    """Let these settings be in force on this thread, until `leave`. given: what is called with that, which stays as it is."""
+    """Let these settings be in force on this thread, until `leave`. given: arguments of the call, which are kept exactly."""
     outer = innermost()
     if outer is not None:
         outer.active = False
@@ -118,17 +118,17 @@ def enter(settings: Interception, given: Any = (), anywhere: bool = False) -> Mo
 
 
 def leave(mode: Mode) -> None:
-    """Let the settings be in force again that were before `enter`."""
+    """Let the settings from before `enter` be in force again."""
     mode.__exit__(None, None, None)
     if mode.outer is not None:
         mode.outer.active = mode.outer.settings.setting is not None
 
 
 class Intercepted(torch.nn.Module):
-    """Base of the classes made for modules with a forward of their own: the functions of torch that it calls are intercepted.
+    """Base of the classes made for modules with a forward of their own. Calls of torch's functions in it are intercepted.
 
-    interception  what they become; one that codes nothing in modules that are to stay exact within others
-    runs_again    whether the forward keeps its inputs alone, and runs again in backward; see `again`
+    interception  what is coded; modules that must stay exact inside others have one that codes nothing
+    runs_again    whether the forward keeps only its inputs and runs again in backward; see `again`
     """
 
     interception: Interception
@@ -136,10 +136,10 @@ class Intercepted(torch.nn.Module):
 
 
 def forward_of(own: type[torch.nn.Module]) -> Callable[..., Any]:
-    """The forward of a class as one that enters the module's `interception`, if that is not in force; and that is checkpointed,
-    if it `runs_again`."""
+    """The forward of a class, wrapped: it enters the module's `interception` if that is not in force yet, and it is
+    checkpointed if the module `runs_again`."""
 
-    @wraps(own.forward)  # whose signature others read
+    @wraps(own.forward)  # others read its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.runs_again is WRAPPED and torch.is_grad_enabled():
             return run_again_in_backward(partial(run_intercepted, self.interception), self, args, kwargs)
@@ -158,8 +158,8 @@ def forward_of(own: type[torch.nn.Module]) -> Callable[..., Any]:
 
 
 def _needs_gradients(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether there is something to code, where a mode can be entered. Else torch may take a way that it takes where nothing
-    intercepts."""
+    """Whether there is something to code and a mode can be entered. If not, no mode is entered, so that torch can take the fast
+    paths that it takes without one."""
     if not torch.is_grad_enabled() or (torch.compiler.is_compiling() and _while_tracing(traces_a_region)):
         return False
     if any(each.requires_grad for each in module.parameters()):
@@ -175,8 +175,13 @@ def _is_in_force(settings: Interception) -> bool:
 
 
 class _Target(NamedTuple):
-    """What one of torch's functions is to fewbit: an activation in the registry or a layer of `fewbit.functional`, by its name;
-    whether it overwrites its input, as torch.relu_ does; and the name of its first argument."""
+    """fewbit's counterpart of one of torch's functions.
+
+    name     of an activation in the registry, or of a layer in `fewbit.functional`
+    layer    which of the two it is
+    inplace  whether torch's function overwrites its input, as torch.relu_ does
+    first    the name of its first argument
+    """
 
     name: str
     layer: bool = False
@@ -185,25 +190,25 @@ class _Target(NamedTuple):
 
 
 def _targets() -> dict[Callable[..., Any], _Target]:
-    """All of torch's functions and methods that compute a built-in activation or a layer, found by their names."""
-    found: dict[Any, _Target] = {torch.special.expit: _Target("sigmoid")}  # the one of another name
+    """All of torch's functions and methods that compute a built-in activation or a layer. They are found by their names."""
+    found: dict[Any, _Target] = {torch.special.expit: _Target("sigmoid")}  # the only one with another name
     homes: tuple[Any, ...] = torch, functional, torch.Tensor, native_functions(), torch.special
     named = [each.torch_name for each in activations.BUILT_IN.values() if isinstance(each.torch_function, str)]
     for name in (each.rpartition(".")[2] for each in named):
         found.update({getattr(home, name): _Target(name) for home in homes if hasattr(home, name)})
         found.update({getattr(home, name + "_"): _Target(name, inplace=True) for home in homes if hasattr(home, name + "_")})
     for name, ours in layers.FUNCTIONS.items():
-        torchs = getattr(torch if ours.kind == "recurrent" else functional, name, None)  # gated units are fewbit's alone
+        torchs = getattr(torch if ours.kind == "recurrent" else functional, name, None)  # torch has no gated units
         if torchs is not None:
             found[torchs] = _Target(name, layer=True, first=next(iter(inspect.signature(ours).parameters)))
     return found
 
 
 def _exact_codes() -> dict[Callable[..., Any], tuple[str, dict[str, Any]]]:
-    """Those of torch's functions that have exact codes, each with the name of fewbit's, and arguments that its own implies."""
+    """torch's functions that have exact codes -> the name of fewbit's function, and the arguments that torch's one implies."""
     found = {getattr(functional, name): (name, {}) for name in exact_codes.FUNCTIONS}
     for name in exact_codes.FUNCTIONS:
-        if hasattr(functional, name + "_with_indices"):  # what torch calls for return_indices=True
+        if hasattr(functional, name + "_with_indices"):  # torch calls this one for return_indices=True
             found[getattr(functional, name + "_with_indices")] = name, {"return_indices": True}
     return found
 
@@ -211,11 +216,11 @@ def _exact_codes() -> dict[Callable[..., Any], tuple[str, dict[str, Any]]]:
 _TARGETS: Mapping[Callable[..., Any], _Target] = _targets()
 _GETTER = type(Tensor.shape.__get__)  # type: ignore[attr-defined]
 _EXACT_CODES = _exact_codes()
-# that call others in Python, or code of any kind, as backward does where it recomputes what was checkpointed
+# functions that call others in Python, or any code, as backward does when it recomputes a checkpointed region
 _CALL_OTHERS = frozenset(
     {functional.multi_head_attention_forward, torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 )
-_redispatch: Callable[..., Any] = torch.overrides.redispatch_function  # calls what it is given without asking modes
+_redispatch: Callable[..., Any] = torch.overrides.redispatch_function  # calls a function without asking modes
 
 
 def _arguments(args: tuple, kwargs: dict[str, Any], first: str = "input") -> tuple[Any, tuple, dict[str, Any]]:
@@ -226,7 +231,7 @@ def _arguments(args: tuple, kwargs: dict[str, Any], first: str = "input") -> tup
 
 
 def _coded_activation(settings: Interception, target: _Target, x: Any, rest: tuple, named: dict[str, Any]) -> Tensor | None:
-    """The activation of x, or None where torch's own function is to give it."""
+    """The activation of x; None if torch's own function must compute it."""
     setting, compiling = settings.setting, torch.compiler.is_compiling()
     if setting is None or setting.bits_of("activation") is None or not is_codable(x) or not (compiling or _wants_codes(x)):
         return None
@@ -248,9 +253,9 @@ def _activation(
     coding: str | None,
     chosen: frozenset[str] | None,
 ) -> Operation:
-    """What a call with these arguments asks for under these settings.
+    """The coded operation that a call with these arguments means under these settings.
 
-    Raises TypeError, ActivationError or DesignError if it cannot be coded, or is not to be.
+    Raises TypeError, ActivationError or DesignError if the call cannot be coded, or must not be.
     """
     record, setting = activations.BUILT_IN[name], Setting(by_kind, coding)
     keywords = {**dict(named), "inplace": True} if inplace else dict(named)
@@ -261,12 +266,12 @@ def _activation(
         return replace(found, table=setting.activation_table(found.record))
     bits = setting.bits_of("activation")
     assert bits is not None, "asked for kinds that are coded"
-    load_table(found.record, bits, channels=found.channels)  # which raises where there is none
+    load_table(found.record, bits, channels=found.channels)  # raises if there is no table
     return replace(found, bits=bits)
 
 
 def _can_code(*call: Any) -> bool:
-    """Whether there is such an operation, with a table."""
+    """Whether the operation exists and has a table."""
     try:
         _activation(*call)
     except (TypeError, ActivationError, DesignError):
@@ -278,7 +283,7 @@ _known_to_code = lru_cache(maxsize=1024)(_can_code)
 
 
 def _coded_layer(settings: Interception, target: _Target, x: Any, rest: tuple, named: dict[str, Any]) -> Tensor | None:
-    """The layer, or None where torch's own function is to give it."""
+    """The output of the layer; None if torch's own function must compute it."""
     function = layers.FUNCTIONS[target.name]
     if settings.setting is None:
         return None
@@ -286,10 +291,10 @@ def _coded_layer(settings: Interception, target: _Target, x: Any, rest: tuple, n
     others = [each for each in (*rest, *named.values()) if isinstance(each, Tensor)]
     if bits is None or not is_codable(x):
         return None
-    if function.kind != "recurrent" and not all(map(takes_part, others)):  # of these a tensor may be the sizes of steps
+    if function.kind != "recurrent" and not all(map(takes_part, others)):  # recurrent layers also take sizes of steps
         return None
     weight = rest[0] if rest else named.get("weight")
-    if target.name == "linear" and isinstance(weight, Tensor) and weight.dim() != 2:  # torch takes a vector, too
+    if target.name == "linear" and isinstance(weight, Tensor) and weight.dim() != 2:  # torch also takes a vector
         return None
     compiling, call = torch.compiler.is_compiling(), (target.name, len(rest), tuple(named))
     if not (_while_tracing(_takes, *call) if compiling else _known_to_take(*call)):
@@ -299,7 +304,7 @@ def _coded_layer(settings: Interception, target: _Target, x: Any, rest: tuple, n
 
 
 def _exact_code(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What fewbit's function in the place of torch's gives; torch's own where it gets arguments that fewbit's does not have."""
+    """The output of fewbit's function. If the call has arguments that fewbit's function lacks, torch's function runs."""
     name, implied = _EXACT_CODES[function]
     x, rest, named = _arguments(args, {**kwargs, **implied})
     compiling, call = torch.compiler.is_compiling(), (name, len(rest), tuple(named))
@@ -309,7 +314,7 @@ def _exact_code(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any
 
 
 def _coded_product(settings: Interception, function: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """In compiled code: a product or a cast, or None where torch's own function is to give it."""
+    """In compiled code: the output of a product or a cast; None if torch's own function must compute it."""
     found, setting = products.find(function, args, kwargs), settings.setting
     if found is None or setting is None:
         return products.casted(function, args, kwargs)
@@ -320,7 +325,7 @@ def _coded_product(settings: Interception, function: Any, args: tuple, kwargs: d
 
 
 def _takes(name: str, positional: int, named: tuple[str, ...]) -> bool:
-    """Whether fewbit's function has all the arguments that are given to torch's."""
+    """Whether fewbit's function has all the arguments of this call of torch's function."""
     found = layers.FUNCTIONS.get(name) or exact_codes.FUNCTIONS[name]
     try:
         inspect.signature(found).bind(None, *(None for _ in range(positional)), **dict.fromkeys(named))
@@ -334,7 +339,7 @@ _known_to_take = lru_cache(maxsize=256)(_takes)
 
 @lru_cache(maxsize=256)
 def _table(setting: Setting, kind: str, dtype: torch.dtype, device: torch.device) -> DeviceTable | None:
-    """The device table of values of a kind; None where the kind stays exact."""
+    """The device table of values of a kind; None if the kind stays exact."""
     bits = setting.bits_of(kind)
     if bits is None:
         return None
@@ -344,28 +349,28 @@ def _table(setting: Setting, kind: str, dtype: torch.dtype, device: torch.device
 
 
 def _layer_tables(setting: Setting) -> dict[str, CodeTable]:
-    """By kind the tables of layers and gated units, where a coding is named; else they are the shipped ones."""
+    """Kind -> table of layers and gated units, if a coding is named. Without one they use the shipped tables."""
     if setting.coding is None:
         return {}
     if torch.compiler.is_compiling():
-        raise InputError("in compiled code patch takes no coding; make such a patch outside, and enter it inside")
+        raise InputError("in compiled code patch takes no coding; make such a patch outside of it, and enter it inside")
     gates = {**dict.fromkeys(("linear", "norm", "attention", "recurrent")), "product": layers.glu.gate}
     return {kind: setting.layer_table(kind, gate) for kind, gate in gates.items() if setting.bits_of(kind) is not None}
 
 
 def _value_tables(setting: Setting) -> dict[str, CodeTable]:
-    """By kind the tables of the factors of products, where a coding is named."""
+    """Kind -> table of the factors of products, for a named coding."""
     kinds = [kind for kind in ("product", "linear", "rest") if setting.bits_of(kind) is not None]
     return {kind: setting.layer_table(kind, None) for kind in kinds}
 
 
 def _wants_codes(x: Tensor) -> bool:
-    """Whether an activation of x is to keep codes: x needs a gradient, of the kind that codes can give."""
+    """Whether an activation of x must keep codes: x needs a gradient, and codes can give it."""
     return torch.is_grad_enabled() and not in_forward_mode() and any(level.requires_grad for level in levels(x))
 
 
 def _while_tracing(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), called once while a compiler traces, which does not look into it."""
-    from fewbit.autograd import compiled  # here, since it loads dynamo
+    """function(*args), called once while a compiler traces. The compiler does not trace into it."""
+    from fewbit.autograd import compiled  # imported here, since it loads dynamo
 
     return compiled.constant(function, *args)

@@ -1,7 +1,7 @@
-"""Activations in other forms than torch's modules: Hugging Face's classes.
+"""Activations that are not torch's modules: Hugging Face's classes.
 
-They are recognized by the names of module and class, so that transformers is never imported. Each computes forward in
-its own way, which stays, bit for bit; backward reads a table of the function that it computes.
+They are recognized by the names of module and class, so transformers is never imported. Each class keeps its own forward, bit
+for bit. Backward reads a table of the function that it computes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fewbit.nn.activations import CodedActivation
 from fewbit.record import Activation
 
 _HOME = "transformers.activations"
-# class -> the activation's name, and the attributes that its forward reads (those of all versions)
+# class -> the activation's name, and the attributes that its forward reads (in all versions of transformers)
 _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "GELUActivation": ("gelu", ("act",)),
     "GELUTanh": ("gelu_tanh", ("act",)),
@@ -39,7 +39,7 @@ _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class OtherActivation(CodedActivation):
-    """An activation with the forward of another class, the last of the bases of the class that was made of both."""
+    """An activation with the forward of another class. That class is the last base of the class that is made of both."""
 
     _of_torch = True
 
@@ -49,12 +49,12 @@ class OtherActivation(CodedActivation):
 
     @classmethod
     def _own(cls) -> type[nn.Module]:
-        """The class of Hugging Face's, which has the forward."""
+        """Hugging Face's class, which has the forward."""
         return next(each for each in cls.__mro__ if not issubclass(each, CodedActivation) and activation_class(each))
 
 
 def activation_class(cls: type) -> type[OtherActivation] | None:
-    """The class, to be put before it, that codes one of Hugging Face's activations; None for any other class."""
+    """The coded class for one of Hugging Face's activations, to be its first base; None for any other class."""
     if cls.__module__ != _HOME or cls.__name__ not in _CLASSES or issubclass(cls, CodedActivation):
         return None
     return _made(*_CLASSES[cls.__name__])
@@ -67,13 +67,13 @@ def _made(name: str, attributes: tuple[str, ...]) -> type[OtherActivation]:
 
 @dataclass(frozen=True)
 class _OwnForward:
-    """The forward of a class at these values of the attributes that it reads; equal where both are."""
+    """The forward of a class with these values of the attributes that it reads. Two are equal if class and values are."""
 
     owner: type[nn.Module]
     attributes: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: torch.Tensor, **parameters: Any) -> torch.Tensor:
-        """The record's parameters are among the attributes."""
+        """Call the forward. The record's parameters are not used, since they are among the attributes."""
         stand_in: Any = SimpleNamespace(**dict(self.attributes))
         return self.owner.forward(stand_in, x)
 

@@ -1,4 +1,4 @@
-"""Functional calls inside any code, made to keep codes: a context in which torch's functions are fewbit's."""
+"""`patch`: a context in which calls of torch's functions, in any code, keep codes for backward."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class patch(ContextDecorator):
-    """Let the calls of torch's functions in a block, or in a decorated function, keep codes for backward.
+    """Let calls of torch's functions in a block, or in a decorated function, keep codes for backward.
 
         with fewbit.patch(bits=4):
             loss = model(x).sum()  # F.gelu, torch.tanh, x.sigmoid(), torch.relu_ and similar calls, in any code that runs here
 
-    bits         Bits of one code, 1 to 8, for every kind or by kind, as in `fewbit.convert`. Coded are activations, and linear
-                 layers, convolutions, norms, GLU, attention and recurrent layers that are called as functions
-                 (torch.nn.functional.linear, torch.lstm, …), as torch's modules call them. In eager code, what torch's other
-                 operations keep is coded too, such as the factors of products. Dropout, pooling and padding are coded with
-                 any bits, since their codes lose nothing, unless `activations` is given.
+    bits         Bits of one code, 1 to 8, for every kind or by kind, as in `fewbit.convert`. Calls of activations, linear
+                 layers, convolutions, norms, GLU, attention and recurrent layers are coded (torch.nn.functional.linear,
+                 torch.lstm, …), also if torch's modules make them. In eager code, what torch's other operations keep is coded
+                 too, such as the factors of products. Dropout, pooling and padding are coded with any bits, since their codes
+                 lose nothing, unless `activations` is given.
     coding       Coding of the tables, as in `fewbit.design`. None is the optimal one.
-    activations  Names of the activations to code, as `fewbit list` shows them. None codes all. If names are given, one number
-                 of bits is for the kind "activation" only.
+    activations  Names of the activations to code, as `fewbit list` shows them. None codes all. If names are given, a single
+                 number of bits is for the kind "activation" only.
 
-    The forward pass stays exact, bit for bit. Torch's own operation runs where nothing can be coded: inputs that need no
+    The forward pass stays exact, bit for bit. Torch's own operation runs if nothing can be coded: inputs that need no
     gradient, other dtypes, sparse and nested tensors, subclasses of Tensor, calls with out=, calls with tensors as parameters,
     parameters that no table exists for, layers under `torch.func` transforms, and forward-mode differentiation. The same holds
     for what torch computes outside of Python (`torch.jit` scripts). In compiled code it also holds for torch.relu_,
-    functional.elu_ and similar calls, which the compiler does not show to a mode. It shows x.relu_() and inplace=True.
+    functional.elu_ and similar calls, since the compiler hides them from the patch. It does not hide x.relu_() and
+    inplace=True.
 
-    Backward may come after the block. What is recomputed for backward is coded only inside. With checkpointing
+    Backward may come after the block. But what is recomputed for backward is coded only inside the block. With checkpointing
     (use_reentrant=False), run backward in the block too, or decorate the function that is checkpointed. Otherwise torch raises
     its CheckpointError. A block holds for its own thread. Patches nest, and only the innermost one is in force, so
     `patch(activations=())` codes nothing. One patch can be entered any number of times.
@@ -72,7 +73,7 @@ class patch(ContextDecorator):
     def __exit__(self, *exception: Any) -> None:
         mode = interception.innermost()
         if mode is None or mode.settings is not self.interception:
-            raise InputError("patches are left in reverse order, on the thread that entered them; use `with fewbit.patch():`")
+            raise InputError("leave patches in reverse order, on the thread that entered them; use `with fewbit.patch():`")
         interception.leave(mode)
 
     def __call__(self, function: Function) -> Function:
@@ -80,7 +81,7 @@ class patch(ContextDecorator):
 
         @wraps(function)
         def coded(*args: Any, **kwargs: Any) -> Any:
-            self.__enter__()  # dynamo traces this, but no `with` of an object that was made outside
+            self.__enter__()  # dynamo traces this, but cannot trace a `with` of an object that was made outside
             try:
                 return function(*args, **kwargs)
             finally:

@@ -1,10 +1,10 @@
-"""Which codes `bits` and `coding` mean, for all that takes them: `convert`, `patch`, plans, `calibrate` and the command line.
+"""The meaning of `bits` and `coding` in `convert`, `patch`, plans, `calibrate` and the command line.
 
-bits    one number for every kind of what is kept, or a mapping from kind to number; kinds that are not named stay exact
+bits    one number for every kind of saved tensor, or a mapping from kind to number; kinds that are not named stay exact
 coding  of the tables, None for the optimal one
 
-What linear layers read is coded once: where a model codes the kind "linear", activations, norms, products and recurrent layers
-make codes that serve these layers, too, of the larger of both numbers of bits.
+The input of a linear layer is coded once. If the kind "linear" is coded, then activations, norms, products and recurrent layers
+make codes that linear layers read too. Such a code has the larger of the two numbers of bits.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Setting:
         return kind == EXACT or self.bits_of(kind) is not None
 
     def raised(self, extra: int) -> Setting:
-        """The setting with so many bits more of each kind, up to 8.
+        """The setting with `extra` more bits for each kind, up to 8.
 
         >>> Setting.of({"linear": 4, "rest": 8}).raised(1).by_kind
         (('linear', 5), ('rest', 8))
@@ -91,7 +91,7 @@ class Setting:
         return self._table(record, "activation", JOINT if self.shares else ("derivative",))
 
     def layer_table(self, kind: str, gate: str | Activation | None) -> CodeTable:
-        """The table of a layer of a kind: of the activation of its gate, where it has one, or of values."""
+        """The table of a layer of a kind: that of its gate's activation if it has a gate, or else a table of values."""
         return self._table(gate or "identity", kind, JOINT if gate else ("value",))
 
     def _table(self, record: Activation | str, kind: str, channels: tuple[str, ...]) -> CodeTable:
@@ -100,7 +100,7 @@ class Setting:
         return load_table(record, bits, coding=self.coding, channels=channels)
 
     def __str__(self) -> str:
-        """As in a call.
+        """The text of the arguments in a call.
 
         >>> print(Setting.of(4), Setting.of({"norm": 5}), Setting.of(2, "uniform"))
         bits=4 bits={'norm': 5} bits=2, coding='uniform'
@@ -112,7 +112,7 @@ class Setting:
 
 
 def parse_bits(text: str) -> Bits:
-    """Bits as the command line takes them. DesignError for anything else.
+    """The bits that a text of the command line means. DesignError for anything else.
 
     >>> parse_bits("4"), parse_bits("activation=3,linear=4")
     (4, {'activation': 3, 'linear': 4})
@@ -127,7 +127,7 @@ def _number(number: str, text: str) -> int:
     try:
         return int(number)
     except ValueError:
-        raise DesignError(f"bits are given as 4 or as activation=3,linear=4; got {text!r}") from None
+        raise DesignError(f"bits must be a number such as 4, or activation=3,linear=4; got {text!r}") from None
 
 
 def _check_kind(kind: Any) -> None:

@@ -1,4 +1,4 @@
-"""Conversions in files, beside a checkpoint: which modules code what, with which bits and tables."""
+"""Save and load conversions: which modules code what, with which bits and tables. The files belong beside checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def to_text(model: nn.Module) -> str:
-    """What `save` writes, for checkpoints that hold texts."""
+    """The text that `save` writes, for checkpoints that hold texts."""
     conversion = conversion_of(check_model("save", model))
     if not conversion:
         raise InputError("the model is not converted, so there is nothing to save; call fewbit.convert(model) first")
@@ -59,10 +59,10 @@ def load(model: Model, path: str | Path) -> Model:
 
 
 def from_text(model: Model, text: str, origin: str) -> Model:
-    """The same for what `to_text` gave. origin: what errors call it"""
+    """Like `load`, from the text that `to_text` gave. origin: the name of the text in errors"""
     inner = check_model("load", model)
     conversion: dict[str, dict[str, Any]] = {}
-    interceptions: dict[Setting | None, Interception] = {}  # modules of one setting share one, by which they know each other
+    interceptions: dict[Setting | None, Interception] = {}  # modules of one setting share one object, as after `convert`
     for each in parse_entries(text, origin, FORMAT, "modules"):
         try:
             name = each.pop("name")
@@ -80,7 +80,7 @@ def from_text(model: Model, text: str, origin: str) -> Model:
 
 
 def _entries(attributes: dict[str, Any]) -> dict[str, Any]:
-    """What a conversion set of a module, as plain numbers and texts."""
+    """The attributes that a conversion set on a module, as plain numbers and texts."""
     found = dict(attributes)
     if isinstance(table := found.get("table"), CodeTable):
         found["table"] = table.to_dict()
@@ -96,7 +96,7 @@ def _of_interception(interception: Interception) -> dict[str, Any] | None:
 
 
 def _setting(entries: dict[str, Any]) -> Setting | None:
-    """Of a module whose calls are intercepted. Raises for what `_entries` would not have made, as the next function does."""
+    """The setting of a module whose calls are intercepted. Raises for entries that `_entries` would not have made."""
     if set(entries) - {again.ATTRIBUTE} != {"interception"} or entries.get(again.ATTRIBUTE, True) not in again.VALUES:
         raise ValueError("a module whose calls are intercepted has no codes of its own")
     given = entries["interception"]
@@ -104,7 +104,7 @@ def _setting(entries: dict[str, Any]) -> Setting | None:
 
 
 def _attributes(entries: dict[str, Any]) -> dict[str, Any]:
-    """Of a coded module."""
+    """The attributes of a coded module. Raises for entries that `_entries` would not have made."""
     if unknown := set(entries) - {"bits", "table", "rounding", *_FLAGS}:
         raise ValueError(f"unknown entries {', '.join(sorted(unknown))}")
     found = dict(entries)
@@ -116,5 +116,5 @@ def _attributes(entries: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"bits cannot be {shown(bits)}")
     flags = [found[each] for each in _FLAGS if each in found]
     if found.get("rounding", "nearest") not in _ROUNDINGS or any(type(each) is not bool for each in flags):
-        raise ValueError("rounding is nearest or stochastic, shared and inplace are true or false")
+        raise ValueError("rounding must be nearest or stochastic, shared and inplace must be true or false")
     return found

@@ -1,4 +1,4 @@
-"""Is it safe? The gradient from codes beside the exact one, and beside the noise that gradients have anyway."""
+"""Is it safe? Compare the gradient from codes with the exact one, and with the noise that gradients have anyway."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 ALL = "all"
-# Heuristics. An error of a tenth of the noise adds a hundredth to its variance, one of a half a quarter; an order of magnitude
-# below the noise is where Chakrabarti and Moseley (NeurIPS 2019, section 4) find errors without effect on training.
+# Heuristics. An error of a tenth of the noise adds 1 % to its variance, an error of half the noise adds 25 %. Chakrabarti and
+# Moseley (NeurIPS 2019, section 4) find that errors an order of magnitude below the noise have no effect on training.
 SAFE, DOUBTFUL = 0.1, 0.5
-# What is safe may still cost a little: a small GPT whose errors were 3.6, 7.0 and 14 % of the noise (5, 4 and 3 bits) ended its
+# A safe error may still cost a little: a small GPT whose errors were 3.6, 7.0 and 14 % of the noise (5, 4 and 3 bits) ended its
 # training 0.2, 0.3 and 0.9 % above the exact loss (`tools.studies.final_loss`).
 CHEAP = 0.05
-# Below this part of the squared gradient a group is not judged by itself: the gradient of a bias before a batch norm, say, is
-# nothing but rounding, and so is its noise.
+# A group with less than this part of the squared gradient is not judged by itself. For example, the gradient of a bias before a
+# batch norm is only rounding, and so is its noise.
 JUDGED = 1e-6
-RESOLVED = 0.1  # of a batch's gradient: a smaller mean gradient is not told from the noise of a few batches
-SHOWN = 30
+RESOLVED = 0.1  # part of a batch's gradient; a smaller mean gradient cannot be told from the noise of a few batches
+SHOWN = 30  # groups in the printed table
 
 
 def fidelity(
@@ -48,15 +48,16 @@ def fidelity(
     *,
     by: str | Callable[[str], str] = "pattern",
 ) -> Fidelity:
-    """Compare the gradient from codes with the exact one, by group of parameters, beside the noise of SGD.
+    """Compare the gradient from codes with the exact one and with the noise of SGD, for each group of parameters.
 
     The gradient of every batch is taken twice, under `fewbit.exact` and with codes, from the same buffers and random numbers
     (dropout). Two gradients are stored: the exact one, and the sum of the errors. Each parameter is compared as soon as
-    backward has reached it, and then its coded gradient is freed. Afterwards the model is as before: its buffers, training
-    flags, `.grad` and the random numbers too.
+    backward has reached it, and then its coded gradient is freed. Afterwards the model is as before, with its buffers, training
+    flags and `.grad`, and so are the random numbers.
 
     model    A model with coded activations or layers, in training mode if you ask about training. It must not be wrapped for
-             several processes, where each one sees only its own part. In compiled code the exact pass compiles once more.
+             several processes, since each process sees only its own part. Compiled code is compiled once more for the exact
+             pass.
     batches  An iterable of two batches or more. Eight give a better estimate. Use the batch size that training uses, since the
              noise depends on it.
     loss_fn  A function of the model and a batch that returns the loss, a tensor of one element. It must do the same when it is
@@ -132,7 +133,7 @@ def _grouping(by: str | Callable[[str], str]) -> Callable[[str], str]:
 
 
 def _module_of(parameter: str) -> str:
-    """The module that holds a parameter, which may be compiled or parametrized; or, for one of the model's own, the parameter.
+    """The module that holds a parameter. It may be compiled or parametrized. A parameter of the model itself keeps its name.
 
     >>> _module_of("_orig_mod.blocks.0.up.weight"), _module_of("up.parametrizations.weight.original0"), _module_of("scale")
     ('blocks.0.up', 'up', 'scale')
@@ -144,7 +145,7 @@ def _module_of(parameter: str) -> str:
 
 
 def block_pattern(module: str) -> str:
-    """The name with its numbers left open, but for a last one.
+    """The name with its numbers replaced by *, except for a last one.
 
     >>> block_pattern("blocks.0.up"), block_pattern("layer1.0")
     ('blocks.*.up', 'layer1.0')
@@ -154,23 +155,23 @@ def block_pattern(module: str) -> str:
 
 @dataclass
 class Part:
-    """Figures of a group of parameters. A figure is None where its denominator is zero.
+    """Figures of a group of parameters. A figure is None if its denominator is zero.
 
-    g is the exact gradient of a batch, e its error, ⟨⟩ the mean over the B batches. All is in float64.
+    g is the exact gradient of a batch, e its error, ⟨⟩ the mean over the B batches. Everything is computed in float64.
 
         error       sqrt(⟨‖e‖²⟩ / ⟨‖g‖²⟩); `worst`: the largest ‖e‖ / ‖g‖
         cosine      of g and g + e: ⟨g · (g + e)⟩ / sqrt(⟨‖g‖²⟩ ⟨‖g + e‖²⟩)
         noise       sqrt(V / ⟨‖g‖²⟩). V is half the mean of ‖g − g'‖² over successive batches: the variance, without bias
         share       sqrt(⟨‖e‖²⟩ / V), the error over the noise
-        systematic  ‖mean e‖ / ‖mean g‖ in the limit of many batches: what does not average out. Both norms are estimated
-                    without bias before the square root, as (B² ‖⟨e⟩‖² − Σ‖e‖²) / (B (B − 1)) and ⟨‖g‖²⟩ − V. It is None if
-                    ‖mean g‖ is below a tenth of a batch's gradient, too little to be told from the noise, and if a coded
-                    gradient was not finite
+        systematic  ‖mean e‖ / ‖mean g‖ in the limit of many batches: the part that does not average out. Both norms are
+                    estimated without bias before the square root, as (B² ‖⟨e⟩‖² − Σ‖e‖²) / (B (B − 1)) and ⟨‖g‖²⟩ − V. It is
+                    None if ‖mean g‖ is below a tenth of a batch's gradient, too small to be told from the noise, and if a
+                    coded gradient was not finite
     """
 
     group: str
-    parameters: int  # numbers in them
-    weight: float | None  # its part of the mean squared gradient
+    parameters: int  # how many numbers they hold
+    weight: float | None  # the group's part of the mean squared gradient
     error: float | None
     worst: float | None
     cosine: float | None
@@ -181,17 +182,17 @@ class Part:
 
 @dataclass(repr=False)
 class Fidelity(Report):
-    """What `fidelity` found: `whole`, `parts` by group, and `verdict`, one line. It prints as a table, exports and plots."""
+    """What `fidelity` found: figures of the `whole` gradient and of its `parts`, and a `verdict` of one line."""
 
     whole: Part
     parts: list[Part]
     batches: int
     coded: bool  # whether a module of the model is fewbit's
-    not_finite_exact: int = 0  # batches whose exact gradient is not finite: left out
-    not_finite_coded: int = 0  # batches whose coded gradient alone is not: left out
+    not_finite_exact: int = 0  # batches left out since their exact gradient is not finite
+    not_finite_coded: int = 0  # batches left out since only their coded gradient is not finite
     losses_differ: float = 0.0  # the largest relative difference between the losses of the two passes
-    without_gradient: list[str] = field(default_factory=list)  # parameters that no batch gave one
-    bits: tuple[int, ...] = ()  # of the codes of the model's modules, all that there are
+    without_gradient: list[str] = field(default_factory=list)  # parameters that got no gradient in any batch
+    bits: tuple[int, ...] = ()  # all numbers of bits that the codes of the model's modules have
 
     @property
     def level(self) -> str:
@@ -222,11 +223,11 @@ class Fidelity(Report):
         if self.not_finite_coded:
             return (
                 "unsafe",
-                f"the coded gradient is not finite in {self._of(self.not_finite_coded)}, where the exact is: unsafe",
+                f"the coded gradient is not finite in {self._of(self.not_finite_coded)}, though the exact one is: unsafe",
             )
         if self.not_finite_exact == self.batches:
-            return "unknown", "the exact gradient is finite in no batch: nothing can be said; scale the loss less"
-        if self.losses_differ > 1e-3:  # far beyond the rounding of fused kernels, and of atomic sums
+            return "unknown", "the exact gradient is not finite in any batch: nothing can be said; scale the loss less"
+        if self.losses_differ > 1e-3:  # far beyond the rounding of fused kernels and of atomic sums
             return "unknown", (
                 f"the exact and the coded pass gave losses that differ by {self.losses_differ:.1%}: loss_fn must do the same "
                 "when called again, with torch's, numpy's or Python's global random numbers"
@@ -239,8 +240,8 @@ class Fidelity(Report):
             return "safe", "the coded gradient is the exact one, bit for bit: safe"
         text = f"coded gradient errs by {whole.error:.2g}"
         if whole.share is None:
-            why = "one batch shows no SGD noise; give two or more" if self._used() < 2 else "its batches are all equal"
-            return "unknown", f"{text}: whether that is safe is unknown, {why}"
+            why = "one batch shows no SGD noise; give two or more" if self._used() < 2 else "all batches are equal"
+            return "unknown", f"{text}: whether that is safe is unknown: {why}"
         systematic = whole.systematic or 0.0
         level = _level(max(whole.share, systematic))
         text += f", {_percent(whole.share)} of the SGD noise {whole.noise:.2g}"
@@ -253,7 +254,7 @@ class Fidelity(Report):
         if weakest is not None and _LEVELS.index(_level(weakest.share)) > _LEVELS.index(level):
             text += f", but look at {weakest.group} ({_percent(weakest.share)} of its noise)"
         if self.not_finite_exact:
-            text += f"; {self._of(self.not_finite_exact)} left out, whose exact gradient is not finite"
+            text += f"; {self._of(self.not_finite_exact)} left out: their exact gradient is not finite"
         return level, text
 
     def _used(self) -> int:
@@ -290,15 +291,15 @@ class Fidelity(Report):
                 f"no gradient in any batch: {', '.join(self.without_gradient[:5])}{' …' * (len(self.without_gradient) > 5)}"
             )
         lines.append(
-            f"{_batches(self._used())}. error, noise: over the gradient's norm. systematic: "
-            "the part of the error that does not average out over batches, over the mean gradient's norm. "
-            f"Safe: error / noise up to {100 * SAFE:g} %; a small GPT with 4, 7 and 14 % ended training 0.2, 0.3 and 0.9 % "
-            "above the exact loss."
+            f"{_batches(self._used())}. error and SGD noise are relative to the gradient's norm. systematic is the part of the "
+            "error that does not average out over batches, relative to the mean gradient's norm. "
+            f"An error of up to {100 * SAFE:g} % of the noise is safe. A small GPT with 4, 7 and 14 % ended its training "
+            "0.2, 0.3 and 0.9 % above the exact loss."
         )
         return Group(self.verdict, "", table, "", *lines)
 
     def figure(self) -> Figure:
-        """Error over noise, by group, in the zones of the verdict, on a logarithmic scale."""
+        """The error over the noise of each group, on a logarithmic scale with the zones of the verdict."""
         from fewbit.plots.gradients import plot_fidelity
 
         bits = f"codes of {', '.join(map(str, self.bits))} bit{'s' * (self.bits != (1,))}: " if self.bits else ""
@@ -309,7 +310,7 @@ _LEVELS = ("safe", "doubtful", "unsafe")
 
 
 def _level(share: float | None) -> str:
-    assert share is not None, "the caller has looked"
+    assert share is not None, "the caller has checked it"
     return _LEVELS[(share > SAFE) + (share > DOUBTFUL)]
 
 
@@ -346,13 +347,13 @@ class _Sums:
         self._streams, self._groups = streams, [str(group_of(stream.name)) for stream in streams]
         names = [*dict.fromkeys(self._groups), ALL]
         if ALL in names[:-1]:
-            raise InputError(f"the group name {ALL!r} is taken for the whole gradient; name yours otherwise")
+            raise InputError(f"the group name {ALL!r} means the whole gradient; `by` must return other names")
         self._sums, self._worst = dict.fromkeys(names, Figures()), dict.fromkeys(names, 0.0)
         self.batches = self._used = self._differences = self._not_finite_exact = self._not_finite_coded = 0
         self._before_was_finite, self._losses_differ = False, 0.0
 
     def add_exact(self) -> bool:
-        """Count the exact pass of a batch; whether its gradient is finite, so that the coded pass can tell something."""
+        """Count the exact pass of a batch. Returns whether its gradient is finite; if not, the coded pass is not needed."""
         self.batches += 1
         figures = self._figures()
         with_difference, self._before_was_finite = self._before_was_finite, math.isfinite(figures[ALL].exact)
@@ -377,7 +378,7 @@ class _Sums:
             self._sums[group] += found._replace(difference=0.0)
 
     def _figures(self) -> dict[str, Figures]:
-        """Of the batch, by group and of all."""
+        """The figures of the batch, by group and for all."""
         figures = dict.fromkeys(self._sums, Figures())
         for stream, group in zip(self._streams, self._groups, strict=True):
             found = stream.figures()
@@ -401,7 +402,7 @@ class _Sums:
         mean_gradient = sums.exact / max(used, 1) - variance
         mean_error = (summed_error - sums.error) / (used * (used - 1)) if used > 1 else math.nan
         error = _root(sums.error, sums.exact)
-        # the sum of errors holds those of all coded passes: one that is not finite spoils it
+        # the sum holds the errors of all coded passes: a single one that is not finite spoils it
         resolved = mean_gradient * used >= RESOLVED**2 * sums.exact and not self._not_finite_coded
         return Part(
             group=group,

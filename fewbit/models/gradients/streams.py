@@ -1,6 +1,6 @@
-"""Exact and coded gradients compared parameter by parameter while backward makes them.
+"""Compare exact and coded gradients, one parameter after the other, while backward makes them.
 
-Two gradients are stored: the exact one of a batch, until the coded one comes, and the sum of the errors.
+Two gradients are stored: the exact one of a batch, until the coded one arrives, and the sum of the errors.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from fewbit.models.arguments import check_loss
 from fewbit.torch_internals import has_hook_on_accumulated_gradient
 
 Tensor = torch.Tensor
-_CHUNK = 1 << 20  # elements that are widened at a time
+_CHUNK = 1 << 20  # elements that are converted to a wide dtype at a time
 
 
 class Figures(NamedTuple):
-    """Of one parameter or several, in one batch: squared norms of the exact gradient g, the error e, the coded gradient g + e
-    and of g's difference to that of the batch before; and the product of g and g + e."""
+    """Figures of one or several parameters in one batch.
+
+    exact       squared norm of the exact gradient g
+    error       squared norm of the error e
+    coded       squared norm of the coded gradient g + e
+    product     scalar product of g and g + e
+    difference  squared norm of g minus the exact gradient of the batch before
+    """
 
     exact: float = 0.0
     error: float = 0.0
@@ -34,15 +40,15 @@ class Figures(NamedTuple):
 
 
 class Stream:
-    """One parameter's gradients as they come: the exact one of a batch, then the coded one."""
+    """The gradients of one parameter as they arrive: the exact one of a batch, then the coded one."""
 
     def __init__(self, name: str, parameter: nn.Parameter):
         self.name, self.parameter = name, parameter
-        self._exact: Tensor | None = None  # of the batch before, then of this one; None for zeros
-        self._errors: Tensor | None = None  # their sum over the batches, flat, in float32 at least
+        self._exact: Tensor | None = None  # gradient of the batch before, then of this one; None for zeros
+        self._errors: Tensor | None = None  # sum of the errors over the batches, flat, in float32 at least
         self._wide = torch.float32 if parameter.device.type == "mps" else torch.float64
-        self.seen = False  # whether the pass that runs has given a gradient
-        self.ever = False  # whether any has
+        self.seen = False  # whether the current pass has given a gradient
+        self.ever = False  # whether any pass has
 
     def take_exact(self, gradient: Tensor | None) -> None:
         """Compare with the exact gradient of the batch before, and keep this one in its place."""
@@ -61,7 +67,7 @@ class Stream:
             self._sum_of_errors()[start : start + error.numel()] += error
 
     def figures(self) -> Figures:
-        """Of this batch."""
+        """The figures of this batch."""
         return Figures(*self._figures.tolist())
 
     def squared_sum_of_errors(self) -> float:
@@ -75,7 +81,8 @@ class Stream:
         return self._errors
 
     def _chunks(self, *gradients: Tensor | None) -> Iterator[tuple[Any, ...]]:
-        """Where a part begins, and that part of the gradients, flat and in wide numbers; nothing if none is there."""
+        """Parts of the gradients: the index where each part begins, and that part of each gradient, flat and in a wide dtype.
+        Yields nothing if no gradient is given."""
         given = next((each for each in gradients if each is not None), None)
         if given is None:
             return
@@ -94,9 +101,9 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 class Streams:
-    """The gradients of a model's trainable parameters, each once, taken and freed as backward makes them.
+    """The gradients of a model's trainable parameters. Each is taken and freed as soon as backward has made it.
 
-    Raises InputError for parameters that others wait for too, as optimizers that step within backward do.
+    Raises InputError for a parameter whose gradient others also wait for, such as an optimizer that steps within backward.
     """
 
     def __init__(self, model: nn.Module):
@@ -127,7 +134,7 @@ class Streams:
             handle.remove()
 
     def run(self, loss_of: Callable[[], Tensor], take: Callable[[Stream, Tensor | None], None]) -> float:
-        """Forward and backward, every gradient taken; the loss."""
+        """Run forward and backward, and take every gradient. Returns the loss."""
         for stream in self.streams:
             stream.seen = False
         self._take = take

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 Array = np.ndarray
-# Heuristic. Twice an error of a thousandth is no harm yet: tables with smaller design errors, those of many bits and the exact
-# ones of ReLU's kind, are held to this one instead.
+# Heuristic. Twice an error of 1e-3 does no harm. Tables with smaller design errors are compared with this one instead: tables
+# of many bits, and exact ones such as ReLU's.
 SMALLEST_DESIGN = 1e-3
 SMALLEST_TRUE = 1e-6  # so that the relative error is finite where all derivatives are 0
 
@@ -43,19 +43,19 @@ SMALLEST_TRUE = 1e-6  # so that the relative error is finite where all derivativ
 def watch(model: nn.Module, every: int = 100, *, factor: float = 2.0, samples: int = 1024, history: int = 200) -> Watch:
     """Check now and then, in training, whether the inputs of coded activations have drifted away from their tables.
 
-    A check takes a random sample of a layer's input. It compares what backward will read with what is exact: the derivative,
-    and with shared codes also the value. If the relative error is more than `factor` times the error of the table's design,
-    beyond what chance may do in the sample, a `fewbit.DriftWarning` says what was seen and what to do. The same layer warns
-    again only after its error has been below the limit.
+    A check takes a random sample of a layer's input. It compares what backward will read with the exact numbers: the
+    derivative, and with shared codes also the value. A `fewbit.DriftWarning` says what was seen and what to do if the relative
+    error is more than `factor` times the error of the table's design, and chance in the sample does not explain it. The same
+    layer warns again only after its error has been below the limit.
 
     model    A model with coded activations or gated units (GLU, SwiGLU, GEGLU, ReGLU) as modules. Linear layers, convolutions
              and norms are not watched: what they keep is standardized in every pass, so a drift of scale does not reach it.
     every    Forward passes of a layer between checks, on average. The moment is random, so that all calls of a shared module
-             get their turn. Only passes that will make codes count.
-    factor   The multiple of the design's error that warns. 2 is a heuristic. A table without a known design error is compared
-             with its first check.
-    samples  elements of the input that a check looks at
-    history  checks of each layer that are remembered
+             get their turn. Only passes that make codes count.
+    factor   A check warns above this multiple of the design's error. The default 2 is a heuristic. A table without a known
+             design error is compared with its first check.
+    samples  how many elements of the input a check looks at
+    history  how many checks of each layer are remembered
     Returns  the Watch. `report()` tells what was seen. `remove()` ends it, and so does the end of a `with` block.
 
     Gradients, `state_dict` and the global random numbers stay as they are. Copies and pickles of the model are not watched. A
@@ -81,14 +81,22 @@ def watch(model: nn.Module, every: int = 100, *, factor: float = 2.0, samples: i
 
 
 class Check(NamedTuple):
-    """What a check saw: in which forward pass, of the inputs, and of the channel ("derivative", "value") that fares worst."""
+    """What a check saw.
+
+    call       number of the forward pass
+    mean, std  of the sampled inputs
+    channel    the channel with the largest error: "derivative" or "value"
+    error      its relative error
+    design     the error that it is compared with: the design's, or a substitute
+    drifted    whether the layer has drifted
+    """
 
     call: int
     mean: float
     std: float
     channel: str
     error: float
-    design: float  # what the error is held against: the design's, or what stands in for it
+    design: float
     drifted: bool
 
     @property
@@ -200,11 +208,11 @@ def _hook_of_a_copy() -> Any:
 
 
 def _not_watched(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """In the place of the hook in a copy of a watched model."""
+    """Replaces the hook in a copy of a watched model."""
 
 
 def _gate(module: nn.Module) -> CodedModule | None:
-    """What is known of a module that codes what it reads; None for other modules."""
+    """The description of a module that codes what it reads; None for other modules."""
     if not isinstance(module, CodedActivation | CodedLayer):
         return None
     coded = describe("", module)
@@ -212,19 +220,19 @@ def _gate(module: nn.Module) -> CodedModule | None:
 
 
 def _spread(x: Array) -> float:
-    """Of the sample x (n,), as an input takes its table of a ladder by it."""
+    """The spread of the sample x (n,), by which the table of a ladder is chosen."""
     with np.errstate(over="ignore"):
         return float((np.square(np.square(x)).mean() / 3) ** 0.25)
 
 
 def _has_its_sign_from_before(module: nn.Module, x: Tensor) -> bool:
-    """Whether an activation of two straight lines reads the codes of the norm before it, and none by its table."""
+    """Whether an activation of two straight lines reads the codes of the norm before it, so that its table is not used."""
     recipe = sharing.find(x)
     return isinstance(module, CodedActivation) and recipe is not None and recipe.by_sign is not None and bool(module.shared)
 
 
 def _check(layer: Layer, x: Array, record: Activation, table: CodeTable, factor: float) -> Check:
-    """Of the sample x (n,) the channel whose error is the largest multiple of its design's."""
+    """Check the sample x (n,): the channel whose error is the largest multiple of its design's error."""
     found = []
     designs = np.atleast_1d(table.relative_rms)
     read = np.atleast_2d(table(x))
@@ -240,16 +248,16 @@ def _check(layer: Layer, x: Array, record: Activation, table: CodeTable, factor:
 
 
 def _relative_rms(error: Array, true: Array) -> float:
-    """As CodeTable.relative_rms: root mean square of the error over that of what is true, or over SMALLEST_TRUE."""
+    """As CodeTable.relative_rms: root mean square of the error over that of the true values, or over SMALLEST_TRUE."""
     return float(np.sqrt(np.square(error).mean() / max(np.square(true).mean(), SMALLEST_TRUE**2)))
 
 
 def _beyond_chance(error: Array, true: Array, limit: float) -> bool:
-    """Whether the relative error is more than the limit, by more than chance may do in a sample of this size.
+    """Whether the relative error is above the limit by more than chance explains in a sample of this size.
 
-    The mean of error² - limit² true² is then positive by over three of its standard errors (Fieller, 1954, who so compares a
-    ratio of means). For inputs just on the limit that is one alarm in some 700 checks; for those of the design, with errors of
-    half the limit, far fewer: `tests/models/gradients/test_watch.py` counts them.
+    The mean of error² - limit² true² must be positive by more than three of its standard errors. Fieller (1954) compares a
+    ratio of means in this way. Inputs just on the limit give one false alarm in some 700 checks. Inputs as designed for, with
+    errors of half the limit, give far fewer: `tests/models/gradients/test_watch.py` counts them.
     """
     excess = np.square(error) - limit**2 * np.square(true)
     return bool(excess.mean() > 3 * excess.std() / math.sqrt(excess.size))
@@ -258,10 +266,10 @@ def _beyond_chance(error: Array, true: Array, limit: float) -> bool:
 def _message(layer: Layer, check: Check) -> str:
     name = layer.name or "the model itself"
     return (
-        f"{name} ({type(layer.module).__name__}) drifted away from its table: in forward pass {check.call} its {check.channel} "
-        f"errs by {check.error:.3g}, {check.ratio:.1f} times the design's {check.design:.3g}, for inputs of mean "
-        f"{check.mean:.3g} and standard deviation {check.std:.3g}; design its table for them with fewbit.calibrate, or give "
-        "the layer more bits"
+        f"{name} ({type(layer.module).__name__}) drifted away from its table: in forward pass {check.call} the error of its "
+        f"{check.channel} is {check.error:.3g}, {check.ratio:.1f} times the design's {check.design:.3g}, for inputs of mean "
+        f"{check.mean:.3g} and standard deviation {check.std:.3g}; design its table for such inputs with fewbit.calibrate, or "
+        "give the layer more bits"
     )
 
 
@@ -307,12 +315,12 @@ class Drift(Report):
             return f"{len(drifted)} of {len(self.layers)} layers drifted away from their tables: {', '.join(drifted[:5])}{more}"
         if not any(self._checks.values()):
             return "nothing checked yet: only training in eager code, with gradients, is watched"
-        return f"none of {len(self.layers)} layers drifted: all errors within {self.factor:g} times those of the designs"
+        return f"none of {len(self.layers)} layers drifted: all errors are within {self.factor:g} times the designs' errors"
 
     def view(self) -> RenderableType:
         """The layers, and what the columns mean."""
         table = terminal.table(
-            ("layer",), ("calls", "of the", "error", "design's", "ratio", "largest", "inputs'\nmean", "std", "warnings")
+            ("layer",), ("calls", "channel", "error", "design", "ratio", "largest", "inputs'\nmean", "std", "warnings")
         )
         for row in sorted(self.rows(), key=lambda row: -(row["ratio"] or 0))[:30]:
             figures = [_cell(row[name]) for name in ("error", "design", "ratio", "largest_ratio", "mean", "std")]

@@ -1,4 +1,4 @@
-"""What to do about each module that keeps something, and why, in words."""
+"""The plan's advice for each module that keeps something: code it or leave it, and why."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ CODE, LEAVE = "code", "leave"
 
 @dataclass(frozen=True)
 class Advice:
-    """For one module.
+    """The advice for one module.
 
     module  dotted name; "" is the model itself
-    type    of the module, its class
-    before  bytes that it keeps now, of what others save too only where it is the first; after: once all is converted
-    saves   bytes that its conversion saves beside the other ones that pay; negative where it adds some, None if it has none
+    type    name of its class
+    before  bytes that it keeps now; a storage that several modules save counts for the first of them
+    after   bytes that it keeps once everything is converted
+    saves   bytes that its conversion saves when the other modules that pay are converted too; negative if it adds bytes, None
+            if the module is not converted
     advice  "code" or "leave"
+    reason  in words
     """
 
     module: str
@@ -46,9 +49,9 @@ def of_modules(
 ) -> list[Advice]:
     """Advice for each module that can be converted or keeps something, in the order of the model.
 
-    classes     of all modules, by name
-    candidates  what is converted
-    others      what other bits would convert
+    classes     the classes of all modules, by name
+    candidates  names of the modules that a conversion converts
+    others      names of the modules that a conversion with other bits would convert
     before, after  what is kept with none and with all converted
     """
     seen = _Sight(classes, _by_module(before), _by_module(outcome.storages))
@@ -67,7 +70,7 @@ def of_modules(
 
 
 def grouped(advice: Iterable[Advice]) -> list[list[Advice]]:
-    """Repeated layers with the same advice together, those that keep or save most first."""
+    """Groups of repeated layers with the same advice. The groups that keep or save most come first."""
     groups: dict[tuple, list[Advice]] = {}
     for each in advice:
         groups.setdefault((pattern(each.module), each.type, each.advice, each.reason), []).append(each)
@@ -75,7 +78,7 @@ def grouped(advice: Iterable[Advice]) -> list[list[Advice]]:
 
 
 def saves_label(group: Sequence[Advice]) -> str:
-    """What a group saves, as people read it; nothing for modules that are not converted."""
+    """What a group saves, as text; empty for modules that are not converted."""
     if group[0].saves is None:
         return ""
     number = sum(each.saves or 0 for each in group)
@@ -83,13 +86,17 @@ def saves_label(group: Sequence[Advice]) -> str:
 
 
 def reason_label(group: Sequence[Advice]) -> str:
-    """Why, of a group whose figures are sums: the bytes in the reason are those of each."""
+    """The reason for a group. The group's figures are sums, but the bytes in the reason are those of one module: say "each"."""
     reason = group[0].reason
     return f"each {reason}" if len(group) > 1 and reason.startswith("keeps ") else reason
 
 
 class _Sight(NamedTuple):
-    """The classes of modules; by module, the activations and inputs that it saves, now and with what pays converted."""
+    """The classes of the modules, and the activations and inputs that each module saves.
+
+    now   as the model is
+    best  once the modules that pay are converted
+    """
 
     classes: Mapping[str, str]
     now: dict[str, list[Storage]]
@@ -114,18 +121,18 @@ def _of_candidate(name: str, saves: int | None, chosen: bool, seen: _Sight) -> t
         partners = _partners(name, now, seen.classes)
         sizes = bytes_label(sum(each.bytes for each in now))
         if partners:
-            return CODE, f"keeps {sizes} together with {partners}: coded together, all let it go"
+            return CODE, f"keeps {sizes} together with {partners}: coded together, none of them keeps it"
         return CODE, f"keeps {sizes} that nothing else needs"
     adds = f", and codes would add {bytes_label(-saves)}" if saves < 0 else ""
     if reads_input and not now:
-        return LEAVE, "reads the model's input, which is there anyway" + adds
+        return LEAVE, "reads the model's input, which stays in memory anyway" + adds
     if not now:
         return LEAVE, "keeps nothing itself that coding could shrink" + adds
     if partners := _partners(name, now, seen.classes):
-        return LEAVE, f"{partners} keeps that tensor anyway" + (adds or ": to code it changes nothing")
+        return LEAVE, f"{partners} keeps that tensor anyway" + (adds or ", so coding this module saves nothing")
     if saves == 0:
-        return LEAVE, "keeps the same bytes coded"
-    return LEAVE, f"the tensor is small beside its scales and padding: coding would add {bytes_label(-saves)}"
+        return LEAVE, "keeps as many bytes when coded"
+    return LEAVE, f"the tensor is so small that scales and padding would add {bytes_label(-saves)}"
 
 
 def _of_other(name: str, convertible: bool, seen: _Sight) -> tuple[str, str]:
@@ -141,7 +148,7 @@ def _of_other(name: str, convertible: bool, seen: _Sight) -> tuple[str, str]:
 
 
 def _partners(name: str, storages: Iterable[Storage], classes: Mapping[str, str]) -> str:
-    """Who else saves these tensors: "down (matrix product)"."""
+    """The other modules that save these tensors, as in "down (matrix product)"."""
     found = {saver for each in storages for saver in each.savers if saver.module != name}
     return ", ".join(
         sorted({f"{_seen_from(name, saver.module, classes)} ({plain_operation(saver.operation)})" for saver in found})
@@ -149,7 +156,7 @@ def _partners(name: str, storages: Iterable[Storage], classes: Mapping[str, str]
 
 
 def _seen_from(name: str, other: str, classes: Mapping[str, str]) -> str:
-    """How to speak of another module, so that repeated layers are told the same.
+    """The name of another module as seen from this one. Repeated layers get the same text.
 
     >>> _seen_from("blocks.0.act", "blocks.0.down", {}), _seen_from("blocks.3.act", "blocks.3", {"blocks.3": "Block"})
     ('down', 'the Block around it')

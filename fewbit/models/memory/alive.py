@@ -1,7 +1,7 @@
-"""Which memory is alive while operators run, and at the worst moment: operators are seen, and storages until they are freed.
+"""Which memory is alive while operators run, and at the worst moment. Operators are seen, and storages until they are freed.
 
-Where in the model that is, is read off the stack in the forward pass, and known of the nodes that it makes in backward. torch's
-own tracker, `torch.distributed._tools.MemTracker`, against which the tests hold this one, does not tell that.
+The place in the model is read from the stack in the forward pass. In backward it is the module that made the running node.
+torch's own tracker, `torch.distributed._tools.MemTracker`, does not tell the place; the tests compare the bytes with it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from fewbit.models.memory.saved import running_module, storages_of
 from fewbit.torch_internals import current_node, each_operator, leaves, sequence_number, sequence_number_of, storage_key
 
 Tensor = torch.Tensor
-_BLOCK = 512  # bytes of which the allocator of CUDA devices gives whole numbers
+_BLOCK = 512  # the allocator of CUDA devices rounds up to whole blocks of so many bytes
 KEPT, TEMPORARY, GRADIENTS = "kept", "temporary", "gradients"
 
 
 class Place(NamedTuple):
-    """Where a step is.
+    """A place in a training step.
 
     phase   "forward", "backward" or "optimizer"
-    module  the name of the one that runs: "" for the model itself, None outside of it, as in a loss
+    module  the name of the module that runs; "" for the model itself, None outside of it, as in a loss
     """
 
     phase: str
@@ -39,7 +39,8 @@ class Place(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One operator that ran: where, what was alive before and after it, and its call, not to be held on to."""
+    """One operator that ran: its place, the bytes alive before and after it, and its call. Do not keep the call: it holds
+    tensors."""
 
     place: Place
     before: int
@@ -49,7 +50,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """One storage: its bytes, how many numbers it has room for, what it is, and where it was made, if in the step."""
+    """One storage: its bytes, how many numbers it has room for, its role, and the place in the step that made it, if any."""
 
     bytes: int
     numbers: int
@@ -60,11 +61,11 @@ class Piece:
 class Alive:
     """What is alive on a device.
 
-    bytes    now
+    bytes    alive now
     most     the largest number of bytes since this was made or `forget` was called
-    worst    where that was
-    pieces   what was alive then
-    makers   how many numbers a storage has room for -> the module that made the first such one in the forward pass
+    worst    the place where that was
+    pieces   the storages that were alive there
+    makers   how many numbers a storage has room for -> the module that made the first such storage in the forward pass
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Alive:
         gradients: Callable[[], Iterable[Tensor]],
         tell: Callable[[Seen], None] | None = None,
     ):
-        """names: identity of a module -> its name; gradients: those that are there now; tell: what each operator is told to"""
+        """names: identity of a module -> its name; gradients: gives the gradients of now; tell: is called with each operator"""
         self.bytes = self.most = 0
         self.worst, self.pieces = Place("forward", None), list[Piece]()
         self.makers: dict[int, str | None] = {}
@@ -86,18 +87,18 @@ class Alive:
         self._in_optimizer = False
 
     def enter(self, tensors: Iterable[Tensor], role: str) -> None:
-        """What there is besides what operators make, or what has become something else, such as the state of an optimizer."""
+        """Count tensors that no operator made, or that got another role, such as the state of an optimizer."""
         for tensor in tensors:
             for storage in storages_of(tensor):
                 self._enter(tensor, storage, role, None)
 
     def watching(self, optimizer: bool = False) -> AbstractContextManager[Any]:
-        """A context in which operators are seen; optimizer: whether they are those of its step."""
+        """A context in which operators are seen; optimizer: whether they belong to the optimizer's step."""
         self._in_optimizer = optimizer
         return each_operator(self._look)
 
     def forget(self) -> None:
-        """Begin anew with the largest number."""
+        """Begin again to look for the largest number of bytes."""
         self.most = 0
 
     def _look(self, operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -131,7 +132,7 @@ class Alive:
             self._modules.update(dict.fromkeys(range(self._next, now), module))
             self._next = now
             return Place("forward", module)
-        if module is None:  # else it runs once more, checkpointed
+        if module is None:  # else the module is checkpointed and runs again
             module = self._modules.get(sequence_number_of(node), self._last)
         self._last = module
         return Place("backward", module)

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("fewbit")
 _SHOWN = 12  # points of the frontier in a table
-_TIGHT = 0.97  # of a budget
+_TIGHT = 0.97  # part of the budget; the verdict warns of peaks above it
 OUTSIDE = "outside of blocks"
 
 
 class Cost(NamedTuple):
-    """The bytes of a step's peak, and its time as a multiple of exact's."""
+    """The bytes of a step's peak, and its time as a multiple of the exact step's."""
 
     peak: int
     time: float
@@ -43,17 +43,17 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class BudgetPlan(Report):
-    """How to train a model within a number of bytes, as fast as that goes. See `MemoryReport.plan`.
+    """The fastest way found to train a model within a number of bytes. See `MemoryReport.plan`.
 
-    choice    for each block, and the rest
-    setting   of what is coded
+    choice    what happens to each block, and to the rest of the model
+    setting   how modules are coded
     budget    in bytes
-    peak      of a step so trained, on fake tensors
-    time      of a step so trained, predicted, as a multiple of exact's
+    peak      the peak of a step with this choice, on fake tensors
+    time      the predicted time of a step with this choice, as a multiple of the exact step's
     exact     the peak with nothing changed
-    uniform   what each way costs if it is that of all blocks; the rest is coded where they are
-    frontier  what is predicted of the choices that none beats in both
-    how       where times are from, in words
+    uniform   what each way costs if all blocks are trained in it; the rest is coded if the blocks are
+    frontier  the predicted costs of the best choices: no other choice has both a lower peak and a shorter time
+    how       where the times come from, in words
     """
 
     forward: Forward
@@ -70,13 +70,14 @@ class BudgetPlan(Report):
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the budget; if not, it is the lowest that was found."""
+        """Whether the peak is within the budget. If not, it is the lowest peak that was found."""
         return self.peak.bytes <= self.budget
 
     def convert(self) -> nn.Module:
-        """Convert the model so, its blocks that recompute included. Returns it; the logger "fewbit" tells what was done.
+        """Convert the model as planned, and make the chosen blocks recompute. Returns the model. The logger "fewbit" reports
+        what was done.
 
-        Raises InputError if the model was converted or changed since its report.
+        Raises InputError if the model was converted or changed after its report was made.
         """
         self.forward.check_unchanged()
         model = self.forward.model
@@ -89,7 +90,7 @@ class BudgetPlan(Report):
 
     @property
     def lines(self) -> str:
-        """What to paste into a program in the place of `convert()`: Python."""
+        """Lines of Python that do the same as `convert()`, to paste into a program."""
         least, by_kind = self._least, dict(self.setting.by_kind)
         bits = str(least if Setting.of(least).by_kind == self.setting.by_kind else by_kind)
         bits += "" if self.setting.coding is None else f", coding={self.setting.coding!r}"
@@ -97,18 +98,18 @@ class BudgetPlan(Report):
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether it fits, the peak, the time, and what is done."""
-        peaks = f"{bytes_label(self.peak.bytes)}, where exact training takes {bytes_label(self.exact.bytes)}"
+        """Whether the plan fits, its peak, its time, and what to do if it does not fit."""
+        peaks = f"{bytes_label(self.peak.bytes)} (exact training: {bytes_label(self.exact.bytes)})"
         time = f"forward and backward take {self.time:.2f} of the exact time"
         if self.fits:
-            tight = "; leave a few percent for what a process holds besides" if self.peak.bytes > _TIGHT * self.budget else ""
+            tight = "; leave a few percent for what else the process holds" if self.peak.bytes > _TIGHT * self.budget else ""
             return f"fits {bytes_label(self.budget)}: the peak is {peaks}; {time}{tight}"
         fewer = ", or fewer bits" if self.choice.codes else ""
-        least = f"nothing fits {bytes_label(self.budget)}: the least peak that was found is {peaks}; {time}"
+        least = f"nothing fits {bytes_label(self.budget)}: the lowest peak found is {peaks}; {time}"
         return f"{least}. Take a smaller batch{fewer}"
 
     def rows(self) -> list[dict[str, Any]]:
-        """A block each, and the rest."""
+        """One row for each block, and one for the rest."""
         ways = (*self.choice.blocks.items(), (OUTSIDE, CODE if self.choice.rest else KEEP))
         return [{"module": name, "choice": str(way), "bits": self._least if way.coded else None} for name, way in ways]
 
@@ -129,37 +130,37 @@ class BudgetPlan(Report):
         }
 
     def view(self) -> RenderableType:
-        """The verdict, the choice, what else there is, and the lines to paste."""
+        """The verdict, the choice, the costs of other choices, and the lines to paste."""
         chosen = terminal.table(("blocks",), ("number",))
         chosen.add_column("choice")
         for names, way in self._runs():
             label = names[0] if len(names) == 1 else f"{names[0]} to {names[-1].rpartition('.')[2]}"
             chosen.add_row(label, str(len(names)) if names[0] != OUTSIDE else "", self._label(way))
-        others = terminal.table(("way",), ("peak", "time of exact"))
+        others = terminal.table(("way",), ("peak", "time (exact = 1)"))
         for what, cost in self._costs():
             others.add_row(what, bytes_label(cost.peak), f"{cost.time:.2f}")
-        lines = Text(self.lines, no_wrap=True, overflow="ignore")  # which are pasted
-        head = "plan.convert() does it, and so do these lines" + (", with your filter_fn:" if self.filter_fn else ":")
+        lines = Text(self.lines, no_wrap=True, overflow="ignore")  # not wrapped, since people paste them
+        head = "plan.convert() does this, and so do these lines" + (", with your filter_fn:" if self.filter_fn else ":")
         return Group(self.verdict, f"  {self.forward.words}", "", chosen, "", others, "", self.how, "", head, "", lines)
 
     def _costs(self) -> list[tuple[str, Cost]]:
-        """What is shown beside each other: this plan, all blocks alike with the rest coded where they are, and mixtures."""
+        """The rows of the table of costs: this plan, all blocks trained in the same way, and mixtures of ways."""
         found = [("this plan", Cost(self.peak.bytes, self.time))]
         found += [(f"all blocks: {way}", cost) for way, cost in self.uniform.items()]
         known = {_shown(cost) for _, cost in found}
         mixtures = [each for each in thinned(self.frontier, _SHOWN) if _shown(each) not in known]
-        return found + [("a mixture, about", each) for each in mixtures]
+        return found + [("blocks mixed (predicted)", each) for each in mixtures]
 
     def _label(self, way: Way) -> str:
         return str(way).replace("code", f"code at {plural(self._least, 'bit')}")
 
     @property
     def _least(self) -> int:
-        """Bits of the codes; where kinds differ, of those that have the fewest."""
+        """Bits of the codes. If kinds have different bits, the fewest of them."""
         return min(bits for _, bits in self.setting.by_kind)
 
     def _runs(self) -> list[tuple[list[str], Way]]:
-        """Blocks one after the other of one way and one home, and the rest."""
+        """Consecutive blocks of the same parent that are trained in the same way, grouped; then the rest."""
         pairs = list(self.choice.blocks.items())
         runs = [[*group] for _, group in groupby(pairs, key=lambda pair: (pair[0].rpartition(".")[0], pair[1]))]
         rest = ([OUTSIDE], CODE if self.choice.rest else KEEP)
@@ -180,7 +181,7 @@ def _shown(cost: Cost) -> tuple[str, str]:
 
 
 def thinned(costs: Sequence[Cost], most: int) -> list[Cost]:
-    """So many of them, the peaks at about equal distances."""
+    """At most `most` of the costs, with peaks at about equal distances."""
     if len(costs) <= most:
         return list(costs)
     wanted = np.linspace(costs[0].peak, costs[-1].peak, most)

@@ -1,8 +1,8 @@
-"""The choices for the blocks of a model that take the least time in a given memory: all of them, by a dynamic program.
+"""The choices for the blocks of a model that take the least time in a given memory. A dynamic program finds them for all peaks.
 
-A block has a few ways to be trained. Each way leaves so many bytes kept until the block's backward pass, rises so far above
-what the blocks before it keep while the block runs, forward or backward, and takes so long. The peak of a step is the highest
-of these, and of what the step takes once all blocks have run forward.
+A block can be trained in a few ways. Each way has three figures: the bytes kept until the block's backward pass; the most bytes
+in use while the block runs forward or backward, beyond what the blocks before it keep; and the time. The peak of a step is the
+highest use of any block, or the use at the turn, when all blocks have run forward.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MOST_STATES = 4000
-_CELLS = 500  # of each axis, where states are more
+_CELLS = 500  # cells along each axis, to thin states out when there are more
 
 
 class Point(NamedTuple):
@@ -25,7 +25,7 @@ class Point(NamedTuple):
 
 
 class _States(NamedTuple):
-    """Beginnings of choices: bytes that their blocks keep, the peak so far, seconds, and the ways, (states, blocks)."""
+    """Choices for the first blocks: bytes that these blocks keep, the peak so far, seconds, and the ways (states, blocks)."""
 
     kept: NDArray[np.int64]
     peak: NDArray[np.int64]
@@ -37,11 +37,11 @@ class _States(NamedTuple):
 
 
 def frontier(kept: NDArray[np.int64], rises: NDArray[np.int64], seconds: NDArray[np.float64], turn: int) -> list[Point]:
-    """The choices that none beats in both peak and time, the smallest peak first.
+    """The choices for which no other one has both a lower peak and a shorter time, the lowest peak first.
 
-    kept, rises, seconds  (blocks, ways): bytes that a block keeps, the highest that it gets, beyond what the blocks before it
-                          keep, and its time
-    turn                  bytes beyond what all blocks keep, once all have run forward
+    kept, rises, seconds  (blocks, ways): bytes that a block keeps; the most bytes in use while it runs, beyond what the blocks
+                          before it keep; and its time
+    turn                  bytes in use when all blocks have run forward, beyond what all blocks keep
 
     >>> kept, rises, seconds = np.array([[4, 1], [4, 1]]), np.array([[4, 5], [4, 5]]), np.array([[1.0, 2], [1, 2]])
     >>> for point in frontier(kept, rises, seconds, 0):
@@ -49,8 +49,8 @@ def frontier(kept: NDArray[np.int64], rises: NDArray[np.int64], seconds: NDArray
     Point(peak=5, seconds=3.0, ways=(1, 0))
     Point(peak=8, seconds=2.0, ways=(0, 0))
 
-    Exact as long as no more than some thousand beginnings of choices are worth following; beyond, the peak is within a part in
-    500 of what it could be for each block. A choice whose rises do not set the peak may stand for others of equal figures.
+    The result is exact as long as no more than a few thousand choices for the first blocks are worth following. Beyond that,
+    each block may raise the peak by up to one part in 500. Of several choices with the same figures only one is given.
     """
     states = _States(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1), np.zeros((1, 0), np.int8))
     for block in range(len(kept)):
@@ -65,7 +65,7 @@ def frontier(kept: NDArray[np.int64], rises: NDArray[np.int64], seconds: NDArray
 
 
 def _extended(states: _States, kept: NDArray, rises: NDArray, seconds: NDArray) -> _States:
-    """Each beginning, with each way of one more block."""
+    """Each state, extended by each way of one more block."""
     count, ways = len(states.kept), len(kept)
     old, way = np.repeat(np.arange(count), ways), np.tile(np.arange(ways, dtype=np.int8), count)
     return _States(
@@ -77,12 +77,12 @@ def _extended(states: _States, kept: NDArray, rises: NDArray, seconds: NDArray) 
 
 
 def _undominated(states: _States) -> _States:
-    """Those that no other one beats, or equals, in all three. By time, each keeps its place if its peak is below those of all
-    before it that keep no more."""
+    """The states that no other one beats or equals in all three figures. They are taken in the order of time: a state stays if
+    its peak is below the peaks of all earlier states that keep no more."""
     order = np.lexsort((states.peak, states.kept, np.round(states.seconds, 12)))
     kept, peak = states.kept[order], states.peak[order]
     chosen: list[int] = []
-    least = np.full(len(order), np.iinfo(np.int64).max)  # peak, by rank of what is kept
+    least = np.full(len(order), np.iinfo(np.int64).max)  # the lowest peak so far, by rank of what is kept
     ranks = np.unique(kept, return_inverse=True)[1]
     for i in range(len(order)):
         if peak[i] < least[ranks[i]]:
@@ -92,7 +92,7 @@ def _undominated(states: _States) -> _States:
 
 
 def _thinned(states: _States) -> _States:
-    """No more states than can be followed: of those that are all but equal the fastest."""
+    """The states, thinned out if there are too many: of nearly equal ones only the fastest stays."""
     if len(states.kept) <= _MOST_STATES:
         return states
     cells = np.stack([_cell(states.kept), _cell(states.peak)], axis=1)

@@ -1,4 +1,4 @@
-"""The course of a training step: what is alive, and how long it takes, from block to block, forward and backward."""
+"""The course of a training step from block to block, forward and backward: how many bytes are alive, and how long it takes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fewbit.models.memory.rates import Rates
 
 
 class Moment(NamedTuple):
-    """One operator: its phase, the block that it ran in, -1 outside of all, bytes alive before and after it, and its seconds:
-    none in the optimizer."""
+    """One operator: its phase; the block that it ran in, or -1 outside of all blocks; the bytes alive before and after it; and
+    its seconds, which are 0 in the optimizer."""
 
     phase: str
     block: int
@@ -23,7 +23,7 @@ class Moment(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Some operators one after the other: bytes alive before them, at most, and after them, and their seconds."""
+    """Consecutive operators: the bytes alive before them, at most during them, and after them; and their seconds."""
 
     before: int
     most: int
@@ -35,9 +35,10 @@ class Stretch(NamedTuple):
 class Course:
     """A step, cut where blocks begin and end.
 
-    forward, backward  of each block, in the order of the forward pass
-    gaps  one more than blocks: for each what comes before it, forward, and after it, backward; the last is all between the
-          forward and the backward pass of the last block
+    forward, backward  the stretch of each block, in the order of the forward pass
+    gaps  what runs between the blocks, one entry more than there are blocks. The entry of a block has two stretches: the one
+          before its forward pass, and the one after its backward pass. The last entry is the stretch between the forward and
+          the backward pass of the last block
     """
 
     forward: list[Stretch]
@@ -46,15 +47,15 @@ class Course:
 
     @property
     def seconds(self) -> float:
-        """Of all of it."""
+        """Seconds of the whole step."""
         return sum(each.seconds for each in (*self.forward, *self.backward, *(each for gap in self.gaps for each in gap)))
 
 
 class Recorder:
-    """Takes down the moments of a step, as `peak_of` tells them."""
+    """Records the moments of a step. `peak_of` calls it with each operator."""
 
     def __init__(self, blocks: Sequence[str], rates: Rates):
-        """blocks: names of the modules that the step is cut at"""
+        """blocks: names of the modules at which the step is cut"""
         self._blocks = {f"{name}.": number for number, name in enumerate(blocks)}
         self._rates = rates
         self._known: dict[str | None, int] = {}
@@ -75,8 +76,8 @@ class Recorder:
 
 
 def units_of(moments: Sequence[Moment]) -> list[frozenset[int]]:
-    """The blocks that run forward and backward, in their order; those whose operators mix, as of one that runs again and again
-    between others, as one. No blocks that run in one direction alone, as frozen ones at the beginning."""
+    """The blocks that run forward and backward, in order. Blocks whose operators mix form one unit, such as a block that runs
+    several times between others. Blocks that run only forward, such as frozen ones at the beginning, are left out."""
     spans = {phase: _spans(moments, phase) for phase in ("forward", "backward")}
     units = [frozenset({block}) for block in spans["forward"] if block in spans["backward"]]
     merged = True
@@ -93,7 +94,7 @@ def units_of(moments: Sequence[Moment]) -> list[frozenset[int]]:
 
 
 def course_of(moments: Sequence[Moment], units: Sequence[frozenset[int]]) -> Course:
-    """The course of a step with these units as its blocks. ValueError where they do not run one after the other and back."""
+    """The course of a step with these units as its blocks. ValueError if they do not run one after the other and back."""
     cuts = []
     for phase, ordered in (("forward", units), ("backward", units[::-1])):
         found = _spans(moments, phase)
@@ -113,7 +114,7 @@ def course_of(moments: Sequence[Moment], units: Sequence[frozenset[int]]) -> Cou
 
 
 def _spans(moments: Sequence[Moment], phase: str) -> dict[int, tuple[int, int]]:
-    """By block the first and last of its moments in a phase, in the order of the first."""
+    """For each block its first and last moment in a phase, in the order of the first moments."""
     found: dict[int, tuple[int, int]] = {}
     for i, each in enumerate(moments):
         if each.phase == phase and each.block >= 0:

@@ -1,4 +1,4 @@
-"""A forward pass of a model that leaves it as it was, on its own tensors or on fake ones, which take no memory and no time."""
+"""A forward pass that leaves the model as it was. It runs on real tensors, or on fake ones, which take no memory or time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ _MOST_INPUTS = 4  # of a batch, in words
 
 
 class Forward(NamedTuple):
-    """A call of a model, or of a loss that calls it: the model, the batch, the function of both, if there is one, and, as they
-    were when it was asked about, the classes of the model's modules and autocast."""
+    """A call of a model, or of a loss that calls it.
+
+    classes   of the model's modules when this was made
+    autocast  as it was when this was made
+    """
 
     model: nn.Module
     batch: Any
@@ -36,12 +39,12 @@ class Forward(NamedTuple):
         return cls(model, batch, loss_fn, [type(module) for module in model.modules()], Autocast(model))
 
     def call(self, batch: Any) -> Any:
-        """What the model, or the loss, makes of a batch. InputError for one that the model does not take."""
+        """The output of the model or the loss for a batch. InputError if the model does not take the batch."""
         return run(self.model, batch) if self.loss_fn is None else self.loss_fn(self.model, batch)
 
     @property
     def words(self) -> str:
-        """Of what batch, dtype and device it is: "a batch of x float32 8×3×224×224; parameters float32 on cpu"."""
+        """The batch, dtypes and devices in words: "a batch of x float32 8×3×224×224; parameters float32 on cpu"."""
         named = self.batch if isinstance(self.batch, Mapping) else {"": self.batch}
         found = [(name, each) for name, value in named.items() for each in tensors_in(value)]
         shapes = [f"{name} {shape_label(each)}".strip() for name, each in found[:_MOST_INPUTS]]
@@ -52,20 +55,21 @@ class Forward(NamedTuple):
         return f"a batch of {', '.join(shapes) or 'no tensors'}{parameters}"
 
     def check_unchanged(self) -> None:
-        """Raise InputError if modules of the model have changed their class since."""
+        """Raise InputError if modules of the model have changed their class since this was made."""
         if [type(module) for module in self.model.modules()] != self.classes:
             raise InputError("the model was converted or changed since this report; make a new one with fewbit.memory")
 
     def saved(self, fake: bool) -> list[Storage]:
-        """What the call keeps for backward, of the model as it is now; its state, gradients and torch's random numbers are
-        as before, after an error too."""
+        """What the call keeps for backward with the model as it is now. The model's state and gradients and torch's random
+        numbers are restored, also after an error."""
         with self.untouched():
             return self._saved_by_fake() if fake else self._saved_by_real()
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """A context to run the model in, with gradients and the autocast that it was asked about with: its state, structure and
-        gradients and torch's random numbers are afterwards as before. InputError for a lazy model that never ran."""
+        """A context to run the model in, with gradients enabled and with the autocast of when this was made. Afterwards the
+        model's state, structure and gradients and torch's random numbers are restored. InputError if the model has lazy modules
+        that never ran."""
         _check_initialized(self.model)
         with ExitStack() as stack:
             for each in (preserved_state(self.model), preserved_structure(self.model), self.autocast.again()):
@@ -94,7 +98,7 @@ class Forward(NamedTuple):
         parameters, buffers, batch = self.fakes(mode)
 
         def roles() -> dict[int, str]:
-            tables = (mode.from_tensor(table) for table in _tables())  # but not those of one number, copied each time
+            tables = (mode.from_tensor(table) for table in _tables())  # misses tables of one number, copied each time
             return _roles(parameters.values(), buffers.values(), tensors_in(arguments_of(batch)), tables)
 
         with mode, silent_fakes():
@@ -102,13 +106,13 @@ class Forward(NamedTuple):
 
 
 def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor], function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments), while the model's parameters and buffers are these, by name."""
+    """function(*arguments), called while these tensors, by name, replace the model's parameters and buffers."""
     whole = _Whole(model, function)
     return torch.func.functional_call(whole, {f"model.{name}": each for name, each in tensors.items()}, arguments)
 
 
 class _Whole(nn.Module):
-    """A function that calls a model, as a module around it."""
+    """A module around a model whose forward is a function that calls the model."""
 
     def __init__(self, model: nn.Module, function: Callable[..., Any]):
         super().__init__()
@@ -124,8 +128,8 @@ def _check_initialized(model: nn.Module) -> None:
 
 
 def _faked(tensor: Tensor, mode: Any) -> Tensor:
-    """A fake tensor of the same kind. One of the meta device is taken for one on the CPU, where operations are chosen as in
-    training: on the meta device attention, for one, would be composed of its parts."""
+    """A fake tensor of the same kind. A tensor of the meta device counts as one on the CPU, where torch chooses operations as
+    in training. On the meta device it would, for example, compose attention of its parts."""
     if tensor.device.type != "meta":
         return mode.from_tensor(tensor)
     with mode:
@@ -140,7 +144,7 @@ def _tables() -> list[Tensor]:
 
 
 def _roles(parameters: Iterable[Tensor], buffers: Iterable[Tensor], inputs: Iterable[Tensor], tables: Iterable[Tensor]) -> Any:
-    """Identity of a storage -> its role; a storage of several roles is the first of them."""
+    """Identity of a storage -> its role. A storage with several roles gets the first of them."""
     found: dict[int, str] = {}
     roles = {"parameters": parameters, "buffers": buffers, "inputs": inputs, "tables": tables}
     for role, tensors in roles.items():

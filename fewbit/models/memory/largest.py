@@ -1,5 +1,5 @@
-"""The largest batch, or the longest sequence, whose training step fits a number of bytes, found on fake tensors: exact, coded,
-checkpointed, and both."""
+"""The largest batch, or the longest sequence, whose training step fits a number of bytes: exact, coded, checkpointed, and both.
+Found on fake tensors."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 EXACT, CODED, CHECKPOINTED, BOTH = "exact", "coded", "checkpointed", "coded and checkpointed"
-_UNSEEN = "Whether the model takes sequences so long is not seen: its positions may end before."
-_LARGEST = 2**20  # samples of a batch that are looked for
+_UNSEEN = "This does not check whether the model accepts such long sequences: it may have fewer positions."
+_LARGEST = 2**20  # no larger batch is looked for
 
 
 @dataclass(frozen=True)
 class Fitting:
     """The largest batch, or longest sequence, of one way of training.
 
-    samples  in the batch, or in each sequence; 0 where not even one fits
-    bytes    of the peak with so many, or with one
-    moment   of the peak
+    samples  samples in the batch, or elements of each sequence; 0 if not even one fits
+    bytes    the peak with so many samples; with one, if not even one fits
+    moment   of that peak
     """
 
     samples: int
@@ -49,7 +49,7 @@ class Fitting:
 
 @dataclass(frozen=True, repr=False)
 class LargestBatch(Report):
-    """The largest batches that fit a number of bytes, or the longest sequences, by way of training. See
+    """The largest batch, or the longest sequence, that fits a number of bytes, for each way of training. See
     `MemoryReport.largest_batch` and `longest_sequence`.
 
     grows  what grows, "batch" or "sequence"
@@ -62,14 +62,14 @@ class LargestBatch(Report):
     ways: Mapping[str, Fitting]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One way each."""
+        """One row for each way of training."""
         return [{"way": way, **asdict(found)} for way, found in self.ways.items()]
 
     def totals(self) -> dict[str, Any]:
         return {"model": self.model, "grows": self.grows, "budget": self.budget, "bits": dict(self.setting.by_kind)}
 
     def view(self) -> RenderableType:
-        """A line for each way, and against exact how many times as large its batch is."""
+        """One row for each way, with its batch as a multiple of the exact one."""
         view = terminal.table(("training",), (self.grows, "of exact", "its peak"))
         view.add_column("when")
         exact = self.ways[EXACT].samples
@@ -81,7 +81,7 @@ class LargestBatch(Report):
 
     @property
     def title(self) -> str:
-        """What it is the largest of, and of which budget."""
+        """What the figures are, and for which budget."""
         what = "largest batch" if self.grows == "batch" else "longest sequence"
         return f"The {what} of {self.model} whose training step fits {bytes_label(self.budget)}"
 
@@ -100,7 +100,7 @@ def largest(
     filter_fn: Filter | None = None,
     dimension: int = 0,
 ) -> LargestBatch:
-    """See `MemoryReport.largest_batch` for dimension 0, `longest_sequence` for 1."""
+    """See `MemoryReport.largest_batch` for dimension 0, and `longest_sequence` for dimension 1."""
     forward.check_unchanged()
     limit, model, size = parse_bytes(budget), forward.model, size_of(forward.batch, dimension)
     ways: dict[str, Callable[[], Any]] = {EXACT: lambda: None, CODED: lambda: convert_modules(model, setting, filter_fn)}
@@ -124,7 +124,7 @@ def largest(
 
 
 def size_of(batch: Any, dimension: int) -> int:
-    """The size of this dimension of the largest tensor of a batch. InputError where there is none.
+    """The size of this dimension of the largest tensor of a batch. InputError if no tensor has it.
 
     >>> size_of({"input_ids": torch.zeros(4, 128), "position": torch.zeros(128)}, 0)
     4
@@ -137,8 +137,8 @@ def size_of(batch: Any, dimension: int) -> int:
 
 
 def resized(batch: Any, dimension: int, size: int, wanted: int) -> Any:
-    """The batch, of new tensors: those that have `size` in this dimension have `wanted` there; so have tensors of one
-    dimension, such as positions, where sequences grow."""
+    """The batch with each tensor that has `size` in this dimension replaced by a new one that has `wanted` there. In a tensor
+    of a single dimension, such as positions, that dimension counts."""
 
     def made_anew(tensor: torch.Tensor) -> torch.Tensor:
         grown = 0 if tensor.dim() == 1 else dimension
@@ -151,10 +151,10 @@ def resized(batch: Any, dimension: int, size: int, wanted: int) -> Any:
 
 
 def _search(peak: Callable[[int], Peak], limit: int, start: int) -> Fitting:
-    """The largest number of samples whose peak is within the limit. The peak grows with it as one line, or several, each
-    steeper than the one before."""
+    """The largest number of samples whose peak is within the limit. The peak is a piecewise linear function of that number, and
+    each piece is steeper than the one before."""
     tried: dict[int, Peak] = {}
-    low, high, guess = 0, _LARGEST + 1, start  # the largest that is known to fit, the smallest that is known not to
+    low, high, guess = 0, _LARGEST + 1, start  # low: the largest known to fit; high: the smallest known not to fit
     while high - low > 1:
         tried[guess] = peak(guess)
         low, high = (guess, high) if tried[guess].bytes <= limit else (low, guess)
@@ -164,7 +164,8 @@ def _search(peak: Callable[[int], Peak], limit: int, start: int) -> Fitting:
 
 
 def _next(tried: Mapping[int, Peak], limit: int, low: int, high: int) -> int:
-    """Where a line through two numbers that were tried crosses the limit; every third time the middle between both bounds."""
+    """The next number to try: where a line through two tried ones crosses the limit; every third time the middle of the
+    bounds."""
     if low == 0:
         return max(1, high // 4)
     if high > _LARGEST and len(tried) == 1:

@@ -1,4 +1,4 @@
-"""Plain words for operations, which autograd knows by the names of its nodes."""
+"""Plain words for operations. Autograd only knows the names of its nodes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from fewbit.activations import BUILT_IN
 
-# kind, as conversions have them -> its words in pictures
+# kind, as conversions name it -> its words in pictures
 KIND_WORDS = {
     "linear": "matrix products, convolutions",
     "attention": "attention",
@@ -41,7 +41,7 @@ _ACTIVATIONS = {*(name.replace("_", "") for name in BUILT_IN), "prelu", "rrelu",
 
 
 def plain_operation(name: str) -> str:
-    """Plain words for the operation of an autograd node; the same for what is coded.
+    """Plain words for the operation of an autograd node. Exact and coded operations get the same words.
 
     >>> [plain_operation(each) for each in ("Addmm", "ScaledDotProductFlashAttentionForCpu", "NativeLayerNorm", "LogSoftmax")]
     ['matrix product', 'attention', 'layer norm', 'log softmax']
@@ -61,7 +61,7 @@ def plain_operation(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """The kind of what an operation keeps, one of KIND_WORDS.
+    """The kind of an operation, one of KIND_WORDS.
 
     >>> [kind_of(each) for each in ("Addmm", "Convolution", "Gelu", "CodedNormalization", "Mul", "MkldnnRnnLayer", "Exp")]
     ['linear', 'linear', 'activation', 'norm', 'product', 'recurrent', 'rest']

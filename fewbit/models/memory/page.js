@@ -1,5 +1,5 @@
 "use strict";
-// Headings become buttons that sort their table. Everything is there without this, too.
+// Headings become buttons that sort their table. The page is complete without this script.
 for (const heading of document.querySelectorAll("table th[scope=col]")) {
   const button = document.createElement("button");
   button.type = "button";

@@ -1,7 +1,7 @@
-"""The report on memory as one HTML page, which loads nothing and is readable without its script.
+"""The report on memory as one HTML page. The page loads nothing and is readable without its script.
 
-Its template is `page.html`, and `page.js` sorts tables by a click on their headings. All that comes from the model, such as its
-names, is escaped, and the browser runs no script but that one.
+`page.html` is its template. `page.js` sorts a table when its heading is clicked. Everything that comes from the model, such as
+names, is escaped, and the browser may run no other script.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Row = tuple[dict[str, Any], ...]  # cells: text, the number to sort by or None, 
 
 
 def page(report: MemoryReport, plan: Plan | BudgetPlan | None = None, largest: LargestBatch | None = None) -> str:
-    """The page of a report; and of the plan and the largest batch, if they are given."""
-    import jinja2  # here, since only pages need it
+    """The page of a report. The plan and the largest batch are added if they are given."""
+    import jinja2  # imported here, since only pages need it
 
     here = Path(__file__)
     script = here.with_name("page.js").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def page(report: MemoryReport, plan: Plan | BudgetPlan | None = None, largest: L
         allowed="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         title=f"{found['model']}: memory of training",
         verdict=report.verdict if plan is None else plan.verdict,
-        words=f"In {found['mode']} mode{', on fake tensors' if report.fake else ''}, of {report.forward.words}.",
+        words=f"In {found['mode']} mode{', on fake tensors' if report.fake else ''}, with {report.forward.words}.",
         lines=_lines(report, plan),
         kinds=_kinds(modules),
         bars=_bars(modules, runs),
@@ -72,7 +72,7 @@ def _size(number: int) -> dict[str, Any]:
 
 
 def _table(name: str, caption: str, columns: Sequence[str], rows: Iterable[Row]) -> dict[str, Any]:
-    """Columns whose first cell has a number are aligned right."""
+    """A table. Columns whose first cell has a number are aligned right."""
     found = list(rows)
     right = [cell["number"] is not None for cell in found[0]] if found else [False] * len(columns)
     return {"name": name, "caption": caption, "columns": list(zip(columns, right, strict=True)), "rows": found}
@@ -83,15 +83,15 @@ def _lines(report: MemoryReport, plan: Plan | BudgetPlan | None) -> str:
     if isinstance(plan, BudgetPlan):
         return plan.lines
     if plan is None:
-        return "report = fewbit.memory(model, batch)\nprint(report.plan())  # what a conversion would leave"
+        return "report = fewbit.memory(model, batch)\nprint(report.plan())  # what the converted model would keep"
     given = str(plan.setting) + (", filter_fn=filter_fn" if plan.filter_fn else "")
     if plan.outcome.chosen == plan.candidates:
         return f"fewbit.convert(model, {given})"
-    return f"fewbit.memory(model, batch).plan({given}).convert()  # leaves out what does not pay"
+    return f"fewbit.memory(model, batch).plan({given}).convert()  # converts only what pays"
 
 
 def _bar(stack: Mapping[str, int], longest: int) -> list[dict[str, Any]]:
-    """The parts of a bar by kind of operation, whose widths are in percent of the longest."""
+    """The parts of a bar, by kind of operation. Widths are in percent of the longest bar."""
     sums: Counter[str] = Counter()
     for operation, number in stack.items():
         sums[kind_of(operation)] += number
@@ -110,20 +110,20 @@ def _sum(stacks: Iterable[Mapping[str, int]]) -> Counter[str]:
 
 
 def _bars(modules: Mapping[str, Mapping[str, Mapping[str, int]]], runs: Iterable[str]) -> list[dict[str, Any]]:
-    """Of all modules together, one for each run."""
+    """One bar for each run, of all modules together."""
     sums = {run: _sum(bars.get(run, {}) for bars in modules.values()) for run in runs}
     longest = max(map(Counter.total, sums.values()), default=0) or 1
     return [{"run": run, "bytes": bytes_label(each.total()), "parts": _bar(each, longest)} for run, each in sums.items()]
 
 
 def _kinds(modules: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[tuple[str, str]]:
-    """Those that bars show, and their words."""
+    """The kinds of operations that bars show, and their words."""
     used = {kind_of(operation) for bars in modules.values() for stack in bars.values() for operation in stack}
     return [(kind, words) for kind, words in KIND_WORDS.items() if kind in used]
 
 
 def _peaks(report: MemoryReport, plan: Plan | BudgetPlan | None) -> list[dict[str, Any]]:
-    """The peaks of a step before and after; or words why there are none."""
+    """The peaks of a step before and after the conversion, or the reason why a peak is not known."""
     if isinstance(plan, BudgetPlan):
         found: dict[str, Any] = {EXACT: plan.exact, "as planned": plan.peak}
     else:
@@ -144,12 +144,12 @@ def _peaks(report: MemoryReport, plan: Plan | BudgetPlan | None) -> list[dict[st
 def _peak_of(report: MemoryReport | Plan) -> Peak | str:
     try:
         return report.peak
-    except Exception as error:  # whatever the model does on fake tensors
+    except Exception as error:  # the model may do anything that fake tensors cannot
         return f"not known: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _blocks(modules: Mapping[str, Mapping[str, Mapping[str, int]]], runs: Iterable[str]) -> list[dict[str, Any]]:
-    """The modules by the block that they are in, the largest first."""
+    """The modules, grouped by the block that they are in, the largest first."""
     groups: dict[str, list[str]] = {}
     for name in sorted(modules, key=lambda name: -max(sum(stack.values()) for stack in modules[name].values())):
         groups.setdefault(re.sub(r"(^|\.)[\d*][^.]*$", r"\1*", _block_of(name)), []).append(name)
@@ -171,7 +171,7 @@ def _blocks(modules: Mapping[str, Mapping[str, Mapping[str, int]]], runs: Iterab
 
 
 def _block_of(name: str) -> str:
-    """The outermost block that a module is in, or else the part of the model.
+    """The outermost block that a module is in. If it is in none, the part of the model that it is in.
 
     >>> _block_of("transformer.h.0-11.mlp.act"), _block_of("encoder.norm"), _block_of("head")
     ('transformer.h.0-11', 'encoder', 'head')
@@ -191,7 +191,7 @@ def _modules(block: str, modules: Mapping[str, Mapping[str, Mapping[str, int]]],
 
 
 def _operations(bars: Mapping[str, Mapping[str, int]]) -> str:
-    """In words, those that keep most first."""
+    """The operations in words, those that keep most first."""
     sums = _sum(bars.values())
     return ", ".join(dict.fromkeys(plain_operation(name) for name, number in sums.most_common() if number))
 
@@ -204,12 +204,12 @@ def _advice(plan: Plan) -> dict[str, Any]:
             saves = _cell(advice.saves_label(group), sum(each.saves or 0 for each in group))
             yield _cell(name, tip=first.type), saves, _cell(first.advice), _cell(advice.reason_label(group))
 
-    caption = "saves: what its conversion saves beside the others that pay; negative where it adds some"
+    caption = "saves: what its conversion saves when the other modules that pay are converted too; negative if it adds bytes"
     return _table("module", caption, ("module", "saves", "advice", "because"), rows())
 
 
 def _budget(plan: BudgetPlan) -> list[dict[str, Any]]:
-    """The choice for each block, and what else there is."""
+    """Tables of the choice for each block, and of the costs of other choices."""
     blocks = ((_cell(row["module"]), _cell(row["choice"]), _bits(row["bits"])) for row in plan.rows())
     uniform = [(_cell(str(way)), _size(cost.peak), _cell(f"{cost.time:.2f}", cost.time)) for way, cost in plan.uniform.items()]
     mixed = [(_size(cost.peak), _cell(f"{cost.time:.2f}", cost.time)) for cost in plan.frontier]
@@ -217,7 +217,7 @@ def _budget(plan: BudgetPlan) -> list[dict[str, Any]]:
     return [
         _table("block", "The choice for each block", ("block", "choice", "bits"), blocks),
         _table("way", "All blocks alike", ("all blocks", "peak", time), uniform),
-        _table("mixture", "Blocks mixed, about: what none beats in both", ("peak", time), mixed),
+        _table("mixture", "Blocks mixed, as predicted: each lower peak takes a longer time", ("peak", time), mixed),
     ]
 
 
@@ -250,4 +250,5 @@ def _tensors(report: MemoryReport) -> dict[str, Any]:
         )
         for each in repeated(report.storages)
     )
-    return _table("tensor", "Repeated layers as one", ("module", "operation", "tensor", "times", "bytes", "shared with"), rows)
+    columns = ("module", "operation", "tensor", "times", "bytes", "shared with")
+    return _table("tensor", "Repeated layers share a row", columns, rows)

@@ -1,8 +1,8 @@
-"""The worst moment of a training step: how much memory is taken then, by what, and where in the model that is.
+"""The peak of a training step: how much memory is in use at its worst moment, what it holds, and where in the model that is.
 
-The step runs on fake tensors, and every one that operations make is seen: in the forward pass, the loss, the backward pass and,
-if there is an optimizer, in its step. Then there are two steps, since its state is there from the second on. What an operation
-takes while it runs, and gives back before it returns, is not seen.
+The step runs on fake tensors. Every tensor that an operation makes is seen: in the forward pass, the loss, the backward pass
+and the optimizer's step, if there is an optimizer. With an optimizer two steps run, since its state exists from the second step
+on. Memory that an operation allocates and frees before it returns is not seen.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ Tensor = torch.Tensor
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 Optimizer = str | torch.optim.Optimizer | MakeOptimizer
 ROLES = ("parameters", "buffers", "inputs", "optimizer", GRADIENTS, KEPT, TEMPORARY)
-_LOGITS = 0.25  # of what a step takes beyond the model, from which on logits are said to set the peak
+_LOGITS = 0.25  # logits set the peak if they take this part of what a step takes beyond the model
 
 
 @dataclass(frozen=True)
 class Peak:
     """The bytes that a training step takes at its worst moment, on the device where most parameters lie.
 
-    bytes      all of them, parameters included
-    moment     such as "backward of transformer.h.3.mlp"
-    parts      what they are, by role: "parameters", "buffers", "inputs", "optimizer" (its state), "gradients", "kept" (made by
-               forward: for backward, or at work), "temporary" (made by backward or the optimizer)
-    by_module  name -> bytes that are kept or temporary, by the module that ran when they were made; "" is the model itself
-    head       the linear layer whose output sets the peak, as a language model's logits do; "" where none does
+    bytes      all bytes, parameters included
+    moment     when it is, such as "backward of transformer.h.3.mlp"
+    parts      bytes by role: "parameters", "buffers", "inputs", "optimizer" (its state), "gradients", "kept" (made by forward,
+               to keep for backward or to use at once), "temporary" (made by backward or the optimizer)
+    by_module  name of the module that ran when tensors were made -> their bytes, kept or temporary; "" is the model itself
+    head       the linear layer whose output sets the peak, as a language model's logits do; "" if there is none
     """
 
     bytes: int
@@ -52,17 +52,17 @@ class Peak:
 
     @property
     def beyond_model(self) -> int:
-        """Bytes besides parameters, buffers, inputs and the optimizer's state: what the step itself takes."""
+        """Bytes that the step itself takes: all but parameters, buffers, inputs and the optimizer's state."""
         return sum(self.parts[role] for role in (GRADIENTS, KEPT, TEMPORARY))
 
     @property
     def advice(self) -> str:
-        """What to do about it, where there is something simple; else nothing."""
+        """A simple way to lower the peak, if there is one; else empty."""
         if not self.head:
             return ""
         return (
-            f"What has the size of the output of {self.head} sets the peak: torch.nn.functional.linear_cross_entropy makes the "
-            "loss of logits without them."
+            f"Tensors of the size of the output of {self.head} set the peak: torch.nn.functional.linear_cross_entropy computes "
+            "the loss without making these logits."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,12 +76,12 @@ class Peak:
 
 
 def optimizer_of(given: Optimizer | None) -> MakeOptimizer | None:
-    """What makes the optimizer of parameters.
+    """A function that makes an optimizer from parameters.
 
-    given  the name of one of torch's, such as "adamw"; an optimizer, whose class and settings are taken; or a function of the
-           parameters
+    given  the name of one of torch's optimizers, such as "adamw"; an optimizer, whose class and settings are copied; or a
+           function of the parameters
 
-    Raises InputError for a name that torch does not have, and anything else.
+    Raises InputError for a name that torch does not have, and for anything else.
     """
     if given is None:
         return None
@@ -113,14 +113,15 @@ def peak_of(
     change: Callable[[Any], Any] = lambda batch: batch,
     tell: Callable[[Seen], None] | None = None,
 ) -> Peak:
-    """The peak of a step of the model as it is now, which is afterwards as before.
+    """The peak of a step of the model as it is now. The model is unchanged afterwards.
 
-    make_optimizer  of parameters; None: the step has none
-    change          of the batch, whose tensors are fake, to another one
-    tell            what each operator of the one step, or of both, is told to
+    make_optimizer  makes an optimizer from parameters; None for a step without one
+    change          makes another batch from the batch of fake tensors
+    tell            is called with each operator that runs, of all steps
 
-    Raises InputError for a model or a loss whose control flow looks at numbers, which fake tensors have not, for an optimizer
-    that needs a closure or finds no parameters, and what else the model, the loss or the optimizer raises on fake tensors.
+    Raises InputError if the control flow of the model or the loss depends on numbers, since fake tensors have none, and if the
+    optimizer needs a closure or finds no parameters. Passes on what the model, the loss or the optimizer raises on fake
+    tensors.
     """
     with forward.untouched(), silent_fakes():
         mode = fake_mode()
@@ -145,7 +146,7 @@ def peak_of(
 
 
 def _train(forward: Forward, batch: Any, make_optimizer: MakeOptimizer | None, alive: Alive) -> None:
-    """A step, or with an optimizer two, of which the second is looked at."""
+    """Run one step; with an optimizer two steps, of which the second counts."""
     optimizer = None if make_optimizer is None else make_optimizer(trainable(forward.model))
     if isinstance(optimizer, torch.optim.LBFGS):
         raise InputError("LBFGS runs the model several times in a step, so its peak is not known; name another optimizer")
@@ -166,7 +167,7 @@ def _backward(forward: Forward, batch: Any) -> None:
 
 
 def main_device(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where most bytes of a model lie, and of which dtype they are there."""
+    """The device that holds most bytes of a model, and the dtype of most bytes there."""
     tensors = [*model.parameters(), *model.buffers()]
     device, sizes = _main_device(tensors), Counter[torch.dtype]()
     for each in tensors:
@@ -176,7 +177,7 @@ def main_device(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def _main_device(tensors: Iterable[Tensor]) -> torch.device:
-    """Where most bytes of them lie."""
+    """The device that holds most of their bytes."""
     sizes: Counter[torch.device] = Counter()
     for each in tensors:
         sizes[each.device] += each.nbytes
@@ -199,7 +200,8 @@ def _described(alive: Alive, model: nn.Module) -> Peak:
 
 
 def _head(alive: Alive, model: nn.Module, beyond_model: int) -> str:
-    """The linear layer whose output has the size of what takes most at the peak, if that is the loss or near it; else ""."""
+    """The linear layer whose output has the size of the tensors that take most at the peak. "" if there is none, or if the peak
+    is not at that layer or the loss."""
     sizes: Counter[int] = Counter()
     for piece in alive.pieces:
         if piece.role in (KEPT, TEMPORARY):

@@ -1,4 +1,4 @@
-"""What `fewbit.convert` would save, found out before: the converted forward pass runs, on fake tensors, and is undone."""
+"""Predict what `fewbit.convert` would save: convert the model, run a forward pass on fake tensors, and undo the conversion."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _log = logging.getLogger("fewbit")
-_AGREEMENT = 0.01  # of fake tensors with what was measured, beside what is reported; or else the model itself runs
+_AGREEMENT = 0.01  # sizes on fake tensors may differ so much from measured ones; beyond it, the model runs on real tensors
 
 
 @dataclass(repr=False)
 class Plan(Report):
-    """What a conversion would leave to keep, and which modules are worth it. `MemoryReport.plan` makes it.
+    """What a converted model would keep, and which modules are worth converting. `MemoryReport.plan` makes it.
 
     forward     the model and its batch
     before      what is kept if nothing is converted
@@ -49,7 +49,7 @@ class Plan(Report):
     advice      for each module that is converted or keeps something
     how         whether the converted model ran on fake tensors or on real ones
     filter_fn   the filter that was given
-    make_optimizer  makes an optimizer of parameters, for `peak`
+    make_optimizer  a function that makes an optimizer from parameters, for `peak`
     """
 
     forward: Forward
@@ -65,7 +65,7 @@ class Plan(Report):
 
     @cached_property
     def peak(self) -> Peak:
-        """The worst moment of a training step after `convert()` of this plan. Raises what `MemoryReport.peak` raises."""
+        """The peak of a training step after `convert()` of this plan. Raises what `MemoryReport.peak` raises."""
         self.forward.check_unchanged()
         with preserved_structure(self.forward.model):
             self._convert()
@@ -87,11 +87,11 @@ class Plan(Report):
         return total(self.outcome.storages)
 
     def convert(self) -> nn.Module:
-        """Convert the modules that pay, as `fewbit.convert` does, and no others. Returns the model.
+        """Convert only the modules that pay, as `fewbit.convert` does. Returns the model.
 
         The logger "fewbit" reports at level INFO what was done, and why the other modules stay exact.
 
-        Raises InputError if the model was converted or changed since its report.
+        Raises InputError if the model was converted or changed after its report was made.
         """
         self.forward.check_unchanged()
         model, converted = self.forward.model, self._convert()
@@ -112,7 +112,7 @@ class Plan(Report):
         return {name: (before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys([*before, *after])}
 
     def rows(self) -> list[dict[str, Any]]:
-        """One module each; `saves` is what its conversion saves beside the others that pay."""
+        """One row for each module. `saves` is what its conversion saves when the other modules that pay are converted too."""
         return [vars(each).copy() for each in self.advice]
 
     def totals(self) -> dict[str, Any]:
@@ -127,11 +127,11 @@ class Plan(Report):
         }
 
     def view(self, most: int = 30) -> RenderableType:
-        """Advice for the `most` modules that keep or save most, repeated layers as one, and the totals."""
+        """Advice for the `most` modules that keep or save most, where repeated layers share a row, and the totals."""
         lines = [self.verdict, f"  {self.forward.words}"]
         if self.best_bytes != self.after_bytes:
             best = _part(self.best_bytes, self.before_bytes)
-            lines.append(f"  plan.convert() leaves out what does not pay, and keeps {best}")
+            lines.append(f"  plan.convert() converts only what pays, and keeps {best}")
         return Group(*lines, "", self._table(most), "", self.how)
 
     @property
@@ -140,7 +140,8 @@ class Plan(Report):
         name, kept = type(self.forward.model).__name__, _part(self.after_bytes, self.before_bytes)
         most_of_it = most_kept(self.after)
         rest = f"; most of it for {most_of_it}" if most_of_it else ""
-        return f"converted with {self.setting}, the {name} keeps {kept} of the {bytes_label(self.before_bytes)} of exact{rest}"
+        whole = bytes_label(self.before_bytes)
+        return f"converted with {self.setting}, the {name} keeps {kept} of the {whole} that exact training keeps{rest}"
 
     def _table(self, most: int) -> RenderableType:
         view = terminal.table(("module",), ("before", "after"), wrapped=("module",))
@@ -173,7 +174,7 @@ def plan(
     filter_fn: Filter | None = None,
     make_optimizer: MakeOptimizer | None = None,
 ) -> Plan:
-    """See `MemoryReport.plan`; `measured` is what the model keeps on real tensors, None if it has run on fake ones alone."""
+    """See `MemoryReport.plan`. `measured` is what the model keeps on real tensors, or None if it only ran on fake ones."""
     forward.check_unchanged()
     model = forward.model
     with preserved_structure(model):
@@ -206,8 +207,8 @@ def _convert(model: nn.Module, setting: Setting, filter_fn: Filter | None) -> li
 
 
 def _choice(chosen: Collection[str], candidates: Collection[str], filter_fn: Filter | None) -> Filter:
-    """A filter that lets those of the candidates pass that are chosen; and of all others, which may be called within the chosen
-    ones, those that the user's filter lets pass."""
+    """A filter for the chosen conversions. A candidate passes if it is chosen. Any other module passes if the user's filter
+    lets it pass, since a chosen module may call it."""
 
     def passes(module: nn.Module, name: str) -> bool:
         return name in chosen if name in candidates else filter_fn is None or filter_fn(module, name)
@@ -216,8 +217,8 @@ def _choice(chosen: Collection[str], candidates: Collection[str], filter_fn: Fil
 
 
 def _convertible(model: nn.Module) -> tuple[set[str], dict[str, str]]:
-    """What a conversion of every kind would convert; and the class of each module then, those in the place of functions among
-    them."""
+    """The names of what a conversion of every kind would convert; and the class of each module after that conversion, modules
+    that replace functions included."""
     with preserved_structure(model):
         names = {*_convert(model, Setting.of(1), None)}
         return names, {name: type(module).__name__ for name, module in model.named_modules()}
@@ -225,17 +226,17 @@ def _convertible(model: nn.Module) -> tuple[set[str], dict[str, str]]:
 
 def _baseline(forward: Forward, measured: list[Storage] | None) -> tuple[list[Storage], bool, str]:
     """What is kept now, whether that was found on fake tensors, and words for it."""
-    reason = "it is compiled" if any(is_compiled(module) for module in forward.model.modules()) else ""
+    reason = "the model is compiled" if any(is_compiled(module) for module in forward.model.modules()) else ""
     if not reason:
         try:
             found = forward.saved(fake=True)
-        except Exception as error:  # whatever the model does that fake tensors cannot
+        except Exception as error:  # the model may do anything that fake tensors cannot
             if measured is None:
                 raise
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         else:
             if measured is None or abs(total(found) - total(measured)) <= _AGREEMENT * total(measured):
-                how = "The converted model ran on fake tensors, for its sizes alone."
+                how = "Sizes come from a run of the converted model on fake tensors."
                 return found, True, f"{how} {note_on_workspaces(found)}".strip()
             reason = _difference(found, measured)
     found = forward.saved(fake=False) if measured is None else measured
@@ -243,12 +244,12 @@ def _baseline(forward: Forward, measured: list[Storage] | None) -> tuple[list[St
 
 
 def _difference(fake: list[Storage], measured: list[Storage]) -> str:
-    return f"they keep {bytes_label(total(fake))} where {bytes_label(total(measured))} were measured"
+    return f"they keep {bytes_label(total(fake))}, but {bytes_label(total(measured))} were measured"
 
 
 def _by_running(reason: str) -> str:
-    return f"The converted model itself ran, since fake tensors do not serve ({reason})."
+    return f"Sizes come from a run of the converted model on real tensors, since fake tensors do not serve ({reason})."
 
 
 def _part(part: int, whole: int) -> str:
-    return (f"{part / whole:.1%}, " if whole else "") + bytes_label(part)
+    return f"{bytes_label(part)} ({part / whole:.1%})" if whole else bytes_label(part)

@@ -1,4 +1,4 @@
-"""How long operators take, by what they compute and move: of a device that was measured, or of a common one."""
+"""Estimates how long operators take, from what they compute and move: on a device that was measured, or on a common one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from fewbit.terminal import three_figures
 from fewbit.traffic import flops, moved_bytes
 
-_LEAST_SECONDS = 0.02  # of a measurement
+_LEAST_SECONDS = 0.02  # a measurement takes at least so long
 
 
 @dataclass(frozen=True)
 class Rates:
     """What a device does in a second.
 
-    products  multiplications and additions of matrix products, convolutions and attention, each as one
-    bytes     read and written
-    calls     of operators, one after the other
-    device    in words
+    products  multiplications and additions in matrix products, convolutions and attention; each counts as one
+    bytes     bytes read and written
+    calls     calls of operators, one after the other
+    device    the device, in words
     """
 
     products: float
@@ -32,8 +32,8 @@ class Rates:
     device: str
 
     def seconds(self, operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> float:
-        """Of one call: it computes while it moves, so that the slower of both counts (the "roofline" of Williams, Waterman and
-        Patterson, 2009)."""
+        """Seconds of one call. It computes and moves bytes at the same time, so the slower of both counts (the "roofline" of
+        Williams, Waterman and Patterson, 2009)."""
         moved = moved_bytes(operator, args, kwargs, output)
         if moved is None:
             return 0.0
@@ -49,7 +49,7 @@ COMMON = Rates(400e12, 2e12, 100e3, "an H100 in bfloat16")
 
 @lru_cache(maxsize=8)
 def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measured, in a fraction of a second; those of a common device for the meta device."""
+    """The rates of a device, measured in a fraction of a second; those of a common device for the meta device."""
     if device.type == "meta":
         return COMMON
     size = 1024 if device.type == "cpu" else 8192
@@ -65,7 +65,7 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _seconds(action: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    """Of one call, the fastest of three measurements."""
+    """Seconds of one call, the shortest of three measurements."""
     action()
     wait()
     times, count = [], 1

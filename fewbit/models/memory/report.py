@@ -1,4 +1,4 @@
-"""`fewbit.memory`: what a model keeps for backward, by the module and the operation that keep it."""
+"""`fewbit.memory`: what a model keeps for backward, and which module and operation keep it."""
 
 from __future__ import annotations
 
@@ -55,29 +55,30 @@ def memory(
 ) -> MemoryReport:
     """Find what one forward pass of a model keeps for backward: every saved tensor, by the module and operation that saved it.
 
-    model    It runs once, as it is, in training or evaluation mode, with gradients enabled. Its buffers, gradients and
-             attributes, and torch's random numbers, are as before afterwards. What lists and other objects in attributes
-             hold is not restored. A compiled model counts as one module.
+    model    It runs once, in its current mode (training or evaluation), with gradients enabled. Its buffers, gradients and
+             attributes are restored afterwards, and so are torch's random numbers. The contents of lists and other objects in
+             attributes are not restored. A compiled model counts as one module.
     batch    What to call the model with: a tensor, a tuple (or list) of arguments, or a mapping of named arguments. With a
-             loss_fn, whatever that takes.
-    fake     Run on fake tensors, which take neither memory nor time, for models too large for this machine. Tensors of the
-             meta device count as tensors of the CPU. This does not work for compiled models and for models whose control flow
+             loss_fn, a batch is whatever loss_fn takes.
+    fake     Run on fake tensors, which take neither memory nor time. Use it for models too large for this machine. Tensors of
+             the meta device count as tensors of the CPU. It does not work for compiled models, or for models whose control flow
              depends on numbers in tensors.
     loss_fn  A function of the model and a batch, called instead of the model. Without it, the backward pass of `peak` and
              `largest_batch` begins at the `loss` of the model's output, or at the whole output if that has none.
-    optimizer  The optimizer of the step that `peak` and `largest_batch` look at: the name of one of torch's, such as "adamw";
-             an optimizer, whose class and settings count; or a function of the parameters. Without it a step has none.
+    optimizer  The optimizer of the training step in `peak` and `largest_batch`: the name of one of torch's, such as "adamw";
+             an optimizer, whose class and settings are copied; or a function that makes one from the parameters. Without it,
+             the step has no optimizer.
     Returns  a report. Print it, or use its `rows()`, `totals()`, `to_json()`, `to_csv()` and `plot()`. Its `plan()` predicts
-             what `fewbit.convert` would leave. The report holds the model and the batch.
+             what a model converted by `fewbit.convert` would keep. The report holds the model and the batch.
 
-    Not seen are tensors that a model keeps for itself, tensors that an autograd Function keeps as attributes, and what
-    checkpointed regions hold while backward runs. Gradients and the optimizer's state count only in `peak`.
+    The report does not see tensors that a model keeps for itself, tensors that an autograd Function keeps as attributes, and
+    what checkpointed regions hold while backward runs. Gradients and the optimizer's state count only in `peak`.
 
     Raises InputError if `model` is not a module, if lazy modules have not run yet, or if the model does not take the batch. It
     passes on what the model itself raises. With fake=True the model may raise because it cannot run on fake tensors.
 
     >>> report = memory(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), torch.ones(4, 8))
-    >>> report.activation_bytes  # of the GELU's input and of its output: 4 * 16 * 4 bytes each
+    >>> report.activation_bytes  # the GELU's input and its output: 4 * 16 * 4 bytes each
     512
     """
     check_model("memory", model)
@@ -100,10 +101,10 @@ class MemoryReport(Report):
 
     @cached_property
     def peak(self) -> Peak:
-        """The worst moment of a training step: how many bytes are taken then, by what, and where in the model.
+        """The peak of a training step: how many bytes are in use then, what they are, and where in the model it happens.
 
         The step runs on fake tensors, when `peak` is first read. Raises what the model raises on fake tensors, and InputError
-        if the model was converted since the report.
+        if the model was converted after the report was made.
         """
         self.forward.check_unchanged()
         return peak_of(self.forward, self.make_optimizer)
@@ -119,15 +120,15 @@ class MemoryReport(Report):
 
     @property
     def note(self) -> str:
-        """What a run on fake tensors could not find out. Empty if it found out everything."""
+        """What the run on fake tensors could not find out; empty if it found out everything."""
         return note_on_workspaces(self.storages) if self.fake else ""
 
     def by_module(self) -> dict[str, int]:
-        """Bytes of activations by dotted name of the module that keeps them. A shared tensor counts for its first module."""
+        """Bytes of activations by the module's dotted name. A tensor that several modules save counts for the first of them."""
         return kept_by(self.storages)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One storage each, in the order of the forward pass; `share` is of all activations."""
+        """One row for each storage, in the order of the forward pass. `share` is its part of all bytes of activations."""
         return [_row(storage, self.activation_bytes) for storage in self.storages]
 
     def totals(self) -> dict[str, Any]:
@@ -142,10 +143,10 @@ class MemoryReport(Report):
         }
 
     def view(self, most: int = 20) -> RenderableType:
-        """The `most` largest rows, repeated layers as one, and the totals."""
+        """The `most` largest rows, where repeated layers share a row, and the totals."""
         found = self.totals()
         others = ", ".join(f"{bytes_label(found[role])} of {role}" for role in ROLES[1:] if found[role])
-        notes = [f"saved besides: {others}"] if others else []
+        notes = [f"also saved: {others}"] if others else []
         parts = [self.verdict, f"  {self.forward.words}", "", _table(self.storages, most), "", *notes, NOTE]
         return Group(*parts, *([self.note] if self.note else []))
 
@@ -185,16 +186,17 @@ class MemoryReport(Report):
 
         Without a budget, the plan says what would be kept after `fewbit.convert(model, bits, filter_fn)`, and which modules are
         worth coding. The converted model runs on fake tensors, or on real ones if it cannot run on fake ones. Then it is
-        restored. Each conversion is also tried beside the others. A compiled model is judged as a whole.
+        restored. The plan also tries to convert each module or leave it, while its neighbours are converted. A compiled model
+        is judged as a whole.
 
         budget  Bytes that a training step may take at its peak, as a number or a text such as "8 GiB". The plan then chooses
                 for each block that the model repeats: keep it, code it, recompute it (its input is kept exactly), or code and
-                recompute it. The step fits and takes the least time. A step of each way runs on fake tensors, and a few run on
-                real ones, to be timed. If this report was made with fake=True, operators are counted instead. Another budget
-                needs no more such steps.
+                recompute it. It takes the fastest choice that fits. For each of these four ways, one step runs on fake tensors,
+                and a few run on real ones, to be timed. If this report was made with fake=True, times are estimated from the
+                operators instead. Planning again for another budget needs no more timed steps.
 
-        Raises what `fewbit.convert` raises, before anything is changed, and InputError if the model was converted since. With a
-        budget, also raises InputError if the budget is no number of bytes, and what `peak` raises.
+        Raises what `fewbit.convert` raises, before anything is changed, and InputError if the model was converted after the
+        report was made. With a budget, it also raises what `peak` raises, and InputError if the budget is no number of bytes.
         """
         setting = Setting.of(bits, coding)
         check_filter(filter_fn)
@@ -210,12 +212,12 @@ class MemoryReport(Report):
         *,
         coding: str | None = None,
     ) -> LargestBatch:
-        """Find the largest batch whose training step fits a budget, in four ways: exact, after
-        `fewbit.convert(model, bits, filter_fn)`, with the model's blocks checkpointed, and both.
+        """Find the largest batch whose training step fits a budget. Four ways of training are compared: exact, coded by
+        `fewbit.convert(model, bits, filter_fn)`, with the model's blocks checkpointed, and both coded and checkpointed.
 
-        The batch grows along the first dimension of each tensor whose first dimension is as long as that of the largest tensor.
-        Steps run on fake tensors, and the model stays as it is. Blocks are what the model repeats in a ModuleList or
-        Sequential.
+        The batch grows along the first dimension. This changes each tensor whose first dimension is as long as that of the
+        largest tensor. Steps run on fake tensors, and the model stays as it is. Blocks are the modules of one class that a
+        ModuleList or Sequential of the model holds.
 
         budget  bytes, or a text such as "24 GiB", for everything that `peak` counts
 
@@ -236,7 +238,7 @@ class MemoryReport(Report):
         """Find the longest sequence that fits a budget. This is `largest_batch` along the second dimension.
 
         It lengthens each tensor whose second dimension is as long as that of the largest tensor. A tensor with a single
-        dimension of that length, such as positions, grows along it. It is not checked whether the model takes such long
+        dimension of that length, such as positions, grows along it. It does not check whether the model accepts such long
         sequences: its configuration may allow fewer positions.
         """
         setting = Setting.of(bits, coding)
@@ -249,8 +251,8 @@ class MemoryReport(Report):
         plan: Plan | BudgetPlan | None = None,
         largest_batch: LargestBatch | None = None,
     ) -> str:
-        """One self-contained page of the report, with the peak of a step; and of the plan and the largest batch, if they are
-        given. Also written to the file, if one is named."""
+        """Make one self-contained HTML page of the report and the peak of a step. A plan and a largest batch are added to it if
+        they are given. If `path` is given, the page is also written to that file."""
         text = page(self, plan, largest_batch)
         if path is not None:
             files.write(path, text)

@@ -1,4 +1,4 @@
-"""What one forward pass keeps for backward: every storage that autograd holds, and the modules and operations that saved it."""
+"""What a forward pass keeps for backward: every storage that autograd holds, and which modules and operations saved it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Slot = tuple[str, int]
 
 
 class Saver(NamedTuple):
-    """Who saved a tensor.
+    """The module and the operation that saved a tensor.
 
     module     dotted name of the innermost module that was running; "" is the model itself
-    operation  name of the autograd node without "Backward", such as "Addmm"; "checkpoint" for what a checkpointed region starts
-               from again; "unknown" where the node cannot be reached from the model's outputs
+    operation  name of the autograd node without "Backward", such as "Addmm"; "checkpoint" for the input of a checkpointed
+               region; "unknown" if the node cannot be reached from the model's outputs
     """
 
     module: str
@@ -40,9 +40,10 @@ class Storage:
     """One piece of memory that is kept.
 
     role    "activations", "parameters", "buffers", "inputs" or "tables"
-    dtype   and shape: of the first tensor in it that was saved
-    savers  in the order of the forward pass; the first is who keeps it, the others share it
-    slots   the module, and the how-manyth tensor that it saved: the same in another run in which that module has not changed
+    dtype, shape  of the first saved tensor that lies in it
+    savers  in the order of the forward pass; the storage counts for the first, the others share it
+    slots   each time it was saved: the module, and how many tensors that module had saved before. In another run the slots of
+            an unchanged module are the same
     """
 
     role: str
@@ -63,12 +64,12 @@ class _Token:
 
 
 def record(model: nn.Module, call: Callable[[], Any], roles: Callable[[], Mapping[int, str]]) -> list[Storage]:
-    """The storages that call(), a forward pass of the model, keeps for backward as long as its output lives, in their order.
+    """The storages that call(), a forward pass of the model, keeps for backward while its output lives, in the order of saving.
 
-    roles  asked after the call: identity of a storage -> its role, for those that are no activations
+    roles  called after the forward pass; returns identity of a storage -> its role, for storages that are not activations
 
-    Only what goes through `torch.autograd.graph.saved_tensors_hooks` is seen: all that operations and autograd Functions save
-    in the way meant for it, but no tensor that a Function keeps as an attribute.
+    This sees only what goes through `torch.autograd.graph.saved_tensors_hooks`: all that operations and autograd Functions save
+    for backward, but not the tensors that a Function keeps as attributes.
     """
     names = {id(module): re.sub(r"(^|\.)_orig_mod$", "", name) for name, module in model.named_modules()}  # of torch.compile
     tokens: list[ref[_Token]] = []
@@ -76,13 +77,13 @@ def record(model: nn.Module, call: Callable[[], Any], roles: Callable[[], Mappin
 
     def pack(tensor: Tensor) -> _Token:
         module, caller = _where(names)
-        # detached, since an output would hold its node and so this token, which it holds: a cycle that nobody collects
+        # detached: a saved output would hold its node, which holds this token, which holds the output: a cycle never freed
         token = _Token(tensor.detach(), module, caller, numbers[module])
         numbers[module] += 1
         tokens.append(ref(token))
         return token
 
-    # where a compiler may be active it would compile the hook, too; where none is loaded, to load it takes long
+    # a compiler would compile the hook too, so it is disabled; if none is loaded, this must not load it, which takes long
     hook: Any = torch.compiler.disable(pack) if dynamo_is_loaded() else pack
     with torch.autograd.graph.saved_tensors_hooks(hook, lambda token: token.tensor):
         output = call()
@@ -94,7 +95,7 @@ def record(model: nn.Module, call: Callable[[], Any], roles: Callable[[], Mappin
         for storage in storages_of(token.tensor):
             pieces.setdefault(storage_key(storage), []).append((token, storage))
     found = [_storage(known.get(key, ACTIVATIONS), saved, operations) for key, saved in pieces.items()]
-    del output  # which held the graph, and so all that was counted, until here
+    del output  # it held the graph until here, and so all that was counted
     return found
 
 
@@ -107,12 +108,12 @@ def _storage(role: str, saved: list[tuple[_Token, torch.UntypedStorage]], operat
 
 
 def storages_of(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Where a tensor lies: one storage, or those of the parts that a sparse tensor or a tensor subclass consists of."""
+    """The storages that a tensor lies in: one, or those of the parts of a sparse tensor or a tensor subclass."""
     yield from (part.untyped_storage() for part in parts_of(tensor))
 
 
 def tensors_in(thing: Any) -> Iterator[Tensor]:
-    """The tensors in a tensor, in containers of them, in dataclasses and in plain objects such as outputs; modules apart."""
+    """The tensors in a tensor, a container, a dataclass or a plain object such as a model's output. Modules are left out."""
     seen, pending = set(), [thing]
     while pending:
         each = pending.pop()
@@ -140,8 +141,8 @@ def _parts(thing: Any) -> list[Any]:
 def _where(names: Mapping[int, str]) -> tuple[str, str]:
     """The innermost module whose method is running, and what to call the operation if its node cannot be found.
 
-    Read off the stack instead of kept by hooks on modules: that holds for modules that raise, recur or are called by another
-    method than `forward`, and hooks would make compiled modules compile anew.
+    Both are read from the stack. Hooks on modules would fail for modules that raise, recur or are called by another method than
+    `forward`, and would make compiled modules compile again.
     """
     caller = UNKNOWN
     for frame in _frames():
@@ -153,7 +154,7 @@ def _where(names: Mapping[int, str]) -> tuple[str, str]:
 
 
 def running_module(names: Mapping[int, str]) -> str | None:
-    """The name of the innermost module whose method is running; None where none is."""
+    """The name of the innermost module whose method is running; None if there is none."""
     return next((name for frame in _frames() if (name := _module_of(frame, names)) is not None), None)
 
 
@@ -174,7 +175,7 @@ def shape_label(tensor: Tensor) -> str:
 
 
 def dtype_and_shape(dtype: str, shape: tuple[int, ...]) -> str:
-    """The same of both."""
+    """The same text, from a dtype and a shape."""
     return f"{dtype} {'×'.join(map(str, shape)) or 'scalar'}"
 
 
@@ -184,9 +185,9 @@ def operation_name(node: Any) -> str:
 
 
 def _operations(outputs: Iterable[Tensor]) -> dict[int, str]:
-    """id of a token -> the node that holds it, of all nodes that the outputs depend on.
+    """Identity of a token -> the operation of the node that holds it, for all nodes that the outputs depend on.
 
-    Nodes are asked for what they hold without unpacking it, since to unpack makes a checkpointed region run again.
+    What nodes hold is read without unpacking it, since unpacking makes a checkpointed region run again.
     """
     found: dict[int, str] = {}
     pending = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]

@@ -1,4 +1,7 @@
-"""The search for a plan that fits a number of bytes: a step of each way runs, and blocks are put together from these."""
+"""The search for a plan that fits a number of bytes.
+
+One step runs for each way of training the blocks. From these steps the search predicts the costs of all mixtures.
+"""
 
 from __future__ import annotations
 
@@ -24,31 +27,31 @@ from fewbit.models.memory.saved import tensors_in
 from fewbit.models.memory.ways import CODE, KEEP, WAYS, Choice, Way
 from fewbit.models.preserve import preserved_structure
 
-_ROUNDS, _ENOUGH_SECONDS = 5, 20.0  # steps that are timed of each way, and the time from which on one round does
-_TRIES = 8  # of choices, until one fits when it runs
+_ROUNDS, _ENOUGH_SECONDS = 5, 20.0  # timed steps of each way; after so many seconds no further round begins
+_TRIES = 8  # choices that run on fake tensors at most, until one fits
 _MOST_BLOCKS = 200
 
 
 class Searches:
-    """What steps of each way tell of a model, to plan for any budget: they run once for a setting and a filter."""
+    """Plans for any budget. The steps that they need run once for each setting and filter."""
 
     def __init__(self, forward: Forward, measure: bool, make_optimizer: MakeOptimizer | None):
-        """measure: whether the model may run, to be timed"""
+        """measure: whether the model may run on real tensors, to be timed"""
         self._forward, self._measure, self._make_optimizer = forward, measure, make_optimizer
         self._known: dict[Any, list[_Search]] = {}
 
     def plan(self, budget: int | str, setting: Setting, filter_fn: Filter | None) -> BudgetPlan:
         """See `MemoryReport.plan`."""
         self._forward.check_unchanged()
-        limit, key = terminal.parse_bytes(budget), (setting, id(filter_fn))  # the search holds the filter, so its id stays its
-        with terminal.progress("weighing what to keep, code and recompute") as advance:
+        limit, key = terminal.parse_bytes(budget), (setting, id(filter_fn))  # the search holds the filter: its id stays valid
+        with terminal.progress("choosing what to keep, code and recompute") as advance:
             if key not in self._known:
                 self._known[key] = [self._search(level, setting, filter_fn, advance) for level in self._levels()]
             found = [search.best(limit, advance) for search in self._known[key]]
         return min(found, key=lambda plan: (not plan.fits, plan.time if plan.fits else plan.peak.bytes))
 
     def _levels(self) -> list[list[str]]:
-        """Names of the blocks to choose for: those outside, and those inside of these if they are more."""
+        """Names of the blocks to choose for: the outermost ones; and those inside of them, if there are more of these."""
         outer, *inner = names_of_blocks(self._forward.model) or [[]]
         return [outer, *(level for level in inner[:1] if len(outer) < len(level) <= _MOST_BLOCKS)]
 
@@ -57,7 +60,7 @@ class Searches:
 
 
 class _Search:
-    """For the blocks of one level."""
+    """The search for the blocks of one level."""
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class _Search:
         self.how = how + self._reason
 
     def best(self, budget: int, advance: Callable[[], None]) -> BudgetPlan:
-        """The fastest choice that fits, in fact and not as predicted alone; or else that of the least peak."""
+        """The fastest choice that fits, checked by a run on fake tensors. If none fits, the choice with the lowest peak."""
         self._advance = advance
         points, exact = self._frontier(), self._seconds(KEEP)
         found = [(each, self._seconds(way), self._alike(way)) for way, each in self._peaks.items()]
@@ -115,17 +118,17 @@ class _Search:
         )
 
     def _run(self, way: Way) -> None:
-        """A step with all blocks trained so, and the rest coded or not as they are."""
+        """Run a step with all blocks trained in this way, and the rest coded if they are."""
         recorder = Recorder(self._names, self._rates)
         try:
             peak = self._peak(self._alike(way), recorder)
             if way == KEEP:
                 self._units = units_of(recorder.moments)
             self._courses[way] = course_of(recorder.moments, self._units)
-        except Exception as error:  # whatever blocks do that run once more than they were made for
+        except Exception as error:  # a block may do anything when it runs a second time
             if not way.recomputed:
                 raise
-            self._reason = f"; blocks cannot run again ({type(error).__name__}: {str(error).splitlines()[0]})"
+            self._reason = f"; blocks cannot be recomputed ({type(error).__name__}: {str(error).splitlines()[0]})"
             return
         self._peaks[way] = peak
 
@@ -140,28 +143,29 @@ class _Search:
         return Choice(dict(zip(self._names, ways, strict=True)), rest)
 
     def _alike(self, way: Way) -> Choice:
-        """All blocks trained so, and the rest coded if they are."""
+        """The choice with all blocks trained in this way, and the rest coded if they are."""
         return self._choice([way] * len(self._names), way.coded)
 
     def _times(self, measure: bool) -> tuple[dict[Way, float], str]:
-        """By way, what counted seconds are to be multiplied by; and words for where that is from."""
-        counted = f"times are counted from the operators of a step, for {self._rates}"
+        """For each way the factor from estimated to measured seconds; and words that say where the times come from."""
+        counted = f"times are estimated from the operators of a step, for {self._rates}"
         if not measure:
             return dict.fromkeys(self._courses, 1.0), counted
         ways = [*self._courses]
         choices = [self._alike(way) for way in ways]
         try:
             seconds = _measured_seconds(self._forward, choices, self._setting, self._filter, self._advance)
-        except RuntimeError as error:  # there is not enough memory, say, for which it is to be planned
-            return dict.fromkeys(self._courses, 1.0), f"{counted}, as it cannot run ({str(error).splitlines()[0]})"
+        except RuntimeError as error:  # memory may be too small for it, which may be why a plan is wanted
+            return dict.fromkeys(self._courses, 1.0), f"{counted}, as the model cannot run ({str(error).splitlines()[0]})"
         scales = {way: each / self._courses[way].seconds for way, each in zip(ways, seconds, strict=True)}
-        return scales, "times were measured on this machine, of steps with all blocks alike; the optimizer's is not counted"
+        how = "times were measured on this machine, in steps with all blocks alike; the optimizer's time is not counted"
+        return scales, how
 
     def _seconds(self, way: Way) -> float:
         return self._courses[way].seconds * self._scales[way]
 
     def _frontier(self) -> list[tuple[Point, Choice]]:
-        """Choices that none beats in both peak and time, the least peak first."""
+        """The choices for which no other one has both a lower peak and a shorter time, the lowest peak first."""
         found = []
         for rest in (KEEP, CODE):
             course = self._courses[rest]
@@ -183,10 +187,11 @@ class _Search:
 def _points(rest: Course, courses: Sequence[Course], scales: Sequence[float]) -> list[Point]:
     """The frontier of choices for the blocks.
 
-    rest     the course of a step whose rest is as it is to be
-    courses  those of steps with all blocks of one way, for each way, and what their seconds are to be multiplied by
+    rest     the course of a step in which the rest of the model is coded, or not, as it will be
+    courses  for each way, the course of a step with all blocks trained in it
+    scales   for each way, the factor from estimated to measured seconds
     """
-    before = np.cumsum([0, *(each.after - each.before for each in rest.forward)])  # what the blocks before each keep there
+    before = np.cumsum([0, *(each.after - each.before for each in rest.forward)])  # what the blocks before each block keep
     count = len(rest.forward)
     shape = count, len(courses)
     kept, rises, seconds = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape)
@@ -205,12 +210,15 @@ def _points(rest: Course, courses: Sequence[Course], scales: Sequence[float]) ->
 def _measured_seconds(
     forward: Forward, choices: Sequence[Choice], setting: Setting, filter_fn: Filter | None, advance: Callable[[], None]
 ) -> list[float]:
-    """Of a step of the model, forward and backward, by each of these choices: the median of a few, each as a multiple of the
-    first one's beside it."""
+    """Seconds of a step, forward and backward, with each of these choices.
+
+    Rounds run all choices one after the other. Each time is taken relative to that of the first choice in the same round, and
+    the median over the rounds is given.
+    """
     taken: list[list[float]] = [[] for _ in choices]
     begin = time.perf_counter()
     with forward.untouched():
-        for turn in range(_ROUNDS + 1):  # of which the first is not counted
+        for turn in range(_ROUNDS + 1):  # the first round is not counted
             for choice, seconds in zip(choices, taken, strict=True):
                 with preserved_structure(forward.model):
                     choice.convert(forward.model, setting, filter_fn)

@@ -1,4 +1,4 @@
-"""Kept storages in numbers: by role, by module, and with repeated layers as one."""
+"""Sums over kept storages: by role, by module, and over repeated layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fewbit.models.memory.saved import ACTIVATIONS, Saver, Storage, dtype_and_sh
 ROLES = (ACTIVATIONS, "parameters", "buffers", "inputs", "tables")
 _LONGEST_NAME = 70  # in a picture
 NOTE = (
-    "Each storage counts once, for the first that saved it. Parameters, buffers and inputs are there anyway; gradients of "
+    "Each storage counts once, for the module that saved it first. Parameters, buffers and inputs exist anyway. Gradients of "
     "parameters and the optimizer's state are not counted."
 )
 
@@ -24,7 +24,7 @@ def total(storages: Iterable[Storage], role: str = ACTIVATIONS) -> int:
 
 
 def most_kept(storages: Iterable[Storage]) -> str:
-    """The operations that keep most, in words: "attention (41 %), gelu (30 %)"; nothing where nothing is kept."""
+    """The operations that keep most, in words: "attention (41 %), gelu (30 %)"; empty if nothing is kept."""
     found: Counter[str] = Counter()
     for each in storages:
         if each.role == ACTIVATIONS:
@@ -34,11 +34,13 @@ def most_kept(storages: Iterable[Storage]) -> str:
 
 
 def note_on_workspaces(storages: Iterable[Storage]) -> str:
-    """What to say of modules that keep a workspace of bytes to which fake tensors give no size, as an LSTM does; nothing if
-    there are none."""
+    """A note on modules that keep a workspace, such as an LSTM, since a fake tensor does not tell its size; empty if there are
+    none."""
     found = (each for each in storages if (each.role, each.dtype, each.bytes) == (ACTIVATIONS, "uint8", 0))
     names = list(dict.fromkeys(each.savers[0].module for each in found))
-    return f"More is kept: fake tensors tell no size of the workspaces of {some(names)}. Only real ones do." if names else ""
+    if not names:
+        return ""
+    return f"More is kept than counted: fake tensors do not tell the size of the workspaces of {some(names)}; real ones do."
 
 
 def kept_by(storages: Iterable[Storage]) -> dict[str, int]:
@@ -51,7 +53,7 @@ def kept_by(storages: Iterable[Storage]) -> dict[str, int]:
 
 
 def bars_of(runs: Mapping[str, Iterable[Storage]]) -> dict[str, dict[str, dict[str, int]]]:
-    """Module, repeated layers as one -> name of the run -> operation -> bytes of activations."""
+    """Module -> name of the run -> operation -> bytes of activations. Repeated layers share an entry."""
     names: dict[str, dict[str, None]] = {}
     sums: dict[str, dict[str, Counter[str]]] = {}
     for run, storages in runs.items():
@@ -65,7 +67,7 @@ def bars_of(runs: Mapping[str, Iterable[Storage]]) -> dict[str, dict[str, dict[s
 
 
 def picture_of(runs: Mapping[str, Iterable[Storage]]) -> dict[str, dict[str, dict[str, int]]]:
-    """The same by kind of operation; names no longer than a picture has room for."""
+    """The same by kind of operation, with names short enough for a picture."""
     found: dict[str, dict[str, dict[str, int]]] = {}
     for name, bars in bars_of(runs).items():
         rows = found.setdefault(shortened(name, _LONGEST_NAME), {})
@@ -79,7 +81,7 @@ def picture_of(runs: Mapping[str, Iterable[Storage]]) -> dict[str, dict[str, dic
 
 @dataclass(frozen=True)
 class Repeated:
-    """Storages of activations that differ by the number of the layer alone."""
+    """Storages of activations that differ only in the number of the layer."""
 
     module: str
     operation: str
@@ -90,7 +92,7 @@ class Repeated:
 
 
 def repeated(storages: Iterable[Storage]) -> list[Repeated]:
-    """The activations, largest first, repeated layers as one."""
+    """The activations, the largest first. Repeated layers are summed."""
     groups: dict[tuple, list[Storage]] = {}
     for storage in storages:
         if storage.role == ACTIVATIONS and storage.bytes:

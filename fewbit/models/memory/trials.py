@@ -1,8 +1,8 @@
-"""Which conversions pay: each is tried, in a forward pass, and undone.
+"""Which conversions pay: each is tried in a forward pass, and undone.
 
-What coding a module saves depends on its neighbours, since they may keep the same tensor, or the same code. Modules that keep
-a storage in common, as they are or all converted, form a component, together with the places elsewhere that keep it too;
-between components nothing is shared, so that one forward pass tries one change in every component at a time.
+What coding a module saves depends on its neighbours, since they may keep the same tensor or the same code. Modules that share a
+storage, either now or once all are converted, form a component. Other places that keep that storage belong to it too.
+Components share nothing with each other, so one forward pass can try one change in every component.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Outcome:
     """The best set of conversions that was found.
 
     chosen   names of the modules to convert
-    saved    module -> bytes that its conversion saves beside the other chosen ones; negative where it adds some
+    saved    module -> bytes that its conversion saves when the other chosen ones are converted too; negative if it adds bytes
     storages  what is kept with these converted
     """
 
@@ -33,7 +33,14 @@ class Outcome:
 
 @dataclass
 class _Component:
-    """Modules that can be converted, all that is linked, and which of them are converted, keeping how many bytes."""
+    """A component, and the best choice in it so far.
+
+    members  names of its modules that can be converted
+    linked   these modules, and the other places that share their storages
+    chosen   names of the modules to convert
+    kept     bytes that the component keeps then
+    settled  whether no single change makes it keep less
+    """
 
     members: list[str]
     linked: set[Node]
@@ -43,8 +50,8 @@ class _Component:
 
 
 def choose(run: Run, candidates: Sequence[str], before: list[Storage], after: list[Storage]) -> Outcome:
-    """A local search: from all or none of a component, whichever keeps less, single conversions are taken back or added as long
-    as that keeps fewer bytes, or taken back where that keeps as many.
+    """A local search in each component. It starts from all or none of the conversions, whichever keeps less. Then single
+    conversions are added while that keeps fewer bytes, or taken back while that keeps no more.
 
     before, after  what is kept with none and with all converted
     """
@@ -65,7 +72,7 @@ def choose(run: Run, candidates: Sequence[str], before: list[Storage], after: li
 
 
 def all_or_none(candidates: Sequence[str], before: list[Storage], after: list[Storage]) -> Outcome:
-    """The same without trials, for models that are too dear to run often."""
+    """The better of converting all candidates and none, without trials: for models that are too slow to run often."""
     if total(after) < total(before):
         return Outcome(frozenset(candidates), {}, after)
     return Outcome(frozenset(), {}, before)
@@ -78,7 +85,7 @@ def _start(linked: set[Node], candidates: Sequence[str], before: list[Storage], 
 
 
 def _toggled(run: Run, components: Sequence[_Component]) -> dict[str, int]:
-    """Bytes that its component keeps with one module more, or less, converted: of every module of those not settled."""
+    """For every module of the components not settled: the bytes that its component keeps if this module's choice is flipped."""
     found = {}
     moving = [each for each in components if not each.settled]
     for i in range(max(len(each.members) for each in moving)):
@@ -92,7 +99,7 @@ def _toggled(run: Run, components: Sequence[_Component]) -> dict[str, int]:
 
 
 def _accept(run: Run, components: Sequence[_Component], proposals: dict[int, list[str]], toggled: dict[str, int]) -> None:
-    """All better toggles of a component together where that keeps less than the best one alone, and else that one."""
+    """Make all better changes of a component together, or the best one alone if that keeps less."""
     several = any(len(better) > 1 for better in proposals.values())
     together = run(_chosen(components) ^ {name for better in proposals.values() for name in better}) if several else []
     for i, better in proposals.items():
@@ -114,7 +121,7 @@ def _verified(
     chosen = frozenset(_chosen(components))
     storages = after if len(chosen) == len(candidates) else run(chosen) if chosen else before
     simple = all_or_none(candidates, before, after)
-    if total(simple.storages) < total(storages):  # components were linked in a way that neither of both runs showed
+    if total(simple.storages) < total(storages):  # components shared storages in a way that neither run showed
         return Outcome(simple.chosen, saved, simple.storages)
     return Outcome(chosen, saved, storages)
 
@@ -132,7 +139,7 @@ def _kept(storages: Iterable[Storage], linked: Collection[Node]) -> int:
 
 
 def _linked(candidates: Sequence[str], storages: Iterable[Storage]) -> list[set[Node]]:
-    """The candidates, each with all that saves a storage in common with it, directly or by others."""
+    """The components: each candidate with everything that shares a storage with it, directly or through others."""
     known = set(candidates)
     home: dict[Node, set[Node]] = {name: {name} for name in candidates}
     for storage in storages:

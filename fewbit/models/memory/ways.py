@@ -1,4 +1,5 @@
-"""How the blocks of a model are trained: kept, coded, recomputed, or both; as a conversion, and as lines of Python."""
+"""How the blocks of a model are trained: kept, coded, recomputed, or coded and recomputed. A choice can convert the model, or
+be written as lines of Python."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ WAYS = (KEEP, CODE, RECOMPUTE, BOTH) = Way(False, False), Way(True, False), Way(
 
 @dataclass(frozen=True)
 class Choice:
-    """What happens to each block of a model, and to the rest of it: that is coded or kept.
+    """What happens to each block of a model, and to the rest of it, which is coded or kept.
 
     blocks  dotted name -> way
     rest    whether what lies outside of the blocks is coded
@@ -40,7 +41,7 @@ class Choice:
     rest: bool
 
     def convert(self, model: nn.Module, setting: Setting, filter_fn: Filter | None) -> list[Converted]:
-        """Convert the model so."""
+        """Convert the model by this choice."""
         return convert_modules(model, setting, self._filter(filter_fn), recompute=self.recomputed)
 
     @property
@@ -50,12 +51,12 @@ class Choice:
 
     @property
     def recomputed(self) -> list[str]:
-        """Names of the blocks that are."""
+        """Names of the blocks that are recomputed."""
         return [name for name, way in self.blocks.items() if way.recomputed]
 
     @property
     def summary(self) -> str:
-        """How many blocks are trained in which way.
+        """How many blocks are trained in each way.
 
         >>> Choice({"0": CODE, "1": KEEP, "2": KEEP}, rest=True).summary
         'of 3 blocks code 1, keep 2; code the rest'
@@ -77,16 +78,16 @@ class Choice:
         return passes
 
     def lines(self, bits: str, is_filtered: bool) -> str:
-        """Python that converts a model so.
+        """Python that converts a model by this choice.
 
-        bits         as they are written there
-        is_filtered  whether a filter of the user's chooses modules besides; it is called filter_fn there
+        bits         the argument as it is written in the code
+        is_filtered  whether the user's filter also chooses modules; the code calls it filter_fn
         """
         coded = [name for name, way in self.blocks.items() if way.coded]
         exact = [name for name, way in self.blocks.items() if not way.coded]
         shown, passes = "", "filter_fn(module, name)" if is_filtered else ""
         if not (coded or self.rest or self.recomputed):
-            return "# nothing is to be done"
+            return "# there is nothing to do"
         if not coded and not self.rest:
             arguments = ["filter_fn=lambda module, name: False"]
         else:
@@ -102,7 +103,7 @@ class Choice:
 
 
 def _names(names: Sequence[str], end: str = "") -> str:
-    """Python for a list of names, numbered ones as one.
+    """Python for a list of names. Names that are numbered in a row become a comprehension.
 
     >>> _names(["h.0", "h.1", "h.2"]), _names(["h.0", "g"], end=".")
     ('[f"h.{i}" for i in range(0, 3)]', "['h.0.', 'g.']")

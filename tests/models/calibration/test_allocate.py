@@ -1,4 +1,4 @@
-"""allocate: predictions against measurements, budgets, and models left as they were."""
+"""allocate: predictions compared with measurements, budgets, and models that stay as they were."""
 
 import copy
 import itertools
@@ -25,7 +25,7 @@ def net():
 
 @pytest.fixture
 def coded(net):
-    """The same with its activations coded, and nothing else."""
+    """The same model with only its activations coded."""
     return fewbit.convert(net, bits={"activation": 4})
 
 
@@ -62,7 +62,7 @@ class TestAllocate:
         assert torch.equal(coded(batches()[0]), exact(batches()[0]))
 
     def test_predictions_hold(self, coded):
-        """One layer alone, and all together, against the exact model's gradient."""
+        """One layer alone, and all together, compared with the exact model's gradient."""
         exact, (batch, *_) = fewbit.revert(copy.deepcopy(coded)), batches()
         true = gradient(exact, batch)
         allocation = fewbit.allocate(coded, batches(), loss, "10%", choices=(2,))
@@ -79,9 +79,9 @@ class TestAllocate:
     def test_coded_layers_take_part(self, net):
         batch = batches()[0]
         allocation = fewbit.allocate(net, batches(), loss, "12%", choices=(1, 2, 3, 4))
-        # of the linear layers the first reads the batch, and the others codes of what is before them
+        # the first linear layer reads the batch, and the others read codes of what is before them
         assert set(allocation.bits) == {"1", "2", "4", "6"}
-        assert net[3].bits == 5  # as converted: a model that is not gets every kind
+        assert net[3].bits == 5  # a model that is not converted gets every kind
         assert net[3].table is None
         kept = {bits: bytes_kept(_with_bits(net, bits), batch) for bits in (1, 4)}
         elements = sum(layer.elements for layer in allocation.layers)
@@ -128,7 +128,10 @@ class TestAllocate:
             assert (allocation.budget, set(allocation.bits.values())) == (least, {2})
         before = snapshot(coded)
         for budget, got in (
-            (least - 1, rf"at least {least} bytes \(6.25% of {exact}\), the fewest bits in every layer; got {least - 1}"),
+            (
+                least - 1,
+                rf"at least {least} bytes \(6.25% of {exact}\), which the fewest bits in every layer take; got {least - 1}",
+            ),
             ("1%", rf"the budget must be at least {least} bytes .*; got {exact // 100}"),
             ("2 KiB", rf"the budget must be at least {least} bytes .*; got 2048"),
             (0.06, rf"the budget must be at least {least} bytes .*; got {int(0.06 * exact)}"),
@@ -218,7 +221,7 @@ class TestAllocate:
         fewbit.convert(model, {"activation": 3})
         state, numbers = copy.deepcopy(model.state_dict()), torch.get_rng_state()
         allocation = fewbit.allocate(model, batches(), loss, "10%", choices=(2, 3))
-        assert allocation.outcome.measured < 0.5  # dropout drops the same in all passes
+        assert allocation.outcome.measured < 0.5  # dropout draws the same mask in all passes
         assert torch.equal(torch.get_rng_state(), numbers)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -269,7 +272,7 @@ def _with_bits(model, bits):
 
 
 def _failing(calls):
-    """A loss that fails at that call."""
+    """A loss that fails at this call."""
     counter = itertools.count(1)
 
     def fail(model, batch):

@@ -1,4 +1,4 @@
-"""calibrate: tables against the shipped ones, files, and models that stay as they were."""
+"""calibrate: tables compared with the shipped ones, files, and models that stay as they were."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from fewbit.models.calibration.histogram import StreamingHistogram
 
 
 class Net(nn.Module):
-    """One SiLU at two places, a batch norm and dropout, and a GELU that never runs."""
+    """One SiLU used in two places, a batch norm and dropout, and a GELU that never runs."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ class TestCalibrate:
         layers = {layer.name: layer for layer in calibration.layers}
         assert list(layers) == ["silu", "relu", "tanh", "unused"]
         assert layers["silu"].after[0] < layers["silu"].before[0]
-        assert layers["silu"].elements == 2 * 3 * 64 * 16  # at both places
+        assert layers["silu"].elements == 2 * 3 * 64 * 16  # in both places
         assert layers["relu"].after == (0.0,)
         assert net.again is net.silu
         assert net.silu.table is layers["silu"].table
@@ -116,7 +116,7 @@ class TestCalibrate:
         calibration = fewbit.calibrate(net, batches(), bits={"activation": 2})
         assert calibration.layers[-1].elements == 0
         assert calibration.layers[-1].table == fewbit.load_table("gelu", 2)
-        assert "layers of which no elements were seen keep" in str(calibration)
+        assert "layers that saw no elements keep" in str(calibration)
 
     @pytest.mark.parametrize("loss_fn", [None, loss])
     @pytest.mark.parametrize("training", [True, False])
@@ -148,7 +148,7 @@ class TestCalibrate:
         assert all(table == found[0] for table in found)
 
     def test_gradients_weigh(self, net):
-        """Where the gradient lives on positive x alone, that is where the table is good."""
+        """If the gradient is only at positive x, the table is good there."""
 
         def of_positive(model, batch):
             x = batch[:, :1]
@@ -325,7 +325,7 @@ def test_compiled():
     def gradient(run):
         return torch.autograd.grad(run(x).square().sum(), model[0].weight)[0]
 
-    gradient(call)  # compiled before, too
+    gradient(call)  # also if it was compiled before
     calibration = fewbit.calibrate(call, batches(), bits=2)
     assert [layer.name for layer in calibration.layers] == ["1", "3"]
     assert [layer.elements for layer in calibration.layers] == [3 * 64 * 16] * 2
@@ -344,7 +344,7 @@ def test_batches_that_the_model_does_not_take():
 
 
 class Checkpointed(nn.Sequential):
-    """Runs forward again in backward."""
+    """Checkpointed: forward runs again in backward."""
 
     def forward(self, x):
         return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
@@ -364,7 +364,7 @@ def test_transformer_layers_whose_activation_is_a_module():
     calibration = fewbit.calibrate(encoder(nn.GELU()), [torch.randn(4, 5, 8)], bits={"activation": 2})
     model = calibration.install(encoder(nn.GELU()))
     assert model.layers[0].activation.table == calibration.layers[0].table
-    with pytest.raises(InputError, match="that code calls as functions cannot be calibrated"):
+    with pytest.raises(InputError, match="Activations called as functions cannot be calibrated"):
         fewbit.calibrate(encoder("gelu"), [torch.randn(4, 5, 8)], bits={"activation": 2})
 
 

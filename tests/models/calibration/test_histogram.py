@@ -1,4 +1,4 @@
-"""Streamed histograms against numpy's, and what they are smoothed to."""
+"""Streaming histograms compared with numpy's, and how they are smoothed."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ class TestHistogram:
 
 
 class TestSmoothing:
-    """Of 100 samples alone the outer levels would be those of single samples."""
+    """From 100 samples alone, the outer levels would be single samples."""
 
     def error(self, weight, x):
         table = fewbit.design("gelu", 4, weight=weight)

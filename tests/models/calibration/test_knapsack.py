@@ -1,4 +1,4 @@
-"""The knapsack against brute force."""
+"""The knapsack compared with brute force."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def test_against_brute_force(data):
 
 
 def test_sizes_of_real_layers():
-    """Bytes of billions, and errors that fall by a factor of four for each bit."""
+    """Billions of bytes, and errors that fall by a factor of four for each bit."""
     generator = torch.Generator().manual_seed(0)
     weights = (10 ** (4 * torch.rand(40, generator=generator))).tolist()
     elements = (torch.randint(1, 9, (40,), generator=generator) * 2**27).tolist()

@@ -1,4 +1,4 @@
-"""convert and revert: modules stay what they are, but for what they keep; which kinds, with how many bits; what is told."""
+"""convert and revert: modules keep other things but stay what they are; kinds and bits; and what is reported."""
 
 import copy
 import logging
@@ -23,7 +23,7 @@ def batch():
 
 
 def converted(model):
-    """The names of the modules that convert lets keep codes themselves."""
+    """The names of the modules that keep codes themselves after convert."""
     named = model.named_modules()
     return {name for name, module in named if "_before_fewbit" in vars(module) and not isinstance(module, Intercepted)}
 
@@ -93,8 +93,8 @@ def test_everything_stays_in_place(model):
 
 @pytest.mark.filterwarnings("ignore::fewbit.ConversionWarning")
 def test_each_kind_alone(model):
-    """A mapping converts the modules of the kinds that it names, and no others but for exact codes; no number means four bits
-    for every kind."""
+    """A mapping converts only the modules of the kinds that it names, and those with exact codes. A single number is for every
+    kind."""
     of_kind = {
         "activation": {"stem.2", "mix.2", "mlp.3", "leaky"},
         "linear": {"stem.0", "mix.0", "mlp.0", "mlp.2", "mlp.5", "frozen", "head"},
@@ -130,7 +130,7 @@ def test_the_filter(model):
 
 
 class TestAgain:
-    """A second conversion means its own setting alone."""
+    """After a second conversion only its own setting counts."""
 
     def test_other_bits_and_kinds(self, model):
         fewbit.convert(model, bits={"activation": 3})
@@ -185,7 +185,7 @@ class TestAgain:
         assert all(torch.equal(each, gradients(exact, x)[name]) for name, each in gradients(model, x).items())
 
     def test_gated_mlps(self):
-        """Their activation is one as any other, and their product a call in their forward."""
+        """Their activation is treated like any other, and their product as a call in their forward."""
         model = nn.Sequential(SwiGLU(8, 16))
         exact, x = copy.deepcopy(model), torch.randn(30, 8)
         fewbit.convert(model, bits=4)
@@ -257,7 +257,7 @@ def test_the_uniform_coding(model):
         (
             {"bits": 4, "filter_fn": 4},
             InputError,
-            r"filter_fn must be a function .* got 4\. Numbers of bits by kind go into bits",
+            r"filter_fn must be a function .* got 4\. Give numbers of bits by kind as bits",
         ),
     ],
 )
@@ -308,15 +308,15 @@ class TestTold:
         ids=str,
     )
     def test_activations_that_keep_their_output(self, activation, keeps, told):
-        """Their codes add to the output, which an exact linear layer keeps too: where linear layers are coded, they do not."""
+        """Their codes are kept in addition to the output, which an exact linear layer keeps. If it is coded, they are not."""
         model = nn.Sequential(nn.Linear(64, 64), activation, nn.Linear(64, 64))
         x = torch.randn(64, 64)
         before = bytes_kept(model, x)
         fewbit.convert(model, bits={"activation": 3})
-        remark = "keep their output, which an exact linear layer behind them keeps anyway"
+        remark = "and an exact linear layer after it keeps that output too"
         ((_, line),) = told()
         assert (remark in line) == (keeps is not None)
-        assert (f"; {keeps} {remark}" in line) == (keeps is not None)
+        assert (f"; exact training keeps only the output of {keeps}, {remark}" in line) == (keeps is not None)
         assert (bytes_kept(model, x) > before) == (keeps is not None)
         fewbit.convert(model, bits={"activation": 3, "linear": 3})
         assert remark not in told()[-1][1]
@@ -324,7 +324,7 @@ class TestTold:
 
     def test_several_are_named_once(self, told):
         fewbit.convert(nn.Sequential(nn.ReLU(), nn.Tanh(), nn.GELU(), nn.ReLU()), bits={"activation": 3})
-        assert "; relu, tanh keep their output" in told()[0][1]
+        assert "only the output of relu, tanh, and" in told()[0][1]
 
     def test_a_warning_that_nothing_was_converted(self, model, told):
         for call, setting in (
@@ -340,7 +340,7 @@ class TestTold:
         assert issubclass(fewbit.ConversionWarning, UserWarning)
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # from torch
 def test_autocast(model):
     exact, x = copy.deepcopy(model), batch()
     fewbit.convert(model, bits=8)

@@ -1,4 +1,4 @@
-"""Converted layers against torch's own: norms that keep running statistics, all convolutions, autocast, torch.func, export."""
+"""Converted layers compared with torch's: norms with running statistics, all convolutions, autocast, torch.func, export."""
 
 import copy
 
@@ -78,7 +78,7 @@ def test_transposed_convolutions_take_an_output_size():
         coded(x, output_size=(20, 20))
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # from torch
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -98,7 +98,7 @@ def test_autocast_of_each_layer(name, own):
 
 
 class TestTransforms:
-    """Under torch.func, forward-mode differentiation and export the layers are torch's own operations, and exact."""
+    """Under torch.func, forward-mode differentiation and export, the layers run torch's own operations and are exact."""
 
     def layers(self):
         model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.GLU(), nn.RMSNorm(8), nn.Linear(8, 2))
@@ -151,7 +151,7 @@ class TestTransforms:
 
 
 def test_dropout_of_functional_use():
-    """A module may be called twice, with different inputs, in one step."""
+    """A module may be called twice in one step, with different inputs."""
     module = fewbit.convert(nn.Linear(4, 4, bias=False), bits=8)
     a, b = torch.randn(9, 4), 100 * torch.randn(3, 4)
     (module(a).sum() + module(b).sum()).backward()

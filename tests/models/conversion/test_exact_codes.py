@@ -1,4 +1,4 @@
-"""Dropout, pooling and padding in models: converted with any bits, coded by `patch`, and nothing is lost."""
+"""Dropout, pooling and padding in models: converted with any bits, coded by `patch`, and lossless."""
 
 import copy
 import logging
@@ -39,7 +39,7 @@ class Max(nn.MaxPool2d):
 
 
 class Own(nn.Dropout):
-    """One that does not."""
+    """One that replaces it."""
 
     def forward(self, input):
         return super().forward(input) + 1
@@ -47,7 +47,7 @@ class Own(nn.Dropout):
 
 @pytest.mark.parametrize("bits", [{"attention": 4}, {"rest": 8}, {"recurrent": 1}], ids=str)
 def test_whatever_kinds_are_named(bits):
-    """With no other module coded, gradients are torch's, bit for bit."""
+    """If no other module is coded, gradients are torch's, bit for bit."""
     net = model()
     before, text = types(net), repr(net)
     exact = of_batch(copy.deepcopy(net))
@@ -57,7 +57,7 @@ def test_whatever_kinds_are_named(bits):
     assert [type(net[i]) for i in EXACT] == [getattr(fewbit, before[i + 1].__name__) for i in EXACT]
     found = of_batch(net)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
-    assert bytes_kept(net, batch()) < of_torch - 64 * 8 * 16 * 16 * 8  # the indices of the first pooling alone
+    assert bytes_kept(net, batch()) < of_torch - 64 * 8 * 16 * 16 * 8  # only the indices of the first pooling
     assert repr(net) == text
     assert types(fewbit.revert(net)) == before
     assert not any("_before_fewbit" in vars(each) for each in net.modules())
@@ -101,7 +101,7 @@ def test_plans_are_kept(bits, fake):
 
 
 def test_other_functions_on_models():
-    """Those that look for tables leave exact codes alone."""
+    """Functions that look for tables leave exact codes alone."""
     net = fewbit.convert(nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 4)), 4)
     batches = [torch.randn(64, 8) for _ in range(3)]
     fewbit.calibrate(net, batches)
@@ -116,7 +116,7 @@ def test_other_functions_on_models():
 
 
 class Functions(nn.Module):
-    """All of it as calls, in both ways of returning indices."""
+    """All of it as calls, in both ways to return indices."""
 
     def __init__(self):
         super().__init__()
@@ -171,7 +171,7 @@ class TestPatch:
 
 
 def test_a_convolution_that_pads_by_reflection():
-    """Converted, it keeps codes of what it pads, and nothing of its input."""
+    """A converted one keeps codes of what it pads, and nothing of its input."""
     net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"))
     x = torch.randn(8, 8, 16, 16, requires_grad=True)
     padded, n = 8 * 8 * 18 * 18, 8 * 8 * 16 * 16

@@ -1,4 +1,4 @@
-"""Modules in the place of whose `forward` others have put a function, as hooks of Hugging Face's accelerate do."""
+"""Modules whose `forward` others have replaced by a function, as hooks of Hugging Face's accelerate do."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ import fewbit
 
 
 def by_attribute(module):
-    """As accelerate.hooks.add_hook_to_module."""
+    """As accelerate.hooks.add_hook_to_module does."""
     module._old_forward = module.forward
 
     def forward(module, *args):

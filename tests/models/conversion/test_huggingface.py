@@ -1,5 +1,5 @@
-"""convert on Hugging Face's models, made from small configurations: the forward bits, the keys, the gradients, and what comes
-back."""
+"""convert on Hugging Face's models, made from small configurations: outputs bit for bit, keys, gradients, and the model after
+revert."""
 
 import copy
 import pickle
@@ -42,11 +42,11 @@ MODELS = {
     ),
     "MobileNetV2": ("MobileNetV2ForImageClassification", {**IMAGES, "depth_multiplier": 0.25, "finegrained_output": False}),
 }
-KEPT = {"Llama": 0.2, "Qwen2": 0.2, "Gemma": 0.2, "Phi-3": 0.2, "T5": 0.2, "GPT-2": 0.2}  # at most, of exact
+KEPT = {"Llama": 0.2, "Qwen2": 0.2, "Gemma": 0.2, "Phi-3": 0.2, "T5": 0.2, "GPT-2": 0.2}  # part of exact bytes, at most
 
 
 def build(transformers, name):
-    """The model without dropout, so that two of its forward passes can be compared."""
+    """The model without dropout, so that two forward passes can be compared."""
     kind, options = MODELS[name]
     cls = getattr(transformers, kind)
     config = cls.config_class(**options)
@@ -70,7 +70,7 @@ def gradients(model, inputs):
 
 
 def kept(model, inputs):
-    """Bytes that a forward pass keeps, the parameters, buffers and inputs apart."""
+    """Bytes that a forward pass keeps, without parameters, buffers and inputs."""
     return bytes_kept(lambda: model(**inputs), leave_out=(*inputs.values(), *model.parameters(), *model.buffers()))
 
 
@@ -78,7 +78,7 @@ def whole_error(ours, true):
     return relative(flat({name: ours[name] for name in true}), flat(true))
 
 
-SLOW = ("MobileNetV2", "RoBERTa", "Qwen2")  # as the others, but for their names or sizes
+SLOW = ("MobileNetV2", "RoBERTa", "Qwen2")  # as the others, with other names or sizes
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS])

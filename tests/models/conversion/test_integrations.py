@@ -1,4 +1,4 @@
-"""fewbit inside the libraries that people train with: what is converted or patched there trains, saves and loads."""
+"""fewbit inside the libraries that people train with: converted or patched models train, save and load there."""
 
 import copy
 import csv
@@ -37,10 +37,10 @@ class TestTransformerEncoder:
         assert torch.equal(model(x), exact(x))
         true, ours = flat(gradients(exact, x)), flat(gradients(model, x))
         assert 0 < (ours - true).norm() < 0.2 * true.norm()
-        hidden = 2 * 8 * 16 * 128 * 4  # of both layers, in bytes: what the GELUs kept
+        hidden = 2 * 8 * 16 * 128 * 4  # bytes of both layers that the GELUs kept
         assert bytes_kept(exact, x) - bytes_kept(model, x) > 0.9 * hidden
         copy.deepcopy(model)
-        with torch.no_grad():  # eval takes torch's fast path where it can, and gives what the exact model gives
+        with torch.no_grad():  # eval takes torch's fast path if it can, and gives what the exact model gives
             torch.testing.assert_close(model.eval()(x), exact.eval()(x), atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("bits", [{"activation": 3}, ALL], ids=str)
@@ -75,7 +75,7 @@ def classifier():
 
 
 def rows(number=64):
-    """Counting upwards, modulo 32, from anywhere: learned in a few steps."""
+    """Counting upwards, modulo 32, from any number: learned in a few steps."""
     starts = torch.randint(0, 32, (number, 1), generator=torch.Generator().manual_seed(0))
     tokens = (starts + torch.arange(16)) % 32
     return [{"input_ids": row, "labels": row} for row in tokens]
@@ -96,7 +96,7 @@ def losses(run):
 
 
 SLOW, WAYS = pytest.mark.slow, ("convert", "patch")
-# transformers 5 has another name for gradient checkpointing; those before it know this one alone
+# transformers 5 has another name for gradient checkpointing; earlier versions only know this one
 renamed = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 
@@ -135,7 +135,7 @@ class TestTrainer:
     def test_calls_inside_models_are_patched(self):
         model, batch = classifier(), torch.randint(0, 32, (16, 16))
         labels = torch.arange(16) % 2
-        model.eval()  # dropout off, to compare
+        model.eval()  # dropout off, for comparison
         exact = model(batch, labels=labels).loss
         exactly = bytes_kept(model, batch)
         with fewbit.patch(bits={"activation": 3}):
@@ -160,7 +160,7 @@ def test_accelerate(tmp_path):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer has left one, of another precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer has left one with another precision
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model = fewbit.convert(regression(), bits=ALL)
     keys = list(model.state_dict())
@@ -197,7 +197,7 @@ class TestCallbackOfTrainers:
         return found
 
     def test_converts_saves_and_resumes(self, tmp_path):
-        """Seven steps at once, or six, a checkpoint, and one more in a run made anew, whose callback has other settings."""
+        """Seven steps at once; or six, a checkpoint, and one more in a new run whose callback has other settings."""
         whole = self.run(tmp_path / "whole", fewbit.callbacks.trainer_callback(bits=3), max_steps=7)
         whole.train()
         assert isinstance(whole.model.model.layers[0].mlp.up_proj, fewbit.Linear)
@@ -224,7 +224,7 @@ class TestCallbackOfTrainers:
         assert not any(module._forward_pre_hooks for module in found.model.modules())
 
     def test_to_look_changes_nothing(self, tmp_path):
-        """The run is the one of a model that was converted by hand, bit for bit."""
+        """The run is the same, bit for bit, as that of a model converted by hand."""
         watched = self.run(tmp_path / "watched", fewbit.callbacks.trainer_callback(bits=4, check=2), max_steps=4)
         watched.train()
         plain = trainer(fewbit.convert(language_model(), bits=4), tmp_path / "plain", max_steps=4)
@@ -251,7 +251,7 @@ class TestCallbackOfTrainers:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")  # advice on speed
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # lightning's own call of torch's pytree
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # from lightning's own call of torch's pytree
 @pytest.mark.filterwarnings("ignore:.*dirpath has changed.*")  # the resumed run saves elsewhere
 def test_callback_of_lightning(tmp_path):
     import lightning
@@ -276,9 +276,9 @@ def test_callback_of_lightning(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")  # advice on speed
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # lightning's own call of torch's pytree
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # from lightning's own call of torch's pytree
 def test_callback_of_lightning_tells_what_came_of_it(tmp_path):
-    """Its figures go to loggers, and the looks at gradients leave the run as it is."""
+    """Its figures go to loggers. Its checks of gradients leave the run as it is."""
     import lightning
     from lightning.pytorch.loggers import CSVLogger
 
@@ -331,7 +331,7 @@ def lightning_module(where):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")  # advice on speed
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # lightning's own call of torch's pytree
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # from lightning's own call of torch's pytree
 @pytest.mark.parametrize("where", [pytest.param("init", marks=SLOW), "configure_model"])
 def test_lightning(where, tmp_path):
     import lightning
@@ -357,7 +357,7 @@ def test_lightning(where, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 class TestWhatLooksUpClasses:
-    """Quantizers and explainers look for `type(module)` in a table of torch's classes: they come after `revert`."""
+    """Quantizers and explainers look up `type(module)` in a table of torch's classes. Use them after `revert`."""
 
     @staticmethod
     def model():

@@ -1,4 +1,4 @@
-"""patch: torch's functions keep codes inside, in any spelling, and are torch's own wherever they must be."""
+"""patch: torch's functions keep codes inside, however they are called, and stay torch's own where they must."""
 
 import inspect
 import threading
@@ -19,13 +19,13 @@ from fewbit.errors import ActivationError, DesignError, InputError
 from fewbit.models.conversion import interception
 
 pytestmark = [
-    # torch's own: dynamo asks each input that is no leaf for its .grad
+    # from torch: dynamo reads .grad of each input that is not a leaf
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
-    # torch's own, on the way to its dual numbers
+    # from torch, when it makes dual numbers
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
 ]
 SPELLINGS = [(function, target) for function, target in interception._TARGETS.items() if not target.layer]
-NEEDED = {"threshold": (0.5, 0.25)}  # arguments that torch asks for
+NEEDED = {"threshold": (0.5, 0.25)}  # arguments that torch requires
 
 
 def is_coded(y):
@@ -39,7 +39,7 @@ def leaf(*shape, dtype=torch.float32):
 @pytest.mark.parametrize(("function", "target"), SPELLINGS, ids=lambda each: getattr(each, "__name__", ""))
 @pytest.mark.parametrize("bits", [1, 3])
 def test_every_spelling(function, target, bits):
-    """The output is torch's, the gradient that of the table; and in-place ones write in place."""
+    """The output is torch's and the gradient that of the table. In-place functions write in place."""
     x, needed = leaf(50, 7), NEEDED.get(target.name, ())
     expected = function(x.detach().clone(), *needed)
     before = x * 1
@@ -56,7 +56,7 @@ def test_every_spelling(function, target, bits):
 
 
 def test_the_registry_is_covered():
-    """Every activation that is a function of torch is found, and every module of torch for one calls what is found."""
+    """Every function of torch that is an activation is found, and every module of torch calls a function that is found."""
     found = {target.name for _, target in SPELLINGS}
     assert found == set(activations.BUILT_IN) - {"gelu_tanh", "quick_gelu"}  # an option of gelu; torch has no such function
     for record in activations.BUILT_IN.values():
@@ -93,7 +93,7 @@ def test_arguments(call, record):
 
 
 class Hidden(torch.Tensor):
-    """A subclass, which has a mind of its own."""
+    """A subclass of Tensor that sees functions."""
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_errors_are_torchs():
 
 
 def test_one_patch_many_entries():
-    """Re-entered, nested, left by an exception, used again: the innermost is in force, and none is left behind."""
+    """Re-entered, nested, left by an exception, used again: the innermost one is in force, and none stays."""
     x, three = leaf(8000), fewbit.patch(bits=3)
     exact, sizes = bytes_kept(torch.tanh, x), {bits: 1000 * bits for bits in (1, 3)}
     with three:
@@ -177,7 +177,7 @@ CALLS = {
     "kinds", [("activation",), ("linear",), ("norm",), ("product",), ("norm", "linear"), ("rest",), tuple(CALLS)], ids=str
 )
 def test_kinds_by_name(kinds):
-    """A mapping codes calls of the kinds that it names, and no others."""
+    """A mapping only codes calls of the kinds that it names."""
     with fewbit.patch(bits=dict.fromkeys(kinds, 4)):
         for kind, calls in CALLS.items():
             for call in calls:
@@ -186,7 +186,7 @@ def test_kinds_by_name(kinds):
 
 
 def test_bits_by_kind():
-    """What linear layers read is coded once, with the larger number; without them each kind has its own."""
+    """Inputs of linear layers are coded once, with the larger number of bits. Without linear layers, each kind has its own."""
     x = leaf(64, 64)
     for bits, expected in (({"activation": 2, "norm": 3}, 2), ({"activation": 2, "linear": 4}, 4), ({"activation": 5}, 5)):
         with fewbit.patch(bits):
@@ -243,7 +243,7 @@ def test_decorator():
 
 
 def test_threads():
-    """A patch holds for its own thread, one object in several at once."""
+    """A patch holds for its own thread. Several threads can use one object."""
     shared, found = fewbit.patch(bits=1), {}
     inside = threading.Barrier(2)
 
@@ -281,7 +281,7 @@ THREE_AND_FOUR = {"activation": 3, "linear": 4, "norm": 4, "product": 4}
 @pytest.mark.parametrize("coding", [None, "interval"])
 @pytest.mark.parametrize("bits", [{"activation": 3}, THREE_AND_FOUR, {"norm": 2, "linear": 3}, 4], ids=str)
 def test_the_same_as_converted_modules(bits, coding):
-    """Bytes and gradients are those of `convert` with the same arguments, to the bit."""
+    """Bytes and gradients are those of `convert` with the same arguments, bit for bit."""
     torch.manual_seed(3)
     ours, theirs, x = mlp(), mlp(), torch.randn(200, 4, 8)
     theirs.load_state_dict(ours.state_dict())
@@ -343,7 +343,7 @@ def test_torch_func():
 
 
 def test_odd_layouts_in_a_backward_inside():
-    """Where the gradient that comes in is laid out unlike the input, backward asks torch, not the patch."""
+    """If the incoming gradient has another layout than the input, backward calls torch, not the patch."""
     x, incoming = leaf(2, 3, 4), torch.randn(4, 3, 2).permute(2, 1, 0)
     torch.tanh(x).backward(incoming)
     expected, x.grad = x.grad, None
@@ -354,7 +354,7 @@ def test_odd_layouts_in_a_backward_inside():
 
 @pytest.mark.parametrize("backward", ["method", "function", "grad"])
 def test_checkpoint_inside(backward):
-    """Recomputed in the block, whoever starts the backward pass."""
+    """Recomputed inside the block, whoever starts the backward pass."""
     x, net = leaf(30, 8), nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
     table = fewbit.load_ladder("gelu", 1)
     with fewbit.patch({"activation": 1}):
@@ -371,7 +371,7 @@ def test_checkpoint_inside(backward):
 
 @pytest.mark.parametrize("bits", [{"activation": 1}, {"activation": 1, "linear": 4, "norm": 4, "product": 4}], ids=str)
 def test_checkpoint_outside(bits):
-    """Recomputed after the block: refused by torch, unless what is checkpointed is decorated."""
+    """Recomputed after the block: torch refuses it, unless the checkpointed function is decorated."""
     x, net = leaf(30, 8), nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
     with fewbit.patch(bits):
         loss = checkpoint(net, x, use_reentrant=False).sum()
@@ -390,7 +390,7 @@ def test_named_activations_are_all_that_is_coded(activations):
         assert is_coded(functional.gelu(leaf(4, 8))) == bool(activations)
         for call in (*CALLS["linear"], *CALLS["norm"], *CALLS["product"]):
             assert not is_coded(call(leaf(2, 4, 8)))
-    with fewbit.patch({"activation": 3, "linear": 4}, activations=activations):  # or what a mapping names besides
+    with fewbit.patch({"activation": 3, "linear": 4}, activations=activations):  # or whatever else a mapping names
         assert is_coded(functional.linear(leaf(4, 8), leaf(8, 8)))
 
 
@@ -412,7 +412,7 @@ BY_KEYWORD = {
 
 @pytest.mark.parametrize("name", BY_KEYWORD)
 def test_arguments_by_keyword(name):
-    """What is kept of operands that others have computed is the same, however they are passed."""
+    """What is kept of operands that others have computed does not depend on how they are passed."""
     function, shapes = BY_KEYWORD[name]
     tensors = {each: torch.randn(shape, requires_grad=True) for each, shape in shapes.items()}
 

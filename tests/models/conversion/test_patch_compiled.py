@@ -10,9 +10,9 @@ import fewbit
 from fewbit import activations, resolve
 
 pytestmark = [
-    # torch's own: dynamo asks each input that is no leaf for its .grad
+    # from torch: dynamo reads .grad of each input that is not a leaf
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
-    # torch's own, on the way to its dual numbers
+    # from torch, when it makes dual numbers
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
 ]
 THREE_AND_FOUR = {"activation": 3, "linear": 4, "norm": 4, "product": 4}
@@ -28,7 +28,7 @@ def both(x):
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_and_entered_outside():
-    """Each patch gets its own code, which is found again, and none is left when the patch is."""
+    """Each patch gets its own code, which is used again. None is left after the patch."""
     x, call = leaf(8000), compiled(both)
 
     def gradient(function):
@@ -76,7 +76,7 @@ def test_compiled_layers():
     net, x = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)), leaf(100, 32)
     tables = resolve.shipped_tables(activations.get("gelu"), resolve.JOINT, 4, torch.float32, x.device)
     held = {each.data_ptr(): each.nbytes for table in tables for each in (table.thresholds, table.codes, table.levels)}
-    constants = sum(held.values())  # of the graph, once for however many calls
+    constants = sum(held.values())  # by the graph, once for any number of calls
     with fewbit.patch(THREE_AND_FOUR):
         exactly, call = bytes_kept(net, x), compiled(net)
         assert bytes_kept(call, x, leave_out=net.parameters()) < exactly + constants + 512
@@ -96,7 +96,7 @@ def test_compiled_layers():
     ids=["torch.relu_", "F.elu_", "method", "argument"],
 )
 def test_compiled_in_place(function, coded):
-    """Dynamo asks no mode about functions that overwrite their input, methods apart: these stay torch's own."""
+    """dynamo does not ask modes about functions that overwrite their input, except methods: these stay torch's own."""
     x = leaf(8000)
     with fewbit.patch({"activation": 1}):
         call = compiled(function)

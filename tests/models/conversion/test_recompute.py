@@ -1,4 +1,4 @@
-"""`convert(..., recompute=names)`: blocks run again in backward, by a way of their own or not, and nothing else changes."""
+"""`convert(..., recompute=names)`: blocks run again in backward, in their own way or not, and nothing else changes."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ NOTHING = {"filter_fn": lambda module, name: False}
 
 
 class Cache:
-    """What blocks fill as they run, as those of transformers do."""
+    """A cache that blocks fill as they run, as in transformers."""
 
     def __init__(self):
         self.items = []
@@ -99,7 +99,7 @@ def test_it_travels(x, tmp_path):
 
 
 class OfDict(Block):
-    """Changes the dictionary that it gets."""
+    """A block that changes the dictionary that it gets."""
 
     def forward(self, state):
         state["h"] = state["h"] + torch.tanh(self.layer(state["h"]))
@@ -107,7 +107,7 @@ class OfDict(Block):
 
 
 class OfList(Block):
-    """Appends to the list that it gets, as a DenseNet's layers do."""
+    """A block that appends to the list that it gets, as a DenseNet's layers do."""
 
     def forward(self, found):
         found.append(torch.tanh(self.layer(sum(found))))
@@ -137,7 +137,7 @@ def test_containers_that_blocks_change(kind, start, end, x):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_buffers_change_once(training, x):
-    """Running statistics, and a number that the block counts and multiplies by."""
+    """Running statistics, and a number of calls that the block counts and multiplies by."""
 
     class Counting(nn.Module):
         def __init__(self):
@@ -165,7 +165,7 @@ def test_buffers_change_once(training, x):
 
 
 def test_names_of_all_kinds(x):
-    """A generator of them, and one of several names of a block."""
+    """A generator of names, and one block with several names."""
     model = Model()
     model.again = model.blocks[1]
     fewbit.convert(model, recompute=(name for name in NAMES), **NOTHING)

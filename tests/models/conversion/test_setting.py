@@ -1,4 +1,4 @@
-"""What `bits` takes, and what it means. Each error names the rule, what was got and the remedy."""
+"""The forms that `bits` takes, and their meaning. Each error names the rule, what was got and the remedy."""
 
 import copy
 
@@ -27,7 +27,7 @@ KINDS_ARE = "he kinds are activation, linear, norm, product, attention, recurren
 
 
 class TestBits:
-    """What `bits` takes. Each error names the rule, what was got and the remedy."""
+    """The forms that `bits` takes. Each error names the rule, what was got and the remedy."""
 
     @pytest.mark.parametrize(
         ("bits", "rule", "got"),
@@ -59,7 +59,7 @@ class TestBits:
             lambda: fewbit.memory(model, batch()).plan(bits=bits),
             lambda: fewbit.calibrate(model, [batch()], bits=bits),
         )
-        for call in given[: 3 if bits is None else 4]:  # calibrate takes None for the bits that modules have
+        for call in given[: 3 if bits is None else 4]:  # for calibrate, None means the bits that modules have
             with pytest.raises(DesignError) as raised:
                 call()
             assert rule in str(raised.value)
@@ -92,7 +92,7 @@ class TestBits:
 
     @pytest.mark.parametrize("text", ["", "four", "linear", "linear=", "linear=3,norm", "linear=3;norm=4", "4.0"])
     def test_wrong_on_the_command_line(self, text):
-        with pytest.raises(DesignError, match="bits are given as 4 or as activation=3,linear=4; got"):
+        with pytest.raises(DesignError, match="bits must be a number such as 4, or activation=3,linear=4; got"):
             parse_bits(text)
 
     def test_on_the_command_line(self):

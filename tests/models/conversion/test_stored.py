@@ -1,4 +1,4 @@
-"""Conversions in files: a run that is taken up again is the same run, bit for bit."""
+"""Conversions in files: a continued run is the same run, bit for bit."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from fewbit.errors import InputError, TableFileError
 
 
 class Functional(nn.Module):
-    """Calls torch's functions itself."""
+    """A module that calls torch's functions itself."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ def test_the_same_gradients_bit_for_bit(how, tmp_path):
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
-    """Ten steps of Adam at once, or five, a checkpoint, and five more of a model made anew."""
+    """Ten steps of Adam at once; or five, a checkpoint, and five more with a new model."""
 
     def steps(model, optimizer, numbers):
         for i in numbers:

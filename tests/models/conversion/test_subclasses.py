@@ -17,7 +17,7 @@ from fewbit.nn.layers import CodedLayer
 
 
 class Plain(nn.Linear):
-    """A subclass that adds to what it is, and changes nothing of what it does."""
+    """A subclass that adds things and changes nothing of torch's behaviour."""
 
     def __init__(self, *args, note="mine", **keywords):
         super().__init__(*args, **keywords)
@@ -41,7 +41,7 @@ class Both(Mixed, nn.GELU):
 
 
 class OwnForward(nn.Linear):
-    """A subclass, which has a mind of its own."""
+    """A subclass that overrides what fewbit replaces."""
 
     def forward(self, input):
         return super().forward(input)
@@ -103,7 +103,7 @@ class TestSubclasses:
 
     @pytest.mark.parametrize("make", [lambda: OwnForward(32, 3), lambda: OwnConvolution(32, 3, 1), lambda: OwnBits(32, 3)])
     def test_those_that_replace_what_fewbit_does_run_their_own_forward(self, make):
-        """And what that calls is coded."""
+        """And the functions that it calls are coded."""
         exact, x = make(), torch.randn(99, 32, 4, 32).requires_grad_()
         coded = fewbit.convert(copy.deepcopy(exact), bits=3)
         assert not isinstance(coded, CodedLayer)
@@ -153,7 +153,7 @@ class TestParametrizations:
         assert list(coded.state_dict()) == list(exact.state_dict())
         x = torch.randn(40, 8)
         for ours, true in zip(all_gradients(coded, x), all_gradients(exact, x), strict=True):
-            assert relative(ours, true) < 0.1  # of orthogonal, whose map enlarges them
+            assert relative(ours, true) < 0.1  # of orthogonal, whose map enlarges errors
         other = copy.deepcopy(coded)
         assert torch.equal(other(x), coded(x))
         fewbit.revert(coded)
@@ -206,7 +206,7 @@ class TestParametrizations:
 
 
 class TestTransformerLayers:
-    """torch's own layers, whose activation is a function, mostly, which their forward calls."""
+    """torch's own layers. Their activation is a function, mostly, and their forward calls it."""
 
     def model(self, activation="relu"):
         layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, activation=activation, batch_first=True)
@@ -221,7 +221,7 @@ class TestTransformerLayers:
         fewbit.convert(coded, bits=bits)
         assert list(coded.state_dict()) == keys
         kept = [bytes_kept(lambda each=each: each(x), leave_out=(x, *each.parameters())) for each in (coded, exact)]
-        assert kept[0] < kept[1] or (activation in ("relu", torch.tanh) and bits != 6)  # whose output linear layers keep anyway
+        assert kept[0] < kept[1] or (activation in ("relu", torch.tanh) and bits != 6)  # linear layers keep its output anyway
         ours, true = all_gradients(coded, x), all_gradients(exact, x)
         assert torch.equal(ours[0], true[0])
         assert relative(*(torch.cat([each.flatten() for each in found[1:]]) for found in (ours, true))) < 0.1

@@ -1,4 +1,4 @@
-"""What a conversion leaves alone: modules that a filter rejects, that use fewbit's names, that cannot be coded."""
+"""What a conversion leaves alone: modules that a filter rejects, that use fewbit's names, or that cannot be coded."""
 
 import logging
 
@@ -29,7 +29,7 @@ class Gated(nn.Module):
     ids=["number", "array", "parameter", "tensor"],
 )
 def test_a_module_with_a_use_of_its_own_for_our_names_stays(name, value):
-    """Its forward pass would else read what fewbit holds under that name."""
+    """Otherwise its forward pass would read what fewbit holds under that name."""
     model, x = Gated(name, value), torch.randn(5, 3)
     expected = model(x)
     fewbit.convert(model, bits=4)
@@ -50,7 +50,7 @@ def test_such_modules_are_named(caplog):
 
 
 class TestFilters:
-    """A filter sees each module as it is without fewbit, however often the model is converted."""
+    """A filter sees each module as it is without fewbit, even if the model is converted several times."""
 
     @pytest.mark.parametrize("first", [4, {"activation": 2}, {"linear": 3}])
     def test_by_the_very_class(self, first):

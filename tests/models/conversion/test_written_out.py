@@ -1,4 +1,4 @@
-"""Gated MLPs, RMS norms and linear layers that code writes out, by products, as Hugging Face's models do."""
+"""Gated MLPs, RMS norms and linear layers that are written out as products, as in Hugging Face's models."""
 
 import copy
 
@@ -54,7 +54,7 @@ class Behind(torch.nn.Module):
 
 
 class Scaled(torch.nn.Module):
-    """What is multiplied by vectors, by numbers, by itself, and by matrices."""
+    """Products with vectors, with numbers, with itself, and with matrices."""
 
     def __init__(self, width=64):
         super().__init__()
@@ -101,7 +101,7 @@ class TestNorms:
 
     @pytest.mark.parametrize("name", NORMS)
     def test_errs_no_more_than_torchs(self, name):
-        """The gradient of what lies before a norm, against torch's layer with codes of the normalized numbers."""
+        """The gradient before a norm, compared with torch's layer on codes of the normalized numbers."""
         errors = []
         for norm in (own_norm(name, 64), torch.nn.RMSNorm(64)):
             exact = Behind(norm)
@@ -128,13 +128,13 @@ class TestLinear:
 
     @pytest.mark.parametrize("multiply", [torch.matmul, torch.mm, lambda x, weight: (weight.t() @ x.t()).t()])
     def test_what_is_kept_of_a_product_with_a_weight(self, multiply):
-        """As of a linear layer, of any way to write the product."""
+        """As for a linear layer, in all ways to write the product."""
         weight, x = torch.randn(64, 64, requires_grad=True), torch.randn(1024, 64, requires_grad=True)
         weight = torch.nn.Parameter(weight)
         with fewbit.patch(bits=4):
             kept = bytes_kept(lambda: multiply(x * 1, weight), leave_out=(x, weight))
         codes = 1024 * 64 // 2
-        assert codes < kept < 1.3 * codes  # a scale a row besides, and two numbers a channel
+        assert codes < kept < 1.3 * codes  # and a scale for each row, and two numbers for each channel
 
 
 class TestGatedMLPs:
@@ -185,7 +185,7 @@ class TestGatedMLPs:
 
 @pytest.mark.usefixtures("fresh_compiler")
 class TestCompiled:
-    """The same codes in compiled code, where no hooks see what operations save."""
+    """The same codes in compiled code, in which hooks do not see what operations save."""
 
     def check(self, model, shape):
         x = torch.randn(shape)
@@ -238,7 +238,7 @@ class TestCompiled:
         assert all(relative(*each) < 0.05 for each in zip(ours[1:], true[1:], strict=True))
 
     def test_a_norm_of_two_dtypes(self):
-        """As T5's in bfloat16: its scale is of float32, and a product of both is."""
+        """As T5's in bfloat16: its scale is float32, and so is a product of both."""
         model = Behind(own_norm("T5LayerNorm", 64)).bfloat16()
         x = torch.randn(1024, 64, dtype=torch.bfloat16)
         exact = model(x)
@@ -282,7 +282,7 @@ class TestCompiled:
 
 
 class Shared(torch.nn.Module):
-    """Two gated MLPs with one activation, which is registered before or after them."""
+    """Two gated MLPs with one activation module, which is registered before or after them."""
 
     def __init__(self, first):
         super().__init__()

@@ -1,4 +1,4 @@
-"""fewbit.fidelity: against all gradients stored and compared at once, and what it must leave as it was."""
+"""fewbit.fidelity: compared with gradients that are all stored first, and what it must leave as it was."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from fewbit.models.gradients.fidelity import block_pattern
 
 
 def stored(model, loss_fn, batches):
-    """The oracle: every gradient of every batch, exact and coded, (batches, parameters) float64 by name. Of copies."""
+    """The oracle: every gradient of every batch, exact and coded, by name: (batches, parameters) float64. It runs on copies."""
     both = []
     for context in (fewbit.exact, lambda: torch.enable_grad()):
         rows = []
@@ -33,7 +33,7 @@ def stored(model, loss_fn, batches):
 
 
 def oracle(exact, coded):
-    """The figures by their definitions; exact and coded (batches, numbers)."""
+    """The figures by their definitions, from exact and coded gradients (batches, numbers)."""
     error = coded - exact
     power = exact.square().sum(1)
     variance = (exact[1:] - exact[:-1]).square().sum(1).mean() / 2
@@ -90,7 +90,7 @@ class TestFigures:
         assert_is_oracle(part, exact["0.weight"], coded["0.weight"])
 
     def test_the_definition_of_noise_has_no_bias(self):
-        """Mean over many runs of half the mean squared difference: the variance."""
+        """Half the mean squared difference, averaged over many runs, is the variance."""
         rng = np.random.default_rng(0)
         samples = rng.normal(size=(4000, 5, 3)) * np.array([1.0, 2.0, 3.0])
         differences = np.square(np.diff(samples, axis=1)).sum(2).mean(1) / 2
@@ -129,7 +129,7 @@ class TestFigures:
 
 
 class Odd(nn.Module):
-    """Parameters of all kinds: shared, frozen, unused, used in some batches alone, of zero gradient, sparse, complex."""
+    """Parameters of all kinds: shared, frozen, unused, used only in some batches, with zero gradient, sparse, complex."""
 
     def __init__(self):
         super().__init__()

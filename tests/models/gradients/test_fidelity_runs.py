@@ -1,4 +1,4 @@
-"""What fidelity is called with and refuses, what it stores, and that it leaves all as it was."""
+"""fidelity: what it takes and refuses, what it stores, and that it leaves everything as it was."""
 
 import copy
 import random
@@ -19,7 +19,7 @@ from fewbit.models.gradients import streams
 
 
 def remembered(model):
-    """A function that checks that all is as it is now."""
+    """A function that checks that everything is as it is now."""
     kept = copy.deepcopy(model)
     gradients = {name: (each.grad, each.grad.clone()) for name, each in model.named_parameters()}
     buffers = [(buffer, buffer._version) for buffer in model.buffers()]
@@ -116,7 +116,7 @@ class TestLeavesAllAsItWas:
 
 
 def test_one_gradient_is_stored_not_all():
-    """Of 6 equal weights: while backward runs there are never more gradients than parameters, and two for the one in hand."""
+    """Of 6 equal weights: during backward there are never more gradients than parameters, plus two for the current one."""
     layers = 6
     model = fewbit.convert(
         nn.Sequential(*(nn.Sequential(nn.Linear(50, 50, bias=False), nn.GELU()) for _ in range(layers))), bits={"activation": 2}
@@ -132,7 +132,7 @@ def test_one_gradient_is_stored_not_all():
         def run(self, gradient):
             if gradient is not None:
                 tag = Tracked()
-                gradient.tag = tag  # lives as long as the tensor does
+                gradient.tag = tag  # it lives as long as the tensor
                 alive.add(tag)
             assert self.parameter.grad is None
             take(self, gradient)
@@ -160,7 +160,7 @@ class TestRefuses:
         with pytest.raises(InputError, match=rule + "int"):
             fewbit.fidelity(coded_mlp(), 3)
         with pytest.raises(
-            InputError, match="loss_fn must be a function of the model and a batch that gives the loss, got list"
+            InputError, match="loss_fn must be a function of the model and a batch that returns the loss, got list"
         ):
             fewbit.fidelity(coded_mlp(), batches, batches)
 
@@ -203,12 +203,12 @@ class TestRefuses:
     def test_groups(self, batches):
         with pytest.raises(InputError, match="by must be one of 'pattern'"):
             fewbit.fidelity(coded_mlp(), batches, squares, by="layer")
-        with pytest.raises(InputError, match="'all' is taken"):
+        with pytest.raises(InputError, match="'all' means the whole gradient"):
             fewbit.fidelity(coded_mlp(), batches, squares, by=lambda name: "all")
 
 
 class WithLoss(nn.Module):
-    """Whose output has a loss, as Hugging Face's models do."""
+    """A model whose output has a loss, as in Hugging Face's models."""
 
     def __init__(self, form):
         super().__init__()

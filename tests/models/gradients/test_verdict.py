@@ -1,4 +1,4 @@
-"""What fidelity says of its figures, in a line, a table and a picture."""
+"""The verdict of fidelity on its figures, in a line, a table and a picture."""
 
 import math
 
@@ -57,7 +57,7 @@ class TestVerdict:
     def test_equal_batches(self, batches):
         report = fewbit.fidelity(coded_mlp(), batches[:1] * 3, squares)
         assert report.level == "unknown"
-        assert "its batches are all equal" in report.verdict
+        assert "all batches are equal" in report.verdict
 
     def test_nothing_coded(self, batches):
         model = fewbit.revert(coded_mlp())
@@ -84,7 +84,7 @@ class TestVerdict:
         assert report.not_finite_exact == 1
         assert "1 of 6 batches left out" in report.verdict
         assert report.whole.error == pytest.approx(fewbit.fidelity(model, batches, squares).whole.error)
-        assert "finite in no batch" in fewbit.fidelity(model, [bad[2]] * 2, squares).verdict
+        assert "not finite in any batch" in fewbit.fidelity(model, [bad[2]] * 2, squares).verdict
 
     def test_coded_gradient_alone_not_finite(self, batches):
         model = coded_mlp()
@@ -101,7 +101,7 @@ class TestVerdict:
         assert str(report)
 
     def test_a_coded_gradient_that_is_not_finite_leaves_no_systematic_error(self):
-        """The others are judged without it, but the sum of the errors holds it."""
+        """The other batches are judged without it, but the sum of the errors contains it."""
         data, model = [1 + torch.randn(16, 8) for _ in range(5)], coded_mlp()
 
         def loss(model, batch):

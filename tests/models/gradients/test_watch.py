@@ -1,4 +1,4 @@
-"""fewbit.watch: warns of drift, once; is silent where there is none; leaves model, random numbers and compiled code alone."""
+"""fewbit.watch: warns once of drift, and never without drift; leaves model, random numbers and compiled code alone."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ def inputs(scale=1.0, mean=0.0, shape=(64, 32)):
 
 @pytest.fixture
 def tanh():
-    """Of one table, which inputs can drift away from."""
+    """With a single table, from which inputs can drift away."""
     return fewbit.Tanh(table=fewbit.load_table("tanh", 3))
 
 
@@ -57,19 +57,19 @@ class TestWarns:
             model[0].weight.mul_(100)
         with fewbit.watch(model, every=1):
             (message,) = caught_in(lambda: model(inputs()))
-        assert message.startswith("1 (Tanh) drifted away from its table: in forward pass 1 its derivative errs by ")
+        assert message.startswith("1 (Tanh) drifted away from its table: in forward pass 1 the error of its derivative is ")
         for text in ("times the design's 0.0544", "mean ", "standard deviation ", "fewbit.calibrate"):
             assert text in message
 
     def test_is_a_warning_that_can_be_an_error(self, tanh):
-        with fewbit.watch(tanh), pytest.raises(DriftWarning):  # the tests make errors of warnings
+        with fewbit.watch(tanh), pytest.raises(DriftWarning):  # the tests turn warnings into errors
             tanh(inputs(10))
 
     def test_values_of_shared_codes(self):
         act = fewbit.GELU(table=joint("gelu"))
         with fewbit.watch(act, every=1) as watching:
             (message,) = caught_in(lambda: act(inputs(10)))
-        assert "its value errs by" in message
+        assert "the error of its value is" in message
         assert watching.report().rows()[0]["channel"] == "value"
 
     @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ class TestWarns:
             assert len(caught_in(lambda: call(unit, inputs(100), inputs()))) == 1
 
     def test_exact_table_of_another_range(self):
-        """Of no error where it was designed; a floor stands for that error."""
+        """Without an error where it was designed; a smallest error replaces it."""
         table = fewbit.CodeTable([0.0], [0, 1], [[0.0, 1.0]], 1, activation="relu6", errors=[0.0], powers=[1.0],
                                  parameters={})  # fmt: skip
         act = fewbit.ReLU6(table=table)
@@ -117,11 +117,11 @@ class TestStaysSilent:
         for act, scale in itertools.product((fewbit.Tanh(bits=bits), fewbit.GELU(bits=bits)), (0.03, 0.25, 1.0, 6.0, 40.0)):
             x = inputs(scale)
             with fewbit.watch(act, every=1) as watching:
-                act(x)  # the tests make errors of warnings
+                act(x)  # the tests turn warnings into errors
             assert watching.report().rows()[0]["error"] < 0.1
 
     def test_on_inputs_of_the_tables_own_weight(self):
-        """In 200 checks each of 8 tables none; the docstring of _beyond_chance counts on it."""
+        """No alarm in 200 checks of each of 8 tables; the docstring of _beyond_chance refers to this."""
         rng, alarms, ratios = np.random.default_rng(0), 0, []
         for name, bits, joint in itertools.product(("gelu", "silu"), (3, 4), (False, True)):
             channels = ("derivative", "value") if joint else ("derivative",)
@@ -185,7 +185,7 @@ class TestStaysSilent:
 
 
 def test_the_limit_is_where_it_says():
-    """A twentieth beyond the limit is seen for sure in a large sample, a twentieth below never."""
+    """In a large sample, an error 5 % above the limit always gives an alarm, one 5 % below never does."""
     rng = np.random.default_rng(0)
     true = np.ones(100_000)
     for ratio, expected in ((0.95, False), (1.05, True)):
@@ -229,7 +229,7 @@ def test_checks_come_so_often_on_average(tanh, every):
     assert 150 <= len(layer.checks) <= 250
     assert layer.checks[0].call == 1
     if every > 1:
-        assert len({check.call % every for check in layer.checks}) == every  # all calls of a shared module come to it
+        assert len({check.call % every for check in layer.checks}) == every  # all calls of a shared module get their turn
 
 
 def test_history_is_bounded(tanh):
@@ -287,7 +287,7 @@ class TestLeavesAlone:
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_compiled_code(self, tanh):
-        """Passed by, and no graph breaks for it; before the watch began or after."""
+        """It is not checked and causes no graph break, compiled before the watch began or after."""
         call = compiled(tanh)
         with fewbit.watch(tanh, every=1) as watching:
             call(inputs(10)).sum().backward()
@@ -299,7 +299,7 @@ class TestLeavesAlone:
             assert watching.layers[0].calls == 0
 
     def test_costs_little_between_checks(self, tanh):
-        """Some twenty calls, of Python's functions and of those in C; and none that computes anything."""
+        """Some twenty calls of Python's functions and of those in C, and none that computes anything."""
         x = inputs(shape=(64, 512))
 
         def calls():

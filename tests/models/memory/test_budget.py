@@ -1,4 +1,4 @@
-"""Plans for a number of bytes: they fit, hold when run, are no slower than they must be, and say what they do."""
+"""Plans for a number of bytes: they fit, also when run; they are not slower than they must be; they say what they do."""
 
 import copy
 from itertools import pairwise
@@ -35,7 +35,7 @@ def report(subject):
 
 @pytest.fixture(scope="module")
 def plans(report):
-    """Share of the exact peak -> a plan with it as its budget, for a device whose speed does not change from run to run."""
+    """Share of the exact peak -> a plan with it as its budget, for a device with constant speed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "rates_of", lambda *_: Rates(1e11, 1e10, 1e6, "a device"))
         return {share: report.plan(4, budget=int(share * report.peak.bytes)) for share in (1.0, 0.7, 0.5, 0.01)}
@@ -71,7 +71,7 @@ def test_where_nothing_fits_the_least_is_told(plans):
 
 @pytest.mark.parametrize("share", [0.7, 0.5])
 def test_it_holds_when_run(subject, plans, share):
-    """The peak beyond the model, as the allocator has it, and that of exact training beside it."""
+    """The peak beyond the model, from the allocator, and that of exact training."""
     plan, model = plans[share], copy.deepcopy(subject.model)
     exact = Step(subject._replace(model=model))
     exact()
@@ -86,7 +86,7 @@ def test_it_holds_when_run(subject, plans, share):
 def test_convert_and_the_lines_do_the_same(subject, report, plans):
     for plan in plans.values():
         model = copy.deepcopy(subject.model)
-        exec(plan.lines, {"fewbit": fewbit, "model": model})  # what is printed, and no one else's text
+        exec(plan.lines, {"fewbit": fewbit, "model": model})  # only the text that is printed
         before = types(subject.model)
         try:
             assert plan.convert() is subject.model
@@ -98,7 +98,7 @@ def test_convert_and_the_lines_do_the_same(subject, report, plans):
 
 
 def _plain(attributes):
-    """Of what a conversion set, what can be compared."""
+    """The comparable part of what a conversion set."""
     return {name: getattr(value, "setting", value) for name, value in attributes.items()}
 
 

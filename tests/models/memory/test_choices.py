@@ -1,4 +1,4 @@
-"""The frontier of choices, against all choices that there are."""
+"""The frontier of choices, compared with all choices that exist."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from fewbit.models.memory.choices import frontier
 
 
 def cost(kept, rises, seconds, turn, ways):
-    """Peak and time of one choice, as a step goes."""
+    """Peak and time of one choice, computed as a step goes on."""
     level = peak = time = 0
     for block, way in enumerate(ways):
         peak = max(peak, level + rises[block][way])

@@ -1,4 +1,4 @@
-"""Where fake tensors do not tell what a model keeps: the model itself runs, or the report says so."""
+"""Fake tensors that do not tell what a model keeps: the model runs on real ones, or the report says so."""
 
 import logging
 
@@ -11,24 +11,24 @@ from fewbit.torch_internals import fake_tensor_class
 
 
 class TestWorkspaces:
-    """Of an LSTM on a CPU, which holds more than all else that it keeps."""
+    """The workspace of an LSTM on a CPU is larger than all else that it keeps."""
 
     @pytest.mark.parametrize("model", [nn.LSTM(8, 16), nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.LSTM(8, 16))])
     def test_are_named(self, model):
         x, name = torch.randn(20, 4, 8), "2" if isinstance(model, nn.Sequential) else "the model itself"
         real = fewbit.memory(model, x)
         assert real.note == ""
-        with pytest.warns(UserWarning, match=f"fake tensors tell no size of the workspaces of {name}"):
+        with pytest.warns(UserWarning, match=f"fake tensors do not tell the size of the workspaces of {name}"):
             report = fewbit.memory(model, x, fake=True)
         assert report.activation_bytes < 0.5 * real.activation_bytes
         assert report.note == report.totals()["note"] != ""
-        assert "tell no size of the workspaces" in " ".join(str(report).split())
+        assert "do not tell the size of the workspaces" in " ".join(str(report).split())
 
     def test_make_plans_run_the_model(self):
         model, x = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8), nn.LSTM(8, 16)), torch.randn(20, 4, 8)
         report = fewbit.memory(model, x)
         plan = report.plan(bits=4)
-        assert "The converted model itself ran" in plan.how
+        assert "the converted model on real tensors" in plan.how
         assert plan.before_bytes == report.activation_bytes
         fewbit.convert(model, bits=4)
         assert plan.after_bytes == fewbit.memory(model, x).activation_bytes
@@ -37,11 +37,11 @@ class TestWorkspaces:
         model, x = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.LSTM(64, 16)), torch.randn(20, 4, 8)
         with pytest.warns(UserWarning, match="workspaces"):
             plan = fewbit.memory(model, x, fake=True).plan(bits=4)
-        assert "workspaces of 2." in plan.how
+        assert "workspaces of 2;" in plan.how
 
 
 class MasksFakes(nn.Module):
-    """Makes a mask on fake tensors alone, of a small part of what is kept, as transformers does."""
+    """Makes a mask only on fake tensors, as transformers does. It is a small part of what is kept."""
 
     def __init__(self, part):
         super().__init__()
@@ -55,9 +55,9 @@ class MasksFakes(nn.Module):
         return y
 
 
-@pytest.mark.parametrize(("part", "how"), [(0.0002, "ran on fake tensors"), (0.005, "itself ran")])
+@pytest.mark.parametrize(("part", "how"), [(0.0002, "on fake tensors"), (0.005, "on real tensors")])
 def test_what_models_do_on_fake_tensors_alone_is_held_against_what_the_coded_one_keeps(part, how):
-    """Half a hundredth of the exact bytes is more than that of an eighth of them."""
+    """0.5 % of the exact bytes is more than 1 % of the coded bytes, which are an eighth of them."""
     model, x = MasksFakes(part), torch.randn(64, 16)
     plan = fewbit.memory(model, x).plan(bits=4)
     assert how in plan.how
@@ -67,7 +67,7 @@ def test_what_models_do_on_fake_tensors_alone_is_held_against_what_the_coded_one
 
 def test_torchs_log_of_what_fails_on_fake_tensors_is_left_out(caplog):
     class Grouped(nn.Module):
-        """Whose operation has no fake form for this dtype, as mixtures of experts have them."""
+        """A module whose operation has no fake form for this dtype, as in mixtures of experts."""
 
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""What `fewbit.memory` calls a model with, what it returns, and that it is afterwards as it was."""
+"""`fewbit.memory`: what it calls a model with, what it returns, and that the model is afterwards as it was."""
 
 from collections import UserDict
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ def test_the_model_is_as_before(fake, fails):
     assert torch.equal(torch.get_rng_state(), state)
     assert dict(nn.modules.module._global_forward_hooks) == hooks
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
-    assert torch._C._autograd._top_saved_tensors_default_hooks(False) == top is None  # none is left behind
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) == top is None  # none stays
     assert torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0
     assert model.training
 

@@ -1,4 +1,4 @@
-"""The largest batch that fits: against trying every one, and how it is told."""
+"""The largest batch that fits: compared with trying every batch, and how it is shown."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_every_tensor_of_a_batch_grows_along():
 
 
 def test_the_longest_sequence():
-    """What attention keeps grows with the length, and its weights, written out, with the square of it."""
+    """What attention keeps grows with the length; written-out attention weights grow with its square."""
     subject = gpt(2, 64, 2, 16)
     report = fewbit.memory(subject.model, subject.batch)
     found = report.longest_sequence("4 MiB", bits=4)

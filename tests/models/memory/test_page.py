@@ -1,4 +1,4 @@
-"""The page of a report: what it says, that it loads nothing, and how it behaves in a browser, where there is one."""
+"""The page of a report: what it says, that it loads nothing, and how it behaves in a browser, if there is one."""
 
 import base64
 import hashlib
@@ -49,7 +49,7 @@ def pages(report):
 
 
 class Tags(HTMLParser):
-    """Checks that they are nested as they ought to be."""
+    """Checks that elements are nested correctly."""
 
     EMPTY = ("meta", "link", "br", "img", "input")
 
@@ -150,7 +150,7 @@ def opened(browser, pages, tmp_path):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not script})
-        browser.get_log("browser")  # what was said before
+        browser.get_log("browser")  # the earlier text
         browser.get((tmp_path / "a.html").as_uri())
         return browser
 
@@ -207,6 +207,6 @@ def test_it_reads_without_its_script(opened):
 
 
 def test_scripts_of_others_do_not_run(opened, pages, monkeypatch):
-    """Even where one got into the page."""
+    """Even if a script got into the page."""
     monkeypatch.setitem(pages, "broken", pages["plan"].replace("<main>", "<main><script>document.title = 'mine'</script>"))
     assert opened("broken").title == "Net: memory of training"

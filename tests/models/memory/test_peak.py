@@ -1,4 +1,4 @@
-"""The worst moment of a training step: against what the allocator says, and against torch's own tracker of memory."""
+"""The peak of a training step, compared with the allocator and with torch's own tracker of memory."""
 
 import copy
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Language(nn.Module):
-    """A language model whose logits take more than all else."""
+    """A language model whose logits take more than everything else."""
 
     def __init__(self, words=4096, width=16):
         super().__init__()
@@ -91,7 +91,7 @@ def test_as_the_allocator_says(name, way):
     step = Step(subject)
     step()
     measured = step.peak_bytes(CPU)
-    # convolutions take memory inside of backward, for other layouts, which no operator shows
+    # inside of backward, convolutions allocate memory for other layouts, which no operator shows
     bound = 0.3 if name.startswith("conv") else 0.05
     assert peak(subject).beyond_model == pytest.approx(measured, rel=bound)
 
@@ -110,7 +110,7 @@ def test_parts_add_up_and_the_model_is_left_alone(name):
 
 
 def test_as_torchs_own_tracker_has_it():
-    """In a step by hand, whose output is dropped as soon as the loss is made."""
+    """In a step by hand, which drops the output as soon as the loss is made."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     from fewbit.torch_internals import fake_mode

@@ -1,4 +1,4 @@
-"""Plans against what is measured after conversion, and what `plan.convert()` leaves out."""
+"""Plans compared with what is measured after conversion, and what `plan.convert()` leaves out."""
 
 import copy
 import itertools
@@ -31,7 +31,7 @@ def converted(model):
 
 
 def stays_exact(module):
-    """Whether it is one that is left out within others."""
+    """Whether it is a module that stays exact inside others."""
     return isinstance(module, Intercepted) and module.interception.setting is None
 
 
@@ -44,14 +44,14 @@ def batch(gradient=False, rows=ROWS):
 
 
 class WrittenOut(SwiGLU):
-    """The same in words that `convert` does not know."""
+    """The same in words that `convert` does not take."""
 
     def forward(self, x):
         return self.down(self.act(self.gate(x)).mul(self.up(x)))
 
 
 class Picks(nn.Module):
-    """What keeps places along a dimension."""
+    """Modules that keep places along a dimension."""
 
     def forward(self, x):
         picked = x.max(-1).values + x.sort(-1).values[:, 0] + x.topk(2).values[:, 0] + x.min(-1).values
@@ -86,7 +86,7 @@ MODELS = {
 }
 
 
-PLANS = [  # the quick ones: each model at one of the bits
+PLANS = [  # the quick ones: each model with one setting of bits
     pytest.param(name, bits, marks=[pytest.mark.slow] * (name == "bert" or i % 3 != j))
     for i, name in enumerate(MODELS)
     for j, bits in enumerate([{"activation": 3}, 4, {"linear": 2, "norm": 5}])
@@ -100,7 +100,7 @@ def test_predicted_is_what_is_measured(name, bits):
     model, given = make(), batch_of()
     before = fewbit.memory(model, given)
     plan = before.plan(bits)
-    assert "fake tensors, for" in plan.how
+    assert "on fake tensors" in plan.how
     assert plan.before_bytes == before.activation_bytes == fewbit.memory(model, given).activation_bytes
     fewbit.convert(model, bits)
     assert converted(model) == plan.candidates
@@ -135,8 +135,8 @@ def test_what_pays_only_together():
     found = advice_of(plan)
     assert found["1"][0] == found["2"][0] == "code"
     assert "together with 2 (matrix product)" in found["1"][1]
-    assert found["0"] == ("leave", "reads the model's input, which is there anyway")
-    assert plan.outcome.saved["2"] == ROWS * HIDDEN * 4  # alone left exact, it keeps the tensor and the tanh its code
+    assert found["0"] == ("leave", "reads the model's input, which stays in memory anyway")
+    assert plan.outcome.saved["2"] == ROWS * HIDDEN * 4  # if only it is exact, it keeps the tensor, and the tanh its code
 
 
 def test_frozen_layers_and_products():
@@ -144,7 +144,7 @@ def test_frozen_layers_and_products():
     assert found["1"][0] == "code"
     assert found["2"] == ("leave", "keeps nothing itself that coding could shrink")
     found = advice_of(fewbit.memory(WrittenOut(WIDTH, HIDDEN), batch()).plan(bits={"activation": 3}))
-    assert found[""] == ("leave", "keeps the same bytes coded")
+    assert found[""] == ("leave", "keeps as many bytes when coded")
     assert found["down"] == ("leave", "stays exact with these bits")
 
 
@@ -154,7 +154,7 @@ def test_few_rows_are_not_worth_coding():
     assert advice_of(plan)["1"] == ("leave", "2 (matrix product) keeps that tensor anyway, and codes would add 513 B")
     plan = fewbit.memory(mlp(nn.GELU()), batch(rows=1)).plan(bits={"activation": 4})
     assert not plan.outcome.chosen
-    assert advice_of(plan)["1"][1].startswith("the tensor is small beside its scales and padding: coding would add ")
+    assert advice_of(plan)["1"][1].startswith("the tensor is so small that scales and padding would add ")
 
 
 def test_the_filter_and_what_is_converted_already_are_kept():
@@ -168,7 +168,7 @@ def test_the_filter_and_what_is_converted_already_are_kept():
 
 
 class TestConvert:
-    """`plan.convert()`: exactly what was chosen."""
+    """`plan.convert()` converts exactly what was chosen."""
 
     def test_leaves_out_what_would_keep_more_and_says_so(self, caplog):
         model, x = mlp(nn.ReLU()), batch()
@@ -200,7 +200,7 @@ class TestConvert:
         assert converted(model) == {"1", "2"}
 
     def test_is_exactly_what_was_chosen(self):
-        """Each of its own bits, whatever the filter, and with the codes that the plan counted."""
+        """Each module gets its own bits, whatever the filter is, and the codes that the plan counted."""
         model, x = nn.Sequential(mlp(nn.Tanh()), nn.LayerNorm(WIDTH), mlp(nn.GELU())), batch()
         plan = fewbit.memory(model, x).plan({"activation": 2, "linear": 3, "norm": 5}, lambda _, name: name != "2.1")
         plan.convert()
@@ -216,7 +216,7 @@ class TestConvert:
         assert model[1].table.coding == "uniform"
 
     def test_makes_others_torchs_own_again(self):
-        """As any conversion: the setting of the plan alone."""
+        """As for any conversion: only the plan's own setting counts."""
         model = fewbit.convert(mlp(nn.Tanh()), bits=2)
         fewbit.memory(model, batch()).plan(bits={"activation": 3, "linear": 3}).convert()
         assert converted(model) == {"1", "2"}
@@ -252,7 +252,7 @@ class TestConvert:
         assert [type(each) for each in model] == before
 
     def test_again_and_after_a_revert(self):
-        """A plan may be carried out again as long as the model is as it was."""
+        """A plan may be carried out again while the model is as it was."""
         model = mlp(nn.GELU())
         plan = fewbit.memory(model, batch()).plan()
         plan.convert()
@@ -288,7 +288,7 @@ def test_a_model_that_looks_at_numbers_runs_itself():
     model, x = LooksAtNumbers(), batch()
     state = torch.get_rng_state()
     plan = fewbit.memory(model, x).plan(4)
-    assert "The converted model itself ran, since fake tensors do not serve (DataDependent" in plan.how
+    assert "converted model on real tensors, since fake tensors do not serve (DataDependent" in plan.how
     assert plan.after_bytes == fewbit.memory(fewbit.convert(model, 4), x).activation_bytes
     assert torch.equal(state, torch.get_rng_state())
     assert type(fewbit.memory(fewbit.revert(model), x).plan({"activation": 3}).convert().body[1]) is fewbit.GELU
@@ -302,7 +302,7 @@ def test_a_compiled_model_is_planned_as_a_whole():
     model = torch.compile(mlp(nn.GELU()), backend="aot_eager_decomp_partition")
     x = batch()
     plan = fewbit.memory(model, x).plan(bits={"activation": 3})
-    assert "it is compiled" in plan.how
+    assert "the model is compiled" in plan.how
     fewbit.convert(model, bits={"activation": 3})
     assert plan.after_bytes == pytest.approx(fewbit.memory(model, x).activation_bytes, rel=0.01)
     assert plan.best_bytes == plan.after_bytes < plan.before_bytes
@@ -346,7 +346,7 @@ LAYERS = [
 @settings(max_examples=8, deadline=None, database=None, derandomize=True)
 @given(st.lists(st.integers(0, len(LAYERS) - 1), min_size=2, max_size=4), st.sampled_from([2, 64, 400]))
 def test_no_set_of_conversions_keeps_less(which, rows):
-    """Against all sets of conversions, measured on real tensors."""
+    """Compared with all sets of conversions, measured on real tensors."""
     torch.manual_seed(random.Random(str(which)).randint(0, 100))
     model, x = nn.Sequential(*[LAYERS[i]() for i in which]), torch.randn(rows, 8, requires_grad=True)
     plan = fewbit.memory(model, x).plan(4)
@@ -367,7 +367,7 @@ def storage(number, *savers):
 
 
 def test_the_search_takes_back_more_than_one_at_a_time():
-    """Two modules of which each adds bytes, linked to a third that pays only without them."""
+    """Two modules that add bytes each, linked to a third one that only pays without them."""
     calls = []
 
     def run(names):
@@ -394,7 +394,7 @@ def test_transformer_layers():
 
 
 class Calls(nn.Module):
-    """An activation that is a call."""
+    """An activation that is called as a function."""
 
     def __init__(self):
         super().__init__()
@@ -414,7 +414,7 @@ def test_calls_of_functions_are_coded():
 
 @pytest.mark.parametrize("first", [4, {"activation": 2, "linear": 5}, {"activation": 3}], ids=str)
 def test_a_converted_model_is_planned_as_an_exact_one(first):
-    """What it keeps now does not count: a conversion starts anew."""
+    """The current conversion does not count: a new one starts from the exact model."""
     model, x = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 32)), torch.randn(64, 32)
     fresh = fewbit.memory(model, x).plan(3)
     again = fewbit.memory(fewbit.convert(model, first), x).plan(3)
@@ -425,7 +425,7 @@ def test_a_converted_model_is_planned_as_an_exact_one(first):
 
 
 def test_places_along_a_dimension():
-    """Of so many bytes as places there are need, whatever the batch: known without looking at it."""
+    """The bytes of an index follow from the number of places, so they are known without looking at the batch."""
     model, x = nn.Sequential(nn.Linear(WIDTH, 300), Picks()), batch(rows=2000)
     plan = fewbit.memory(model, x).plan(bits=4)
     fewbit.convert(model, bits=4)

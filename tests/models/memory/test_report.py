@@ -1,4 +1,4 @@
-"""What `fewbit.memory` counts, against bytes counted by hand and by `fewbit.measuring`."""
+"""The counts of `fewbit.memory`, compared with bytes counted by hand and by `fewbit.measuring`."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ def batch(gradient=False):
 
 
 def independent_total(model, *args):
-    """All that autograd saves, and the same without parameters, buffers and inputs, by other code."""
+    """All that autograd saves, and the same without parameters, buffers and inputs, counted by other code."""
     seen, apart = {}, (*model.parameters(), *model.buffers(), *args)
     with saved_storages(seen):
         held = model(*args)
@@ -98,7 +98,7 @@ def test_layer_norm_batch_norm_and_dropout_by_hand():
     model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.Dropout(0.5), nn.Linear(HIDDEN, 1))
     report = fewbit.memory(model, batch())
     assert report.by_module() == {"1": UNIT + 2 * HIDDEN * 4, "2": UNIT, "3": UNIT}
-    assert report.totals()["buffers"] == 2 * HIDDEN * 4  # running statistics, which it saves too
+    assert report.totals()["buffers"] == 2 * HIDDEN * 4  # running statistics, which are saved too
     assert fewbit.memory(model.eval(), batch()).by_module() == {"1": UNIT, "3": UNIT}
     assert fewbit.memory(model, batch()).totals()["mode"] == "evaluation"
 
@@ -166,7 +166,7 @@ def test_checkpointed_regions_keep_their_input_alone():
     report = fewbit.memory(model, batch())
     assert [row["operation"] for row in report.rows() if row["role"] == "activations"] == ["checkpoint"]
     assert report.activation_bytes == ROWS * WIDTH * 4
-    assert model.calls == 0  # as before; and it ran once, not again for the count
+    assert model.calls == 0  # as before; it ran once, not once more for the count
 
 
 def test_recursion_and_methods_other_than_forward():
@@ -254,7 +254,7 @@ LAYERS = {
 @settings(max_examples=25, deadline=None, database=None, derandomize=True)
 @given(st.lists(st.sampled_from(list(LAYERS)), min_size=1, max_size=7), st.integers(0, 2**7), st.booleans())
 def test_rows_sum_to_what_is_measured_otherwise(names, frozen, gradient):
-    """For any small net: all storages, and activations alone, on real tensors and on fake ones."""
+    """For any small net: all storages, and only activations, on real tensors and on fake ones."""
     torch.manual_seed(random.Random(str(names)).randint(0, 100))
     model = nn.Sequential(*[LAYERS[name]() for name in names])
     for i, module in enumerate(model):

@@ -1,1 +1,1 @@
-"""What the reviewers of backprop with approximate activations (Chakrabarti & Moseley, 2019) asked for, one study a file."""
+"""Studies that the reviewers of "Backprop with approximate activations" (Chakrabarti & Moseley, 2019) asked for, one a file."""

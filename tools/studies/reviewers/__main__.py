@@ -1,17 +1,17 @@
-"""What the reviewers of backprop with approximate activations asked for: `python -m tools.studies.reviewers STUDY [--help]`.
+"""Studies that the reviewers of "Backprop with approximate activations" asked for: `python -m tools.studies.reviewers STUDY`.
 
 architectures  ten networks trained exactly and with 8 to 2 bits: final losses, held-out accuracy, bytes, gradient errors
-verdicts       what `fewbit.fidelity` says of them beforehand, beside what came of it
-optimizers     SGD, Adam, AdamW and RMSProp on three of them
+verdicts       the verdict of `fewbit.fidelity` before training, compared with the final loss
+optimizers     SGD, Adam, AdamW and RMSProp on three of the networks
 clock          the loss against seconds
-noise          the error of the gradient beside its own noise, by layer and by size of the batch
-ablation       codes in backward alone, in forward alone, and in both
+noise          the error of the gradient compared with its noise, by layer and by size of the batch
+ablation       codes only in backward, only in forward, and in both
 rival          training with 8-bit values and range batch norm
-batches        the largest batch that a number of bytes holds
-sensitivity    tables of activations alone: what is learned, and how far they are from the derivative
+batches        the largest batch that fits a number of bytes
+sensitivity    only activations are coded: final losses with different tables, and their distance from the derivative
 
-A study that trains writes each run to tools/results/ as soon as it is finished, and runs that stand there are not run again: it
-may be stopped at any time, and two processes may share its work. All run on one thread.
+A study that trains writes each run to tools/results/ as soon as it is finished, and does not run it again. So it may be stopped
+at any time, and two processes may share its work. All studies run on one thread. `STUDY --help` lists options.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STUDIES = ("architectures", "verdicts", "optimizers", "clock", "noise", "ablatio
 
 
 def main(arguments: list[str]) -> None:
-    """Run the study that the first argument names; the others are its own."""
+    """Run the study that the first argument names. It gets the other arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.studies.reviewers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Where approximate values do harm: read by backward alone, by forward alone, or by both; on networks of convolutions.
+"""Where do approximate values do harm: in backward only, in forward only, or in both? On convolutional networks.
 
 `python -m tools.studies.reviewers ablation [--tasks plain resnet] [--labels "both, 4 bits"] [--seeds 3] [--steps 600]`
 """
@@ -31,7 +31,7 @@ STUDIED: dict[str, Task] = {"plain": PLAIN, "resnet": TASKS["resnet"]}
 
 
 def uniform(x: Tensor, bits: int) -> Tensor:
-    """x rounded to the nearest of 2**bits even steps from its least to its greatest value.
+    """x rounded to the nearest of 2**bits even steps from its smallest to its largest value.
 
     >>> uniform(torch.tensor([0.0, 0.9, 2.2, 3.0]), bits=2)
     tensor([0., 1., 2., 3.])
@@ -40,9 +40,9 @@ def uniform(x: Tensor, bits: int) -> Tensor:
 
 
 def quantized(model: nn.Module, bits: int, forward: bool, backward: bool) -> nn.Module:
-    """The model, whose convolutions and linear layers read quantized inputs in forward, in backward, or in both.
+    """The model, changed so that convolutions and linear layers read quantized inputs in forward, in backward, or in both.
 
-    The first of them reads pictures, which stay. Gradients pass straight through the rounding, and norms and ReLU are exact.
+    The first layer reads pictures, which stay exact. Gradients pass straight through the rounding. Norms and ReLU are exact.
     """
     _, *layers = (each for each in model.modules() if isinstance(each, (nn.Conv2d, nn.Linear)))
     for layer in layers:
@@ -56,11 +56,11 @@ def _call(layer: Callable[[Tensor], Tensor], bits: int, forward: bool, backward:
     if forward == backward:
         return values
     slopes = layer(rounded if backward else input)
-    return slopes + (values - slopes).detach()  # the values of the one, the gradient of the other
+    return slopes + (values - slopes).detach()  # the values of `values`, the gradient of `slopes`
 
 
 def quantized_norms(model: nn.Module, bits: int) -> nn.Module:
-    """The model, whose batch norms put out the second method's own codes, for forward and backward alike."""
+    """The model, changed so that batch norms output values coded by the second method, for both forward and backward."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = baselines.QuantizedBatchNorm2d
@@ -93,7 +93,7 @@ LABELS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def work(task: str, label: str, seed: int, steps: int) -> Run:
-    """One run; the bytes kept are left out, since the quantized ways hold values, not codes."""
+    """One run. Bytes kept are left out, since the quantized ways hold values instead of codes."""
     this = STUDIED[task]
     found = training.trained(this, training.start(this, label, seed, LABELS), seed, steps)
     del found["kept_bytes"]
@@ -131,7 +131,8 @@ def lines(runs: Sequence[Run]) -> dict[str, dict[str, comparison.Line]]:
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
-    """Of each task at 4 bits: what codes in backward cost, and what quantized values cost in forward and in both."""
+    """A sentence for each task at 4 bits: what codes in backward cost, and what quantized values cost in forward and in
+    both."""
     texts = []
     for task, ways in lines(runs).items():
         found = {way: line.distances[4] for way, line in ways.items() if 4 in line.distances}

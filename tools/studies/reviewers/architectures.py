@@ -23,7 +23,7 @@ NAME = "architectures"
 
 
 def work(task: str, label: str, seed: int, steps: int) -> Run:
-    """One run; an exact one says, too, how wrong the gradient of its trained model would be at each number of bits."""
+    """One run. An exact run also gives the gradient error that its trained model would have with each number of bits."""
     this = TASKS[task]
     model = training.start(this, label, seed)
     found = training.trained(this, model, seed, steps)
@@ -68,7 +68,7 @@ def lines(runs: Sequence[Run]) -> dict[str, dict[str, comparison.Line]]:
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
-    """What the distances say of each number of bits, over all tasks that have been run with it."""
+    """A sentence on the distances for each number of bits, over all tasks that have been run with it."""
     found = lines(runs)
     return [text for bits in BITS if (text := _sentence(found, int(bits)))]
 

@@ -1,7 +1,7 @@
-"""The largest batch that a number of bytes holds: `python -m tools.studies.reviewers batches [--tasks …] [--mebibytes 64 128]`.
+"""The largest batch that fits a number of bytes: `python -m tools.studies.reviewers batches [--tasks …] [--mebibytes 64 128]`.
 
-The bytes are the most that a step, forward and backward, holds beyond the model and its batch: measured, not reckoned. The
-batch of the table and the next larger one are both measured, so that the one fits and the other does not.
+The bytes are the measured peak of a step, forward and backward, beyond the model and its batch. Both the batch in the table and
+the next larger one are measured: the first fits, and the second does not.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ MEBIBYTES = (64, 128, 256)
 
 
 def largest(peak: Callable[[int], int], limit: int) -> tuple[int, dict[int, int]]:
-    """The largest batch whose peak is within the limit, and the peaks that were measured; a larger batch has a larger peak.
+    """The largest batch whose peak is within the limit, and the measured peaks. A larger batch must have a larger peak.
 
-    The next batch to try lies where a line through the two around the limit meets it: peaks are nearly linear in the batch.
+    Peaks are nearly linear in the batch. So the next batch to try is where a line through the two around the limit meets it.
 
     >>> largest(lambda batch: 7 + 3 * batch, 100)
     (31, {1: 10, 2: 13, 4: 19, 8: 31, 16: 55, 32: 103, 31: 100})
@@ -71,7 +71,7 @@ def search(task: str, label: str, mebibytes: int) -> dict[str, Any]:
 
 
 def table(runs: Iterable[Run]) -> Table:
-    """The largest batches by task and bytes; behind each, over that of the exact step."""
+    """The largest batches by task and bytes, each also relative to that of the exact step."""
     found = by_case(runs)
     view = terminal.table(
         ("task",), ("MiB", *(f"{label}\nbatch" for label in WAYS), *(f"{label}\n/ exact" for label in (*WAYS,)[1:]))
@@ -96,7 +96,7 @@ def _both(batches: dict[str, int], label: str) -> bool:
 
 
 def sentence(runs: Iterable[Run]) -> str:
-    """What the numbers say."""
+    """A sentence that sums up the numbers."""
     cases = list(by_case(runs).values())
 
     def span(label: str) -> str:
@@ -110,7 +110,7 @@ def sentence(runs: Iterable[Run]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Search what is missing, and show all."""
+    """Make the missing searches, and show all results."""
     description = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(f"python -m tools.studies.reviewers {NAME}", description=description)
     parser.add_argument("--tasks", nargs="*", choices=[*TASKS], default=[*DEFAULT_TASKS], help="(%(default)s)")

@@ -1,9 +1,10 @@
 """The loss against seconds: `python -m tools.studies.reviewers clock [--tasks gpt resnet] [--rounds 3] [--steps 1000]`.
 
-`--samples 256` has larger batches than the task's own, whose steps are so short that calls weigh more in them than work.
+`--samples 256` makes batches larger than the task's own. The task's own steps are so short that calls take longer than the
+work.
 
-Exact steps, codes, checkpointing of every block, and naive quantization. Each run has a process of its own, one after another;
-a round runs all ways once, from the same weights on the same batches, and the next round from others.
+It compares exact steps, codes, checkpointing of every block, and naive quantization. Runs follow one another, each in a process
+of its own. A round runs all ways once, from the same weights on the same batches; the next round has other weights and batches.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ WAYS: dict[str, Way] = {
     NAIVE: partial(ablation.quantized, bits=4, forward=True, backward=True),
 }
 ROOT = Path(__file__).parents[3]
-Summary = dict[str, dict[str, dict[str, Any]]]  # task -> label -> what was found of it
+Summary = dict[str, dict[str, dict[str, Any]]]  # task -> label -> figures
 
 
 def clocked(task: Task) -> tuple[Task, list[float]]:
-    """The task, and when each of its steps came to the loss, filled while it is trained."""
+    """The task, and a list that training fills with the times at which steps compute their loss."""
     times: list[float] = []
 
     def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -57,7 +58,7 @@ def clocked(task: Task) -> tuple[Task, list[float]]:
 
 
 def run(task: str, label: str, round: int, steps: int, samples: int) -> dict[str, Any]:
-    """Train in one way. A step lasts from its loss to that of the next one, sampling and the optimizer included."""
+    """Train in one way. A step lasts from its loss to the next step's loss. It includes sampling and the optimizer."""
     chosen = TASKS[task]
     if samples:
         chosen = chosen._replace(sample=partial(batch_of, chosen, samples))
@@ -76,7 +77,8 @@ def run_alone(**case: Any) -> dict[str, Any]:
 
 
 def summary(runs: Sequence[Run], steps: int) -> Summary:
-    """task -> label -> over its rounds: seconds of a run by the median step, quantiles of a step, the ratio, loss and curve."""
+    """task -> label -> figures over the rounds: seconds of a run (by its median step), quantiles of a step, ratio, loss and
+    curve."""
     found: Summary = {}
     for task, label in dict.fromkeys((each["task"], each["label"]) for each in runs):
         own, exact = ({each["round"]: each for each in comparison.chosen(runs, task=task, label=way)} for way in (label, EXACT))
@@ -99,7 +101,8 @@ def _median(runs: Iterable[Run], name: str) -> float:
 
 
 def table(found: Summary) -> Table:
-    """Milliseconds of a step with their middle half, time over exact with its least and greatest over rounds, final loss."""
+    """Milliseconds of a step with their middle half; time relative to exact, with its minimum and maximum over rounds; final
+    loss."""
     columns = ("rounds", "ms a step", "middle half", "over exact", "least, most", "final loss", "above exact")
     view = terminal.table(("task", "way"), columns)
     for task, ways in found.items():
@@ -113,18 +116,18 @@ def table(found: Summary) -> Table:
 
 
 def sentence(found: Summary) -> str:
-    """What the numbers say."""
+    """A sentence that sums up the numbers."""
 
     def said(task: str, label: str) -> str:
         ratios = found[task][label]["ratios"]
         return f"{label} {statistics.median(ratios):.2f} on {task}" if ratios else f"{label} – on {task}"
 
     parts = [said(task, label) for task, ways in found.items() for label in ways if label != EXACT]
-    return f"A step takes, over the exact one: {', '.join(parts)}." if parts else "Nothing has been clocked yet."
+    return f"A step takes, relative to the exact one: {', '.join(parts)}." if parts else "Nothing has been timed yet."
 
 
 def main(arguments: list[str]) -> None:
-    """Clock what is missing, and show all."""
+    """Time the missing runs, and show all results."""
     if arguments[:1] == [ALONE]:
         print(json.dumps(run(**json.loads(arguments[1]))))
         return

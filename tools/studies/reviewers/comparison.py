@@ -1,4 +1,4 @@
-"""Runs against exact ones: how far above them they end, pair by pair of the same seed, beside the spread of exact runs."""
+"""Compare runs with exact ones of the same seeds: how far above them they end, and how large the spread of exact runs is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Losses = dict[int, float]  # by seed
 
 
 class Distance(NamedTuple):
-    """Of final losses from exact ones, relative: the mean over seeds, and its standard error, which one seed alone has not."""
+    """The relative distance of final losses from exact ones: the mean over seeds, and its standard error (NaN for one seed)."""
 
     mean: float
     error: float
@@ -35,7 +35,7 @@ class Distance(NamedTuple):
 
 
 class Line(NamedTuple):
-    """Distances by bits, and the spread of exact runs: what a picture draws as one line and a band."""
+    """Distances by bits, and the spread of exact runs. A picture draws them as a line and a band."""
 
     distances: dict[int, Distance]
     spread: float
@@ -52,7 +52,7 @@ def losses(runs: Iterable[Run], **wanted: Any) -> Losses:
 
 
 def distance(coded: Losses, exact: Losses) -> Distance | None:
-    """How far coded runs end above exact ones of the same seeds; None where no seed has both."""
+    """How far coded runs end above exact ones of the same seeds; None if no seed has both."""
     ratios = [coded[seed] / exact[seed] - 1 for seed in coded if seed in exact]
     if not ratios:
         return None
@@ -69,7 +69,7 @@ def spread(exact: Losses) -> float:
 
 
 def line(runs: Sequence[Run], labels: dict[int, str], **wanted: Any) -> Line:
-    """Of the chosen runs; labels: those of coded runs by their bits."""
+    """The line of the chosen runs. labels: bits -> label of the coded runs"""
     exact = losses(runs, label=EXACT, **wanted)
     found = {bits: distance(losses(runs, label=label, **wanted), exact) for bits, label in labels.items()}
     return Line({bits: each for bits, each in found.items() if each}, spread(exact))
@@ -89,7 +89,7 @@ def percent(share: float) -> str:
 
 
 def mean_held_out(runs: Sequence[Run]) -> str:
-    """The mean over runs of the accuracy on what was held out, or of the peak signal-to-noise ratio."""
+    """The mean over runs of the accuracy on held-out data, or of the peak signal-to-noise ratio."""
     found = [each["held_out"] for each in runs]
     if not found:
         return "–"
@@ -99,13 +99,14 @@ def mean_held_out(runs: Sequence[Run]) -> str:
 
 
 def every(seeds: int, steps: int, settings: Iterable[dict[str, Any]]) -> list[Run]:
-    """What tells the wanted runs apart: the first seed of all settings, then the next one, so that tables are always fair."""
+    """The entries that identify the wanted runs: the first seed of all settings, then the next seed, so that tables are always
+    fair."""
     settings = list(settings)
     return [{**each, "seed": seed, "steps": steps} for seed in range(seeds) for each in settings]
 
 
 def parser(study: str, description: str | None, tasks: Iterable[str], seeds: int, steps: int) -> argparse.ArgumentParser:
-    """With the arguments that all studies of final losses take."""
+    """A parser with the arguments that all studies of final losses take."""
     found = argparse.ArgumentParser(
         f"python -m tools.studies.reviewers {study}", description=(description or "").split("\n")[0]
     )
@@ -117,7 +118,7 @@ def parser(study: str, description: str | None, tasks: Iterable[str], seeds: int
 
 
 def add_labels(parser: argparse.ArgumentParser, labels: Iterable[str]) -> None:
-    """The argument of ways to train."""
+    """Add the argument that names ways to train."""
     labels = list(labels)
     parser.add_argument("--labels", nargs="+", default=labels, choices=labels, metavar="LABEL", help=", ".join(labels))
 

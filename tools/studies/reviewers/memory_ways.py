@@ -1,4 +1,4 @@
-"""Ways to keep less for backward, each a function of a model that gives the model to train; and batches of any size."""
+"""Ways to keep less for backward, each a function from a model to the model to train; and batches of any size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ CHECKPOINTED = "checkpointing"
 
 
 def parts(model: nn.Module) -> Iterator[nn.Module]:
-    """What checkpointing runs again, one at a time: the modules with parts of their own, or of a Sequential those in it.
+    """The modules that checkpointing runs again, one at a time: modules with parts of their own. A Sequential is replaced by
+    the modules in it.
 
     >>> layers = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3)]
     >>> [part in layers for part in parts(nn.Sequential(nn.Linear(2, 2), nn.Sequential(*layers), nn.ReLU()))]
@@ -32,9 +33,9 @@ def parts(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
-    """The model itself, of whose every part the input alone is kept, and which runs again in backward.
+    """The model itself, changed so that each part keeps only its input and runs again in backward.
 
-    Batch norms then see each batch twice: it moves their running statistics twice, which training itself does not read.
+    Batch norms then see each batch twice and update their running statistics twice. Training does not read these statistics.
     """
     for part in parts(model):
         part.forward = partial(checkpoint, part.forward, use_reentrant=False)
@@ -42,7 +43,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 
 def coded(bits: int) -> Way:
-    """`fewbit.convert` with so many bits."""
+    """`fewbit.convert` with these bits."""
     return partial(fewbit.convert, bits=bits)
 
 

@@ -1,4 +1,4 @@
-"""Ten networks in plain torch, small enough for a step of 10 to 20 ms on one thread."""
+"""Ten networks in plain torch. They are so small that a step takes 10 to 20 ms on one thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Tensor = torch.Tensor
 
 
 def waves(tokens: int, width: int) -> Tensor:
-    """Sines and cosines (tokens, width) of ever greater length: where embeddings of positions begin, to learn quickly."""
+    """Sines and cosines (tokens, width) of increasing wavelength. Embeddings of positions begin with them, to learn quickly."""
     angles = torch.arange(tokens)[:, None] * 1000 ** -torch.linspace(0, 1, width // 2)
     return torch.cat((angles.sin(), angles.cos()), 1)
 
@@ -98,7 +98,7 @@ class ViT(nn.Module):
 
 
 class Mean(nn.Module):
-    """Of each channel: (n, c, height, width) to (n, c)."""
+    """The mean of each channel: (n, c, height, width) to (n, c)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
@@ -110,7 +110,7 @@ def convolution(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions and what came in, batch norm after each convolution, ReLU after the sum."""
+    """The sum of the input and two convolutions. Batch norm follows each convolution, ReLU follows the sum."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -142,7 +142,7 @@ def vgg(width: int = 24) -> nn.Module:
 
 
 class DenseLayer(nn.Module):
-    """What came in and, beside it, `growth` channels more: batch norm, ReLU, convolution."""
+    """The input with `growth` more channels, made by batch norm, ReLU and a convolution."""
 
     def __init__(self, c_in: int, growth: int):
         super().__init__()
@@ -165,7 +165,7 @@ def densenet(width: int = 16, growth: int = 8, depth: int = 4) -> nn.Module:
 
 
 def plain(width: int = 16, depth: int = 12) -> nn.Module:
-    """Convolutions with batch norm and ReLU one after another, without any way around them."""
+    """Convolutions with batch norm and ReLU, one after another, without shortcuts."""
     layers = [convolution(1, width, 2), *(convolution(width, width) for _ in range(depth - 1))]
     return nn.Sequential(*layers, Mean(), nn.Linear(width, 10))
 
@@ -178,7 +178,7 @@ def _twice(c_in: int, c_out: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Noisy pictures (n, 3, side, side) to pictures without their noise, which is what the network itself finds."""
+    """Noisy pictures (n, 3, side, side) to pictures without noise. The network computes the noise, which is subtracted."""
 
     def __init__(self, width: int = 12):
         super().__init__()

@@ -1,12 +1,12 @@
-"""Errors beside the gradient's own noise: `python -m tools.studies.reviewers noise [--tasks gpt resnet lstm] [--largest 1024]`.
+"""Compare errors with the noise of gradients: `python -m tools.studies.reviewers noise [--tasks gpt resnet lstm]`.
 
-A network that was trained exactly for a while gives its gradient on many batches of one size, exact and coded. The noise is the
-gradient's standard deviation between batches; it falls with the size of the batch. The error has a part that averages out over
-batches, which falls too, and a systematic one, which does not: how large may a batch be before the error shows?
+A network is trained exactly for a while. Then its gradient is taken on many batches of one size, exact and coded. The noise is
+the gradient's standard deviation between batches; it falls with the size of the batch. One part of the error averages out over
+batches, and falls too. The systematic part does not. How large may a batch be before the error matters?
 
-Each size is measured by itself, none scaled from another. All is relative to the mean gradient of the largest batches. Dropout
-draws the same masks for exact and coded steps. Past the largest batch, it is reckoned where the error would show: from there on
-the part that averages out keeps its share of the noise, and the share of the systematic one grows as the root of the batch.
+Each size is measured by itself. All figures are relative to the mean gradient of the largest batches. Dropout draws the same
+masks for exact and coded steps. For batches above the largest one, the figures are extrapolated: the part that averages out
+keeps its share of the noise, and the share of the systematic part grows with the square root of the batch.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ NAME = "noise"
 BITS = (4, 5, 8)
 SAMPLES = {4: 32, 16: 32, 64: 16, 256: 12, 1024: 8}  # size of a batch -> how many of them
 SHOWN = 64  # the size whose layers are drawn
-MARKS = (0.1, 1.0)  # of error over noise: an order of magnitude below, and as large
-NEGLIGIBLE = 1e-3  # of the whole gradient's norm: layers with less have no gradient but rounding
+MARKS = (0.1, 1.0)  # marks of error over noise: an order of magnitude below, and equal
+NEGLIGIBLE = 1e-3  # part of the whole gradient's norm; the gradient of layers with less is only rounding
 
 
 def layer_of(name: str) -> str:
-    """The layer of a parameter: its module, and of a recurrent one the layer in it.
+    """The layer of a parameter: its module; in a recurrent module, the layer in it.
 
     >>> layer_of("between.0.qkv.weight"), layer_of("layers.bias_hh_l1"), layer_of("position")
     ('between.0.qkv', 'layers.l1', 'position')
@@ -55,7 +55,7 @@ def layer_of(name: str) -> str:
 
 
 def gradients(task: Task, model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """By layer, and of ALL, the gradient of each batch: (batches, parameters)."""
+    """Layer, or ALL -> the gradient of each batch: (batches, parameters)."""
 
     def loss(batch: Batch, number: int) -> Tensor:
         torch.manual_seed(number)
@@ -66,9 +66,9 @@ def gradients(task: Task, model: nn.Module, batches: Sequence[Batch]) -> dict[st
 
 
 def spread(vectors: Tensor) -> tuple[float, float]:
-    """Of vectors (n, parameters): the norm of their mean, without what chance adds to it, and their deviation from the mean.
+    """The norm of the mean of vectors (n, parameters), without what chance adds to it; and their deviation from the mean.
 
-    The mean of n vectors is longer than the true mean: by the variance over n, in squares.
+    The squared norm of the mean of n vectors is on average larger than that of the true mean, by the variance over n.
     """
     variance = float(vectors.var(dim=0).sum())
     mean = float(vectors.mean(0).square().sum()) - variance / len(vectors)
@@ -108,7 +108,7 @@ def study(task: str, steps: int, largest: int) -> dict[str, Any]:
 
 
 def _norms(exact: dict[str, Tensor]) -> dict[str, float]:
-    """Of the mean gradient by group, the whole last; groups that have none are left out."""
+    """Norms of the mean gradient by group, the whole last. Groups without a gradient are left out."""
     norms = {group: spread(vectors)[0] for group, vectors in exact.items()}
     whole = norms.pop(ALL)
     return {**{group: norm for group, norm in norms.items() if norm > NEGLIGIBLE * whole}, ALL: whole}
@@ -129,7 +129,7 @@ def ratios(run: Run, part: str = "error") -> dict[str, dict[int, dict[str, float
 def crossing(points: dict[int, float], mark: float) -> str:
     """The batch at which the ratio first passes the mark, on lines between the points in logarithms.
 
-    Beyond what was measured it is said to be so.
+    Outside of the measured range, it is given as "> largest" or "< smallest".
 
     >>> crossing({4: 0.1, 16: 0.4, 64: 1.6}, 0.2), crossing({4: 0.1, 16: 0.4}, 1), crossing({4: 0.1, 16: 0.4}, 0.01)
     ('8', '> 16', '< 4')
@@ -145,7 +145,7 @@ def crossing(points: dict[int, float], mark: float) -> str:
 
 
 def beyond(run: Run, bits: str, mark: float) -> str:
-    """`crossing` of the whole gradient, and where it lies past the largest batch, where it is reckoned to be."""
+    """`crossing` of the whole gradient. If it is above the largest batch, also the extrapolated batch."""
     points = _points(run, bits, "error")
     found = crossing(points, mark)
     if not found.startswith(">"):
@@ -160,7 +160,8 @@ def _points(run: Run, bits: str, part: str) -> dict[int, float]:
 
 
 def table(runs: Iterable[Run]) -> Table:
-    """By task and bits: error over noise for each size, the worst layer's, and where the whole passes MARKS."""
+    """One row for each task and bits: error over noise for each size, that of the worst layer, and the batches at which the
+    whole gradient passes MARKS."""
     runs = list(runs)
     sizes = sorted({int(size) for each in runs for size in each["sizes"]})
     marks = [f"passes\n{mark:g} at" for mark in MARKS]
@@ -180,17 +181,17 @@ def table(runs: Iterable[Run]) -> Table:
 
 
 def sentence(runs: Iterable[Run]) -> str:
-    """What the numbers say."""
+    """A sentence that sums up the numbers."""
     found = [f"{run['task']}, {bits} bits: {beyond(run, bits, MARKS[0])}" for run in runs for bits in ("4", "8")]
     return f"The error reaches a tenth of the noise at batches of this many samples: {'; '.join(found)}."
 
 
 def main(arguments: list[str]) -> None:
-    """Measure what is missing, and show all."""
+    """Measure the missing tasks, and show all results."""
     description = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(f"python -m tools.studies.reviewers {NAME}", description=description)
     parser.add_argument("--tasks", nargs="*", choices=[*TASKS], default=["gpt", "resnet", "lstm"], help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="of exact training before (%(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="of exact training before the measurement (%(default)s)")
     parser.add_argument("--largest", type=int, default=max(SAMPLES), help="batch that is measured (%(default)s)")
     chosen = parser.parse_args(arguments)
     store = Runs(NAME)

@@ -1,7 +1,7 @@
 """Four optimizers on three networks, exact and with 8 to 3 bits.
 
 `python -m tools.studies.reviewers optimizers [--tasks gpt resnet lstm] [--optimizers sgd adam] [--labels exact 4] [--seeds 3]`
-A run that the study of architectures has made, with the same optimizer at the same rate, is taken from there.
+Runs that the study of architectures has made with the same optimizer and rate are taken from there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RATES = {  # by task and optimizer: the best of three or so for exact training, 
 
 
 def work(task: str, optimizer: str, label: str, seed: int, steps: int) -> Run:
-    """One run, or the same one of the study of architectures."""
+    """One run. It is taken from the study of architectures if that has the same run."""
     this, rate = TASKS[task], RATES[task][optimizer]
     if (optimizer, rate) == (this.optimizer, this.rate):
         for same in chosen(Runs(architectures.NAME), task=task, label=label, seed=seed, steps=steps):
@@ -67,7 +67,7 @@ def lines(runs: Sequence[Run]) -> dict[str, dict[str, comparison.Line]]:
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
-    """For each number of bits, of how many pairs of network and optimizer codes leave the final loss where exact runs end."""
+    """A sentence for each number of bits: for how many pairs of network and optimizer coded runs end where exact runs end."""
     found = [line for by_optimizer in lines(runs).values() for line in by_optimizer.values()]
     texts = []
     for bits in map(int, LABELS[1:]):

@@ -1,4 +1,4 @@
-"""The pictures of what runs cost in final loss."""
+"""The pictures of final losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _LINEAR = 1.0  # percent to either side of zero where the axis is linear
 
 
 def plot_distances(panels: dict[str, dict[str, Line]], title: str, columns: int = 5) -> Figure:
-    """A panel a task, a line a way: final losses above exact ones against bits; the band is the spread of exact runs."""
+    """Distances of final losses from exact ones, against bits: a panel for each task, a line for each way. The band is the
+    spread of exact runs."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(2.1 * columns, 5.6) + 0.4, 2.3 * rows + 0.8), layout="constrained")

@@ -17,7 +17,7 @@ COLORS = ("0.35", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"
 
 
 def panels(titles: Sequence[str], width: float = 4.2, height: float = 3.8) -> tuple[Figure, list[Axes]]:
-    """One panel beside another, each with its title."""
+    """Panels side by side, each with its title."""
     figure = Figure(figsize=(width * len(titles) + 0.4, height), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(1, len(titles))).flat)
     for axis, title in zip(axes, titles, strict=True):
@@ -33,12 +33,12 @@ def _clear(axis: Axes) -> None:
 
 
 def legend(figure: Figure, axis: Axes, columns: int) -> None:
-    """What stands for what in that panel, below all of them."""
+    """Draw the legend of that panel below all panels."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def plot_batches(cases: dict[tuple[str, int], dict[str, int]], labels: Sequence[str]) -> Figure:
-    """Largest batches over exact ones, their sizes above the bars, a panel for each number of bytes.
+    """Bars of the largest batches relative to exact ones, with their sizes above: a panel for each number of bytes.
 
     cases: (task, MiB) -> label -> batch; the first label is that of exact steps.
     """
@@ -94,7 +94,7 @@ def plot_rival(cases: dict[str, dict[str, Distance]], labels: Sequence[str]) -> 
 
 
 def plot_ratios(tasks: dict[str, dict[str, Any]], size: int) -> Figure:
-    """Above, error over noise by layer for batches of that size; below, of the whole gradient against the size of the batch.
+    """Error over noise: above by layer, for batches of that size; below of the whole gradient, against the size of the batch.
 
     tasks: task -> "layers", and "ratios": bits -> size -> layer -> error over noise; ALL stands for the whole gradient.
     """

@@ -1,8 +1,9 @@
-"""Training in 8 bits beside codes: `python -m tools.studies.reviewers rival [--tasks resnet vgg] [--seeds 3] [--steps 1000]`.
+"""Compare 8-bit training with codes: `python -m tools.studies.reviewers rival [--tasks resnet vgg] [--seeds 3] [--steps 1000]`.
 
-The rival is that of Banner et al. (`baselines.eight_bit_trained`): range batch norm, 8-bit weights and activations, and 8-bit
-gradients where they go on to the layer below. Codes and naive quantization of activations are trained on the same batches from
-the same weights. Bytes kept are counted for exact steps and codes, and reckoned for the rival; naive runs hold values.
+The rival is the method of Banner et al. (`baselines.eight_bit_trained`): range batch norm, 8-bit weights and activations, and
+8-bit gradients for the layer below. Codes and naive quantization of activations are trained on the same batches from the same
+weights. Bytes kept are measured for exact steps and codes, and computed for the rival. Naive runs hold values, so they have
+none.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ STUDIED = {task.name: task for task in (TASKS["resnet"], TASKS["vgg"], TASKS["de
 
 
 def work(task: str, label: str, seed: int, steps: int) -> Run:
-    """One network trained in one way, and the bytes that a step keeps, None where values are held."""
+    """Train one network in one way. Its bytes kept by a step are None if it holds values."""
     this = STUDIED[task]
     found = trained(this, start(this, label, seed, WAYS), seed, steps)
     if label == RIVAL:
@@ -73,7 +74,7 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def sentence(runs: Sequence[Run]) -> str:
-    """What the numbers say."""
+    """A sentence that sums up the numbers."""
     found = distances(runs)
 
     def said(label: str) -> str:

@@ -13,14 +13,14 @@ from typing import Any
 
 from tools.studies import common
 
-Run = dict[str, Any]  # what tells it from others, and what was found
+Run = dict[str, Any]  # the entries that identify it, and its results
 
 
 class Runs:
-    """Those in directory/reviewers_STUDY.json.
+    """The runs in directory/reviewers_STUDY.json.
 
-    A run that stands there is not run again. While a process is at a run, others pass it by; a process that is killed loses its
-    claim with its life.
+    A run in this file is not run again. While a process works on a run, others skip it. If that process is killed, its lock is
+    released.
     """
 
     def __init__(self, study: str, directory: Path | None = None):
@@ -36,7 +36,7 @@ class Runs:
             common.write(self.name, {"runs": [*self, run]}, self.directory)
 
     def fill(self, wanted: Iterable[Run], work: Callable[..., Run]) -> None:
-        """Add each of the wanted runs that is not there. What tells it from others are the arguments of `work`."""
+        """Add each wanted run that is missing. The arguments of `work` identify a run."""
         for each in wanted:
             with self._locked(json.dumps(each, sort_keys=True), wait=False) as claimed:
                 if claimed and not any(each.items() <= run.items() for run in self):

@@ -1,4 +1,4 @@
-"""Tables for activations alone, on the GPT: what is learned with each, and how far each is from the derivative.
+"""Only activations are coded, on the GPT: the final loss with each table, and the table's distance from the derivative.
 
 `python -m tools.studies.reviewers sensitivity [--labels exact "level, student, 2 bits"] [--seeds 2] [--steps 600]`
 Only the codes of GELU differ; all else is exact.
@@ -26,7 +26,7 @@ from tools.studies.reviewers.training import EXACT
 NAME = "sensitivity"
 TASK = "gpt"
 BITS = (1, 2, 3, 4)
-WIDTH = 20.0  # of the domain of tables, from -10 to 10: a uniform weight's error times it is the plain integral
+WIDTH = 20.0  # of the domain of tables, -10 to 10; the error under a uniform weight times it is the plain integral
 TABLES = (  # coding and weight; "uniform" codes are equal bins over three deviations to either side
     ("level", "student"),
     ("level", "normal"),
@@ -40,7 +40,7 @@ SHIPPED_ELSEWHERE = {("selu", 2): 0.380, ("hardswish", 4): 0.260}  # by the auth
 
 
 def with_tables(model: nn.Module, coding: str, weight: str, bits: int) -> nn.Module:
-    """The model, whose activations are coded with tables of that design; all else stays exact."""
+    """The model with activations coded by tables of that design. All else stays exact."""
     fewbit.convert(model, bits={"activation": bits})
     for module in model.modules():
         if isinstance(module, fewbit.GELU):
@@ -67,7 +67,7 @@ LABELS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def work(label: str, seed: int, steps: int) -> Run:
-    """One run; an exact one says, too, how wrong the gradient of its trained model would be with each table."""
+    """One run. An exact run also gives the gradient error that its trained model would have with each table."""
     task = TASKS[TASK]
     model = training.start(task, label, seed, LABELS)
     found = training.trained(task, model, seed, steps)
@@ -98,14 +98,14 @@ def _gradient_error(runs: Sequence[Run], label: str) -> str:
 
 
 def integral(activation: str, bits: int, coding: str = "level") -> float:
-    """∫ (f' - q)² dx over the domain of the table with the least of it."""
+    """The least ∫ (f' - q)² dx of any table, over the domain of tables."""
     found = fewbit.design(activation, bits=bits, weight="uniform", coding=coding).mse
     assert isinstance(found, float), "a table of the derivative alone has one error"
     return WIDTH * found
 
 
 def integrals() -> Table:
-    """The least integrals beside those of tables that others ship."""
+    """The least integrals, compared with those of tables that others ship."""
     view = terminal.table(("activation", "bits"), ("shipped elsewhere", "interval", "level"))
     for (activation, bits), theirs in SHIPPED_ELSEWHERE.items():
         ours = (f"{integral(activation, bits, coding):.4f}" for coding in ("interval", "level"))
@@ -120,7 +120,7 @@ def lines(runs: Sequence[Run]) -> dict[str, dict[str, comparison.Line]]:
 
 
 def sentences(runs: Sequence[Run]) -> list[str]:
-    """For each number of bits the tables that cost least and most, beside the spread of exact runs."""
+    """A sentence for each number of bits: the tables that cost least and most, and the spread of exact runs."""
     texts = []
     for bits in BITS:
         found = {name: line.distances[bits] for name, line in lines(runs)[TASK].items() if bits in line.distances}

@@ -1,4 +1,4 @@
-"""Ten small tasks: a network, batches for it, its loss, and how well it does on what was held out."""
+"""Ten small tasks: a network, its batches, its loss, and a measure of how well it does on held-out data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tools.studies.reviewers import data, networks
 Tensor = torch.Tensor
 Batch = tuple[Tensor, ...]
 
-STRETCHES, TOKENS, STEPS_BACK = 12, 64, 48  # of text in a batch; characters of each; those of recurrent networks
+STRETCHES, TOKENS, STEPS_BACK = 12, 64, 48  # parts of text in a batch; characters of each; the same for recurrent networks
 PICTURES, CROPS, SIDE = 24, 6, 32
-MASK, MASKED = 0, 0.15  # the character that hides others, and the share of them that it hides
+MASK, MASKED = 0, 0.15  # the character that masks others, and the share that is masked
 NO_TARGET = -100  # cross_entropy's ignore_index
-NOISE = 0.15  # its standard deviation, where colours go from -0.5 to 0.5
+NOISE = 0.15  # standard deviation of the noise; colours go from -0.5 to 0.5
 HELD_OUT_BATCHES = 8
 
 
@@ -39,7 +39,7 @@ class Task(NamedTuple):
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode and without gradients; afterwards in the mode that it was in."""
+    """A context with the model in evaluation mode and without gradients. Afterwards it is in its former mode."""
     mode = model.training
     try:
         with torch.no_grad():
@@ -49,13 +49,14 @@ def evaluation(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def next_characters(text: Tensor, tokens: int, sampler: torch.Generator) -> Batch:
-    """Stretches of the text (STRETCHES, tokens), and the same moved on by one character."""
+    """Random parts of the text (STRETCHES, tokens), and the same moved by one character."""
     stretches = _stretches(text, tokens + 1, sampler)
     return stretches[:, :-1], stretches[:, 1:]
 
 
 def masked_characters(text: Tensor, tokens: int, sampler: torch.Generator) -> Batch:
-    """Stretches of the text with some characters masked, and those characters where they are, NO_TARGET elsewhere."""
+    """Parts of the text with some characters masked. The target has these characters in their places, and NO_TARGET
+    elsewhere."""
     stretches = _stretches(text, tokens, sampler)
     masked = torch.rand(stretches.shape, generator=sampler) < MASKED
     return stretches.masked_fill(masked, MASK), stretches.masked_fill(~masked, NO_TARGET)
@@ -74,7 +75,7 @@ def some_pictures(sampler: torch.Generator) -> Batch:
 
 
 def some_crops(sampler: torch.Generator) -> Batch:
-    """Random crops of the training photographs, half of each: noisy, and without the noise."""
+    """Random crops of the training photographs, half of them from each: noisy, and without noise."""
     photographs, _ = data.photographs()
     return _noisy(torch.cat([data.crops(each, CROPS // 2, SIDE, sampler) for each in photographs]), sampler)
 
@@ -84,7 +85,7 @@ def _noisy(crops: Tensor, sampler: torch.Generator) -> Batch:
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy, in nats; classes are the last dimension of what the model gives."""
+    """Mean cross-entropy, in nats. Classes are the last dimension of the model's output."""
     inputs, targets = batch
     return cross_entropy(model(inputs).flatten(0, -2), targets.flatten(), ignore_index=NO_TARGET)
 
@@ -96,7 +97,7 @@ def denoising_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def classified(model: nn.Module, batches: list[Batch]) -> dict[str, float]:
-    """The mean loss of the targets of all batches, and the share of them that get the greatest logit."""
+    """The mean loss over the targets of all batches, and the share of them with the largest logit."""
     total, right, number = 0.0, 0, 0
     with evaluation(model):
         for inputs, targets in batches:
@@ -109,18 +110,18 @@ def classified(model: nn.Module, batches: list[Batch]) -> dict[str, float]:
 
 
 def held_out_text(make: Callable[[Tensor, int, torch.Generator], Batch], tokens: int, model: nn.Module) -> dict[str, float]:
-    """How well characters of the held-out text are found, always the same ones."""
+    """Loss and accuracy on characters of the held-out text, always the same ones."""
     sampler = torch.Generator().manual_seed(0)
     return classified(model, [make(data.text()[1], tokens, sampler) for _ in range(HELD_OUT_BATCHES)])
 
 
 def held_out_pictures(model: nn.Module) -> dict[str, float]:
-    """How well the labels of the held-out pictures are found."""
+    """Loss and accuracy on the labels of the held-out pictures."""
     return classified(model, [data.pictures()[1]])
 
 
 def held_out_crops(model: nn.Module) -> dict[str, float]:
-    """The mean squared error on noisy crops of what was held out, always the same, and the peak signal-to-noise ratio in dB."""
+    """The mean squared error and the peak signal-to-noise ratio in dB on noisy held-out crops, always the same ones."""
     sampler = torch.Generator().manual_seed(0)
     batch = _noisy(data.crops(data.photographs()[1], CROPS * HELD_OUT_BATCHES, SIDE, sampler), sampler)
     with evaluation(model):
@@ -157,5 +158,5 @@ _ALL = (
     _on_text("swiglu", networks.swiglu, 4e-3),
     Task("unet", networks.UNet, some_crops, denoising_loss, held_out_crops, "adamw", 5e-3),
 )
-PLAIN = _on_pictures("plain", networks.plain, "sgd", 0.05)  # deep and without ways around: for the ablation
+PLAIN = _on_pictures("plain", networks.plain, "sgd", 0.05)  # deep and without shortcuts, for the ablation
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -1,4 +1,4 @@
-"""How the tasks are trained: the same batches, masks of dropout and first weights for every way with the same seed."""
+"""How the tasks are trained. For every way, the same seed gives the same batches, dropout masks and first weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Tensor = torch.Tensor
 
 EXACT = "exact"
 BITS = ("8", "6", "5", "4", "3", "2")
-LEAST = 0.02  # the last learning rate over the greatest
-SHARE = 12  # the warm-up is a SHAREth of all steps, and the last SHAREth of them is what the final loss is the mean of
-CURVE = 50  # points, each the mean of its share of the losses
+LEAST = 0.02  # the last learning rate, relative to the largest
+SHARE = 12  # the warm-up is 1/SHARE of all steps; the final loss is the mean over the last 1/SHARE of them
+CURVE = 50  # points of a curve, each the mean of its share of the losses
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]] = {
     "sgd": lambda parameters, rate: torch.optim.SGD(parameters, rate, momentum=0.9),
@@ -39,7 +39,7 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 class WithLoss(nn.Module):
-    """A model and its task: a batch to the loss."""
+    """A module of a model and its task. It maps a batch to the loss."""
 
     def __init__(self, task: Task, model: nn.Module):
         super().__init__()
@@ -50,7 +50,7 @@ class WithLoss(nn.Module):
 
 
 def height(step: int, steps: int) -> float:
-    """The learning rate of a step over the greatest: a line up, then half a cosine down to LEAST.
+    """The learning rate of a step, relative to the largest. It rises linearly, then falls along half a cosine to LEAST.
 
     >>> [round(height(step, 1200), 3) for step in (0, 99, 649, 1199)]
     [0.01, 1.0, 0.511, 0.02]
@@ -64,7 +64,7 @@ def height(step: int, steps: int) -> float:
 def train(
     task: Task, model: nn.Module, steps: int, seed: int, optimizer: str | None = None, rate: float | None = None
 ) -> list[float]:
-    """Losses of so many steps; the seed orders the batches and draws the masks of dropout."""
+    """Train for so many steps, and return the losses. The seed determines the batches and the dropout masks."""
     greatest = task.rate if rate is None else rate
     stepper = OPTIMIZERS[optimizer or task.optimizer](model.parameters(), greatest)
     sampler, losses = torch.Generator().manual_seed(seed), []
@@ -81,7 +81,7 @@ def train(
 
 
 def start(task: Task, label: str, seed: int, ways: dict[str, Callable[[nn.Module], nn.Module]] = WAYS) -> nn.Module:
-    """The model to train in that way, its weights from the seed."""
+    """The model to train in that way, with weights from the seed."""
     torch.manual_seed(seed)
     return ways[label](task.make())
 
@@ -89,7 +89,7 @@ def start(task: Task, label: str, seed: int, ways: dict[str, Callable[[nn.Module
 def trained(
     task: Task, model: nn.Module, seed: int, steps: int, optimizer: str | None = None, rate: float | None = None
 ) -> Run:
-    """Train the model; what came of it."""
+    """Train the model, and return the results."""
     kept = kept_bytes(task, model)
     began = time.perf_counter()
     losses = train(task, model, steps, seed, optimizer, rate)
@@ -104,7 +104,7 @@ def trained(
 
 
 def smoothed(losses: list[float], points: int = CURVE) -> list[float]:
-    """Means of so many stretches of the losses, or all where they are fewer.
+    """The losses as `points` means over equal parts, or all losses if there are fewer.
 
     >>> smoothed([4.0, 2.0, 1.0, 1.0], points=2)
     [3.0, 1.0]
@@ -115,27 +115,27 @@ def smoothed(losses: list[float], points: int = CURVE) -> list[float]:
 
 
 def batches(task: Task, number: int, seed: int = 1000) -> list[Batch]:
-    """Training batches that no run begins with."""
+    """Training batches with which no run begins."""
     sampler = torch.Generator().manual_seed(seed)
     return [task.sample(sampler) for _ in range(number)]
 
 
 def kept_bytes(task: Task, model: nn.Module) -> int:
-    """Bytes that a step keeps for backward, those of the loss among them."""
+    """Bytes that a step keeps for backward, including those of the loss."""
     return common.kept_bytes(WithLoss(task, model), batches(task, 1)[0])
 
 
 def gradients(task: Task, model: nn.Module, number: int = 4, group_of: Callable[[str], str] = str) -> list[common.Gradients]:
-    """Of the loss of each of so many batches, by groups of parameters."""
+    """The gradients of the loss of each batch, by groups of parameters."""
 
     def loss(batch: Batch) -> Tensor:
-        torch.manual_seed(0)  # for the same masks of dropout
+        torch.manual_seed(0)  # for the same dropout masks
         return task.loss(model, batch)
 
     return [common.gradients(model, partial(loss, batch), group_of) for batch in batches(task, number)]
 
 
 def gradient_error(task: Task, model: nn.Module, coded: nn.Module, number: int = 4, **options: Any) -> float:
-    """Relative error of the coded model's gradient against the exact one's, the mean over batches."""
+    """The relative error of the coded model's gradient, averaged over batches."""
     exact, other = (gradients(task, each, number, **options) for each in (model, coded))
     return common.gradient_errors(exact, other)[common.ALL]

@@ -1,8 +1,8 @@
-"""Does `fewbit.fidelity` tell beforehand what the study of architectures has found in the end?
+"""Does `fewbit.fidelity` predict the results of the study of architectures?
 
 `python -m tools.studies.reviewers verdicts [--tasks gpt resnet] [--steps 1000]`
-Each network is trained exactly for a part of its schedule, from the first seed; then comes the verdict on each number of bits.
-Beside it stands how far above exact the runs of `architectures` have ended, as far as they are there.
+Each network is trained exactly for a part of its schedule, from the first seed. Then fidelity gives a verdict on each number of
+bits. The verdict is compared with how far above exact the runs of `architectures` have ended, if these runs exist.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tools.studies.reviewers.training import EXACT
 
 NAME = "verdicts"
 BITS = (8, 5, 4, 3, 2)
-PART, BATCHES = 4, 8  # of the schedule that is trained: one of so many parts; batches of which the gradient is looked at
+PART, BATCHES = 4, 8  # one of so many parts of the schedule is trained; so many batches are used for the gradient
 LEVELS = {"safe": "tab:green", "doubtful": "tab:orange", "unsafe": "tab:red", "unknown": "0.6"}
 _MARKERS: dict[int, str] = dict(zip(BITS, "os^Dv", strict=True))
 
 
 def work(task: str, seed: int, steps: int) -> Run:
-    """By bits: the level of the verdict, and the gradient's error over its noise."""
+    """Bits -> the level of the verdict, and the gradient's error over its noise."""
     this = TASKS[task]
     model = training.start(this, EXACT, seed)
     training.train(this, model, steps // PART, seed)
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 def cases(runs: Sequence[Run], steps: int) -> list[Case]:
-    """All that both studies know of."""
+    """The cases that both studies know."""
     lines, known = architectures.lines(chosen(Runs(architectures.NAME), steps=steps)), []
     for run in chosen(runs, steps=steps, seed=0):
         if run["task"] not in lines:
@@ -73,7 +73,7 @@ def cases(runs: Sequence[Run], steps: int) -> list[Case]:
 
 
 def table(known: Sequence[Case]) -> Table:
-    """By network and bits."""
+    """One row for each network and number of bits."""
     view = terminal.table(("task", "bits"), ("error over noise", "verdict", "loss above exact", "within the spread of exact"))
     for each in known:
         share = "–" if each.share is None else f"{each.share:.1%}"
@@ -82,7 +82,7 @@ def table(known: Sequence[Case]) -> Table:
 
 
 def sentences(known: Sequence[Case]) -> list[str]:
-    """How often each verdict was right, and what it cost where it was not."""
+    """How often each verdict was right, and how large the loss was if it was not."""
     texts = []
     for level in LEVELS:
         own = [each for each in known if each.level == level]
@@ -96,7 +96,7 @@ def sentences(known: Sequence[Case]) -> list[str]:
 
 
 def plot(known: Sequence[Case]) -> Figure:
-    """The loss above exact against the error over noise that was seen beforehand."""
+    """The loss above exact, against the error over noise that was measured before training."""
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axis = figure.subplots()
     for each in known:

@@ -1,14 +1,14 @@
-"""A zoo of models, converted: `python -m tools.studies.zoo [NAME or family ...] [--list]`.
+"""Convert a zoo of models: `python -m tools.studies.zoo [NAME or family ...] [--list]`.
 
-Tiny models with random weights, in training mode with dropout as they come: of torch's layers, written out by hand, and of
-transformers, timm, torchvision and diffusers, as far as these are installed. Of each model, at 4 bits: the bytes kept for
-backward over those of the exact model, by `fewbit.convert` alone and with `fewbit.patch` besides; how far the plan is from
-them; the error of the gradient over all parameters, also at 8 bits, with the same random numbers for dropout; whether the
-output, the buffers and the state of random numbers have the same bits, also those of a deep copy; and which operations of
-torch's still keep something. What fails is told, and does not stop the others. At the end: quantiles over models, and what is
-left, by operation.
+The models are tiny and have random weights. They run in training mode with their own dropout. They are made of torch's layers,
+written out by hand, or come from transformers, timm, torchvision and diffusers, if these are installed. The figures of each
+model, at 4 bits, are: the bytes kept for backward relative to the exact model, with `fewbit.convert` alone and with
+`fewbit.patch` in addition; the error of the plan in predicting these bytes; the error of the gradient over all parameters, also
+at 8 bits, with the same random numbers for dropout; whether the output, the buffers and the state of random numbers have the
+same bits, also in a deep copy; and which of torch's own operations still keep something. Failures are printed and do not stop
+other models. At the end there are quantiles over models, and what is still kept, by operation.
 
-Tables go to the terminal and, of the whole zoo, as JSON to tools/results/.
+Tables are printed. Those of the whole zoo are also written to tools/results/ as JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tools.studies.zoo import (
 from tools.studies.zoo.entry import Entry
 from tools.studies.zoo.measure import Row, measure
 
-# the package that models need, and what lists them
+# the package that models need, and the function that lists them
 SOURCES: list[tuple[str | None, Callable[[], Iterator[Entry]]]] = [
     (None, torch_models.entries),
     (None, written_models.entries),
@@ -60,12 +60,12 @@ def available() -> tuple[list[Entry], dict[str, str]]:
 
 
 def chosen(entries: Iterable[Entry], names: list[str]) -> list[Entry]:
-    """Those of these names or families; all without any."""
+    """The models of these names or families; all models if there are no names."""
     return [each for each in entries if not names or each.name in names or each.family in names]
 
 
 def measure_all(console: Console, entries: list[Entry]) -> dict[str, Any]:
-    """Print, and give, the figures of these models; of those that were measured, where an interrupt ends that."""
+    """Print and return the figures of these models. After an interrupt, only of those that were measured."""
     rows: dict[str, Row] = {}
     with terminal.progress("models", len(entries)) as advance, suppress(KeyboardInterrupt):
         for each in entries:
@@ -79,7 +79,7 @@ def measure_all(console: Console, entries: list[Entry]) -> dict[str, Any]:
             itself = row["exact differs from itself"]
             console.print(f"{name}: {', '.join(row['differ'])} differ" + (f"; exact from itself: {itself}" if itself else ""))
     left, found = report.what_is_left(rows), report.summary(rows)
-    console.print("\nWhat coded models keep, by what keeps it: mean over models\n", report.left_table(left), "")
+    console.print("\nWhat coded models keep, by operation: mean over models\n", report.left_table(left), "")
     for line in report.lines(found):
         console.print(line, soft_wrap=True)
     return {"summary": found, "left": left, "models": rows}

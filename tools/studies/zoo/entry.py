@@ -18,8 +18,8 @@ BATCH, TOKENS, VOCABULARY, WIDTH, CLASSES = 4, 32, 128, 64, 10
 class Entry(NamedTuple):
     """A model of the zoo.
 
-    make   builds the model, its weights drawn from torch's random numbers
-    batch  draws what it is called with; the output then has a `loss`
+    make   builds the model, with weights from torch's random numbers
+    batch  draws the arguments of a call; the output then has a `loss`
     """
 
     name: str
@@ -42,7 +42,7 @@ class WithLoss(nn.Module):
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Of classes in the last dimension."""
+    """The loss over classes in the last dimension."""
     return functional.cross_entropy(output.flatten(0, -2), target.flatten())
 
 
@@ -52,11 +52,11 @@ def images(size: int = 32, count: int = BATCH, channels: int = 3) -> tuple[Tenso
 
 
 def tokens(count: int = BATCH) -> tuple[Tensor, Tensor]:
-    """Sequences of numbers of tokens, and those that come next."""
+    """Sequences of tokens, and the next tokens."""
     drawn = torch.randint(VOCABULARY, (count, TOKENS + 1))
     return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
 
 
 def sequences(width: int = WIDTH) -> tuple[Tensor, Tensor]:
-    """Sequences of vectors, and vectors to be told."""
+    """Sequences of vectors, and target vectors."""
     return torch.randn(BATCH, TOKENS, width), torch.randn(BATCH, TOKENS, width)

@@ -1,4 +1,4 @@
-"""What coding makes of one model of the zoo: bytes, errors of gradients, and what is left."""
+"""Measure one coded model of the zoo: bytes, errors of gradients, and what is still kept exactly."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Row = dict[str, Any]
 
 BITS, MORE_BITS = 4, 8
 NEAR_ZERO = 1e-3
-TRIED = 60  # modules, in larger models than that a plan tries no conversions by themselves, which is what takes long
+TRIED = 60  # modules; in larger models, a plan does not try single conversions, which takes long
 
 
 class Pass(NamedTuple):
-    """What a forward and a backward pass left."""
+    """The results of a forward and a backward pass."""
 
     output: list[Tensor]
     buffers: dict[str, Tensor]
@@ -43,7 +43,7 @@ class Pass(NamedTuple):
 
 
 def measure(entry: Entry) -> Row:
-    """All figures of a model. What goes wrong is one of them: `failure` says when, and what was raised."""
+    """All figures of a model. If something goes wrong, `failure` says in which step, and what was raised."""
     row: Row = {"family": entry.family}
     steps = _steps(entry, row)
     doing = "building it"
@@ -59,7 +59,7 @@ def measure(entry: Entry) -> Row:
 
 
 def _steps(entry: Entry, row: Row) -> Iterator[str]:
-    """Enters the figures, and says before each step what is done in it."""
+    """Measure step by step, and enter the figures into the row. Before each step, its name is yielded."""
     _seed(0)
     exact = entry.make().train()
     _without_zeros(exact)
@@ -97,7 +97,7 @@ def _steps(entry: Entry, row: Row) -> Iterator[str]:
 
 
 def one_pass(model: nn.Module, batch: Any) -> Pass:
-    """With the same random numbers each time; changes the model's buffers and gradients."""
+    """Run a pass with the same random numbers each time. It changes the model's buffers and gradients."""
     _seed(1)
     output = run(model, batch)
     loss = loss_in(output)
@@ -111,7 +111,7 @@ def one_pass(model: nn.Module, batch: Any) -> Pass:
 
 
 def differences(one: Pass, other: Pass) -> list[str]:
-    """What does not have the same bits in both, of what a forward pass leaves."""
+    """The names of results of the forward pass that do not have the same bits in both."""
     same = {
         "output": _same(one.output, other.output),
         "buffers": list(one.buffers) == list(other.buffers) and _same(one.buffers.values(), other.buffers.values()),
@@ -123,7 +123,7 @@ def differences(one: Pass, other: Pass) -> list[str]:
 def gradient_error(exact: Pass, other: Pass) -> float:
     """||other - exact|| / ||exact||, over all parameters."""
     missing = exact.gradients.keys() ^ other.gradients.keys()
-    assert not missing, f"{', '.join(sorted(missing)[:3])} got a gradient in one of both alone"
+    assert not missing, f"{', '.join(sorted(missing)[:3])} got a gradient in only one of the two passes"
     both = [
         {common.ALL: torch.cat([each.gradients[name].flatten().double() for name in exact.gradients])}
         for each in (exact, other)
@@ -134,11 +134,10 @@ def gradient_error(exact: Pass, other: Pass) -> float:
 
 
 def left(model: nn.Module, storages: Iterable[Storage], masks: set[Slot]) -> tuple[dict[str, dict[str, int]], int]:
-    """Operation -> class of the module that runs it -> bytes kept by torch's own operations; and the bytes of all the rest,
-    codes and what is kept beside them.
+    """Bytes kept by torch's own operations: operation -> class of the module that runs it -> bytes. And the bytes of all the
+    rest: codes, and what is kept with them.
 
-    A storage that several operations keep counts for each of them in equal parts. Of masks an operation is told apart from the
-    same of other tensors.
+    A storage that several operations keep counts for each of them in equal parts. Operations on masks are listed separately.
     """
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     found: dict[str, Counter[str]] = {}
@@ -157,10 +156,10 @@ def left(model: nn.Module, storages: Iterable[Storage], masks: set[Slot]) -> tup
 
 
 def masks(model: nn.Module, batch: Any) -> set[Slot]:
-    """Which of the tensors saved hold no numbers but 0 and one other, as dropout's masks do."""
+    """The saved tensors that only hold 0 and one other number, as dropout's masks do."""
 
     def roles() -> dict[int, str]:
-        # the collector knows what the hooks of `record` made of the tensors saved, which are still held by the graph
+        # the hooks of `record` made tokens of the saved tensors; the graph holds them, and the garbage collector finds them
         tensors = [each.tensor for each in gc.get_objects() if type(each) is saved._Token]
         return {storage_key(each.untyped_storage()): "mask" for each in tensors if _is_mask(each)}
 
@@ -178,7 +177,7 @@ def _is_mask(tensor: Tensor) -> bool:
 
 
 def _own_operations() -> set[str]:
-    """What reports call fewbit's autograd functions."""
+    """The names of fewbit's autograd functions in reports."""
     pending, found = [torch.autograd.Function], set()
     while pending:
         for each in pending.pop().__subclasses__():
@@ -193,8 +192,8 @@ def _without_trials(_: Any, *arguments: Any) -> trials.Outcome:
 
 
 def _without_zeros(model: nn.Module) -> None:
-    """Draw anew the weights that begin at zero or next to it, as those of many heads and of scales of blocks do: hardly any
-    gradient would pass them, and errors would not be seen."""
+    """Draw new weights where they begin at zero or close to it, as in many heads and in scales of blocks. Hardly any gradient
+    would pass through them, and errors would not be visible."""
     for name, parameter in model.named_parameters():
         if "bias" not in name and bool((parameter.abs() < NEAR_ZERO).all()):
             nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.constant_(parameter, 0.1)
@@ -217,7 +216,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _seed(number: int) -> None:
-    """Of all random numbers that models draw: torch's for dropout, the others' for layers left out and masked spans."""
+    """Seed all random numbers that models draw: torch's for dropout, the others for skipped layers and masked spans."""
     random.seed(number)
     np.random.seed(number)  # noqa: NPY002  the one that models draw from
     torch.manual_seed(number)

@@ -1,4 +1,4 @@
-"""What is installed of the packages whose models are in the zoo."""
+"""Which packages with models of the zoo are installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("transformers", "timm", "torchvision", "diffusers")
 
 
 def missing(package: str) -> str:
-    """Why the models of a package are left out; nothing if they are not."""
+    """The reason why the models of a package are left out; empty if they are not."""
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
     try:
@@ -26,13 +26,13 @@ def missing(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of those that are installed."""
+    """Versions of the installed packages."""
     return {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
 
 
 def _with_operators_of_torchvision() -> None:
-    """torchvision's wheels hold operators built for CUDA, which a torch for CPUs cannot load; then it fails at those that it
-    looks up when it is imported. Declared by name alone they let it be imported: no model here calls them."""
+    """Let torchvision be imported. Its wheels hold operators built for CUDA, which a torch for CPUs cannot load. It looks some
+    of them up on import, and fails. Here they are only declared by name; no model of the zoo calls them."""
     if importlib.util.find_spec("torchvision") is None or torch.version.cuda is not None:
         return
     for name in ("nms", "qnms"):

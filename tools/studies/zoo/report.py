@@ -1,4 +1,4 @@
-"""What the zoo's figures come to: a table of models, what is left, and a summary."""
+"""The report on the zoo: a table of models, what is still kept exactly, and a summary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ATTENTION = re.compile("^ScaledDotProduct|ForCpu$")  # of names of attention's 
 
 
 def table(rows: Rows) -> Table:
-    """A model each; `kept` is the bytes kept when coded, over those kept when exact."""
+    """One row for each model. `kept` is the bytes that the coded model keeps, relative to the exact model."""
     left = "operations of torch's own that keep most\nof the rest, and how much of all that is kept"
     columns = (
         "exact,\nKiB",
@@ -60,19 +60,19 @@ def largest(row: Row) -> str:
 
 
 def ratio(row: Row, label: str = "coded") -> float:
-    """Bytes kept over those that the exact model keeps."""
+    """Bytes kept, relative to the exact model."""
     kept = row["kept_bytes"]
     return kept[label] / kept["exact"] if kept["exact"] else 1.0
 
 
 def plan_error(row: Row) -> float:
-    """How far the plan is from what is measured, relative to the latter."""
+    """The relative error of the plan in predicting the measured bytes."""
     kept = row["kept_bytes"]
     return kept["predicted"] / kept["coded"] - 1 if kept["coded"] else 0.0
 
 
 def summary(rows: Rows) -> dict[str, Any]:
-    """Of all models that did not fail."""
+    """The summary over all models that did not fail."""
     good = {name: row for name, row in rows.items() if "failure" not in row}
     found: dict[str, Any] = {
         "models": len(rows),
@@ -100,8 +100,8 @@ def summary(rows: Rows) -> dict[str, Any]:
 
 
 def what_is_left(rows: Rows) -> dict[str, dict[str, Any]]:
-    """Operation of torch's -> its share of all that coded models keep, as a mean over models, how many models it is found in,
-    and the classes of modules that run it, those with most first; "codes" are what fewbit's own operations keep."""
+    """Operation of torch -> its mean share of what coded models keep, the number of models in which it is found, and the
+    classes of modules that run it, those with most bytes first. "codes" are what fewbit's own operations keep."""
     good = [row for row in rows.values() if "failure" not in row and row["kept_bytes"]["coded"]]
     shares: Counter[str] = Counter()
     models: Counter[str] = Counter()
@@ -143,10 +143,10 @@ def lines(found: Mapping[str, Any]) -> Iterable[str]:
     if "kept" in found:
         kept, errors = found["kept"], found["gradient error"]
         yield f"kept at {BITS} bits: median {kept['median']:.3f}, 90th percentile {kept['90th percentile']:.3f} of exact"
-        yield f"kept when patched besides: median {found['kept, patched']['median']:.3f}"
+        yield f"kept when patched too: median {found['kept, patched']['median']:.3f}"
         yield ", ".join(f"{family} {each:.3f}" for family, each in found["kept by family"].items())
         yield f"gradient error: median {errors[str(BITS)]:.4f} at {BITS} bits, {errors[str(MORE_BITS)]:.4f} at {MORE_BITS}"
-        yield f"plan: {found['plan error, worst']:.2%} from what is measured at worst"
+        yield f"plan: at worst {found['plan error, worst']:.2%} from what was measured"
     for label in ("keep more than exact", "keep more when patched besides", "not the same"):
         yield f"{label}: {len(found[label])}" + (f" ({', '.join(found[label])})" if found[label] else "")
 

@@ -16,7 +16,7 @@ _SIZE = 32
 _VIT: Mapping[str, Any] = {"img_size": _SIZE, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
 _DROPS: Mapping[str, Any] = {"drop_rate": 0.1, "drop_path_rate": 0.1}
 _STAGES: Mapping[str, Any] = {"img_size": _SIZE, "depths": (1, 1), **_DROPS}
-# name in timm, or a class and its module -> what makes it small
+# name in timm, or a class and its module -> arguments that make it small
 MODELS: dict[str, Mapping[str, Any]] = {
     "vit_tiny_patch16_224": {**_VIT, **_DROPS},
     "deit3_small_patch16_224": {**_VIT, **_DROPS},

@@ -27,7 +27,7 @@ FAMILY, HEADS = "torch.nn", 4
 
 
 class Tagger(nn.Module):
-    """A recurrent network that tells the next token."""
+    """A recurrent network that predicts the next token."""
 
     def __init__(self, recurrent: Callable[..., nn.Module], **options: object):
         super().__init__()
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions with a shortcut around them."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -66,7 +66,7 @@ class Residual(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Each layer reads all that came before, one after another."""
+    """A dense block: each layer reads the outputs of all layers before it."""
 
     def __init__(self, width: int, growth: int, layers: int):
         super().__init__()
@@ -149,7 +149,7 @@ class Autoencoder(nn.Module):
 
 
 def plain_convolutions() -> nn.Module:
-    """As AlexNet and VGG are built."""
+    """A network built like AlexNet and VGG."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 16), (16, 32)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
@@ -170,7 +170,7 @@ def dense_network() -> nn.Module:
 
 
 def separable_convolutions() -> nn.Module:
-    """As MobileNet is built: by channel, then by place."""
+    """A network built like MobileNet: convolutions by channel, then by place."""
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU6()]
     for stride in (1, 2):
         layers += [nn.Conv2d(16, 16, 3, stride, 1, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6()]
@@ -213,7 +213,7 @@ def decoder(**options: object) -> nn.Module:
 
 
 def initialized(model: nn.Module, *inputs: Tensor) -> nn.Module:
-    """The model, its lazy layers given their shapes."""
+    """The model after a call, which gives its lazy layers their shapes."""
     with torch.no_grad():
         model(*inputs)
     return model

@@ -1,4 +1,4 @@
-"""torchvision's models, on small images; those that can are made small."""
+"""torchvision's models, on small images. Models are made small if their arguments allow it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def masks(count: int = 2, size: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def videos() -> tuple[Tensor, Tensor]:
-    """Short and small ones."""
+    """Short and small videos."""
     return torch.randn(2, 3, 8, 32, 32), torch.randint(CLASSES, (2,))
 
 

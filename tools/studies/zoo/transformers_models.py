@@ -1,4 +1,4 @@
-"""Hugging Face's models from small configurations, with dropout as their configurations have it."""
+"""Hugging Face's models from small configurations, with the dropout of their configurations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Options = Mapping[str, Any]
 
 TEXT, VISION, SOUND = "text", "vision", "sound"
 _HEADS, _SIZE = 4, 32
-# what configurations call their sizes; each takes those that it knows
+# names of sizes in configurations; each configuration takes those that it knows
 _SMALL: Options = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size"), WIDTH),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
@@ -321,7 +321,7 @@ OTHERS: dict[str, tuple[Options, Callable[[], Any]]] = {
 
 
 def entries() -> Iterator[Entry]:
-    """All of them."""
+    """All entries of this file."""
     for name, options in {**CAUSAL, **MASKED, **TO_SEQUENCES}.items():
         yield _entry(name, TEXT, options, _text)
     for name, options in PICTURES.items():
@@ -333,7 +333,7 @@ def entries() -> Iterator[Entry]:
 
 
 def build(name: str, options: Options) -> nn.Module:
-    """The model of that class, of a small configuration with these options."""
+    """The model of that class, from a small configuration with these options."""
     import transformers
 
     cls = getattr(transformers, name)

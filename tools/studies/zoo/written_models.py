@@ -1,5 +1,5 @@
-"""Models written out, as research code does: functional calls, norms and gates of elementary operations, no layer of torch's
-but linear ones and convolutions."""
+"""Models written out as in research code: functional calls, and norms and gates of elementary operations. Their only layers
+from torch are linear ones and convolutions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A block of ConvNeXt: scaled by a parameter, left out at random for some samples."""
+    """A block of ConvNeXt: scaled by a parameter, and skipped at random for some samples."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -59,7 +59,7 @@ class LayerScale(nn.Module):
 
 
 class AdaptiveNorm(nn.Module):
-    """A block of DiT: shifts, scales and gates come from a condition."""
+    """A block of DiT: shifts, scales and gates are computed from a condition."""
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -79,7 +79,7 @@ class AdaptiveNorm(nn.Module):
 
 
 class Diffusion(nn.Module):
-    """Two such blocks on patches of images, with a time embedded by sines."""
+    """Two such blocks on patches of images, with sines as the embedding of time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Diffusion(nn.Module):
 
 
 class Graph(nn.Module):
-    """Messages along edges, gathered from nodes and added up in others."""
+    """Messages along edges: read from nodes, and summed in other nodes."""
 
     def __init__(self, width: int = WIDTH, layers: int = 2):
         super().__init__()
@@ -116,7 +116,7 @@ class Graph(nn.Module):
 
 
 class GraphAttention(nn.Module):
-    """Weights of edges by a softmax over all that lead to a node."""
+    """Weights of edges: a softmax over all edges that lead to the same node."""
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -139,7 +139,7 @@ class StandardizedConv(nn.Conv2d):
 
 
 class Discriminator(nn.Module):
-    """Spectrally normalized convolutions, and a hinge for a head."""
+    """Spectrally normalized convolutions with a hinge loss."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -154,7 +154,7 @@ class Discriminator(nn.Module):
 
 
 class GAN(nn.Module):
-    """A generator, its nearest-neighbour upsampling, and the discriminator's judgement."""
+    """A generator with nearest-neighbour upsampling, and the discriminator's output for it."""
 
     def __init__(self, width: int = 16):
         super().__init__()
@@ -170,7 +170,7 @@ class GAN(nn.Module):
 
 
 class VariationalAutoencoder(nn.Module):
-    """Draws its code from a normal distribution; the output has its divergence beside the image."""
+    """Draws its code from a normal distribution. The output also has its divergence."""
 
     def __init__(self, width: int = 128, code: int = 16):
         super().__init__()
@@ -198,7 +198,7 @@ class Coordinates(nn.Module):
 
 
 class Coupling(nn.Module):
-    """A normalizing flow of two affine couplings; the output is the negative log likelihood of each sample."""
+    """A normalizing flow of two affine couplings. The output is the negative log likelihood of each sample."""
 
     def __init__(self, width: int = WIDTH):
         super().__init__()
@@ -233,12 +233,12 @@ def standardized() -> nn.Module:
 
 
 def graph() -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes, edges from and to, and classes of the nodes."""
+    """Nodes, edges with their ends, and classes of the nodes."""
     return torch.randn(64, 8), torch.randint(64, (2, 256)), torch.randint(CLASSES, (64,))
 
 
 def elbo(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-    """Of a variational autoencoder."""
+    """The loss of a variational autoencoder."""
     return functional.mse_loss(output[0], target) + 1e-3 * output[1]
 
 
@@ -247,7 +247,7 @@ def _noisy_images() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def entries() -> Iterator[Entry]:
-    """All of them."""
+    """All entries of this file."""
     pairs = lambda: (images()[0], images()[0].sigmoid())  # noqa: E731
     mean_square, hinge = functional.mse_loss, lambda output, target: functional.relu(target - output).mean()
     made: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable[[], tuple]]] = {

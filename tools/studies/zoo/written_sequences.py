@@ -1,4 +1,4 @@
-"""Models of sequences, written out: blocks of language models as research code has them."""
+"""Sequence models written out: blocks of language models as in research code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class FunctionalGPT(nn.Module):
 
 
 class WrittenRMSNorm(nn.Module):
-    """x over its root mean square, of elementary operations."""
+    """x over its root mean square, computed with elementary operations."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -62,7 +62,7 @@ class SwiGLU(nn.Module):
 
 
 class WrittenSwiGLU(SwiGLU):
-    """The same with the sigmoid written out."""
+    """The same, with the sigmoid written out."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate(x)
@@ -70,7 +70,7 @@ class WrittenSwiGLU(SwiGLU):
 
 
 class WrittenAttention(nn.Module):
-    """Rotated queries and keys, and a softmax of elementary operations."""
+    """Attention with rotated queries and keys, and a softmax of elementary operations."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -111,7 +111,7 @@ class Llama(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of experts whose weights are stacked: each token goes to two, by a softmax."""
+    """A mixture of experts with stacked weights. Each token goes to two experts, chosen by a softmax."""
 
     def __init__(self, experts: int = 4, width: int = WIDTH):
         super().__init__()
