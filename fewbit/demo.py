@@ -99,7 +99,7 @@ def run(steps: int, bits: list[int], device: str, output: Path, console: Console
                 console.print(_progress(runs, step + 1, steps))  # print lines if the display cannot be redrawn
     for each in runs:
         each.held_out = held_out_loss(each.model, held_out)
-    console.print(_outcome(runs))
+    terminal.show(_outcome(runs), on=console)
     _draw(runs, output)
     console.print(f"wrote {output}", soft_wrap=True)
     return runs

@@ -1,4 +1,4 @@
-"""Shows tables, texts and progress in the terminal: one style, within 80 columns if possible."""
+"""Shows tables, texts and progress in the terminal, in one style and as wide as it is."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from rich import box
-from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.console import Console, RenderableType
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from fewbit.errors import InputError
+from fewbit.layout import WIDTH, lines
 from fewbit.text import plain, shown
 
-WIDTH = 120  # columns of output that does not go to a terminal
-_SENTENCE = 24  # columns that a table gives to texts that may be wrapped
 _displays: list[Progress] = []
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(i)?B?", re.IGNORECASE)
 
@@ -43,34 +41,13 @@ def console(stderr: bool = False, at_least: int = 0) -> Console:
     return found
 
 
-def show(*views: RenderableType) -> None:
-    """Print each view on stdout. Texts are as wide as the terminal. Tables may be wider, so no name or number is cut."""
-    screen = console()
+def show(*views: RenderableType, on: Console | None = None) -> None:
+    """Print each view on stdout, or on another console, no wider than the terminal. Without a terminal, in WIDTH columns."""
+    screen = console() if on is None else on
     width = screen.width if screen.is_terminal else max(screen.width, WIDTH)
     for view in views:
-        for part in _parts(view):
-            screen.width = max(width, _least_width(part)) if isinstance(part, Table) else width
-            screen.print(part)
-
-
-def _parts(view: RenderableType) -> Iterator[RenderableType]:
-    """The parts of a view, texts line by line. If a line is indented, its wrapped parts are indented too."""
-    if isinstance(view, Group):
-        for each in view.renderables:
-            yield from _parts(each)
-    elif isinstance(view, str):
-        for line in view.split("\n"):
-            indent = len(line) - len(line.lstrip(" "))
-            yield Padding(line[indent:], (0, 0, 0, indent), expand=False) if indent else line
-    else:
-        yield view
-
-
-def _least_width(table: Table) -> int:
-    """The width of a table if only its longest sentences are wrapped."""
-    wide = _Console(width=10_000)
-    longest = [max(cell_len(str(cell)) for cell in (each.header, *each.cells)) for each in table.columns if not each.no_wrap]
-    return wide.measure(table).maximum - sum(max(0, each - _SENTENCE) for each in longest)
+        for line in lines(view, width):
+            screen.print(line, soft_wrap=True)
 
 
 def say_written(path: Any) -> None:
@@ -99,13 +76,20 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[]
                 shown.remove_task(task)
 
 
+@cache
+def _progress_console() -> Console:
+    """One console for all displays. A handler of logging may keep the sys.stderr of an earlier display: it then writes above
+    a later one, not into it."""
+    return console(stderr=True)
+
+
 @contextmanager
 def _display() -> Iterator[Progress]:
     """The current display, or a new one. Two displays would overwrite each other."""
     if _displays:
         yield _displays[-1]
         return
-    screen = console(stderr=True)
+    screen = _progress_console()
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -120,22 +104,24 @@ def _display() -> Iterator[Progress]:
             _displays.remove(shown)
 
 
-def table(left: tuple[str, ...], right: tuple[str, ...], wrapped: tuple[str, ...] = ()) -> Table:
-    """An empty table with columns aligned left, then columns aligned right.
+def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    """An empty table with columns aligned left, then columns aligned right. Their cells stay on one line.
 
-    wrapped  columns that are wrapped, at any character, if the terminal is narrow; the others keep their full width
+    Columns that are added with `add_column` hold sentences, which may be wrapped.
     """
     view = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     for names, side in ((left, "left"), (right, "right")):
         for name in names:
-            view.add_column(name, justify=side, no_wrap=name not in wrapped, overflow="fold")  # type: ignore[arg-type]
+            view.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     return view
 
 
 def text(view: RenderableType, width: int) -> str:
     """What a console of this width would show, as plain text without trailing spaces."""
     shown = io.StringIO()
-    _Console(file=shown, width=width, color_system=None, force_jupyter=False).print(view)  # in a notebook, too
+    screen = _Console(file=shown, width=width, color_system=None, force_jupyter=False)  # in a notebook, too
+    for line in lines(view, width):
+        screen.print(line, soft_wrap=True)
     return "\n".join(line.rstrip() for line in shown.getvalue().splitlines())
 
 

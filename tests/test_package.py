@@ -28,7 +28,7 @@ RANKS = [
     {"store"},
     {"kernels", "design"},
     {"packing", "activations", "weights", "torch_internals", "compiling"},
-    {"record", "files"},
+    {"record", "files", "layout"},
     {"errors", "constants"},
     {"text", "interrupt"},
 ]

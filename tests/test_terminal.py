@@ -1,9 +1,11 @@
 """Progress bars: they are shown only on a terminal."""
 
 import io
+import sys
 
 import pytest
 from rich.console import Console, Group
+from rich.text import Text
 
 from fewbit import terminal
 
@@ -14,7 +16,7 @@ HARMLESS = "\\x1b[2J\\x9b31m\\u202e[bold]x[/bold][/y]:warning:"
 def shown(monkeypatch, is_terminal):
     """The output of a progress bar with two steps."""
     screen = Console(file=io.StringIO(), force_terminal=is_terminal, width=80)
-    monkeypatch.setattr(terminal, "console", lambda stderr: screen)
+    monkeypatch.setattr(terminal, "_progress_console", lambda: screen)
     with terminal.progress("measuring layers", 2) as advance:
         advance()
         advance()
@@ -33,7 +35,7 @@ def test_nowhere_else(monkeypatch):
 
 def test_within_another_it_is_one_more_line(monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(terminal, "console", lambda stderr: screen)
+    monkeypatch.setattr(terminal, "_progress_console", lambda: screen)
     with terminal.progress("outer"):
         with terminal.progress("inner") as advance:
             advance()
@@ -44,33 +46,55 @@ def test_within_another_it_is_one_more_line(monkeypatch):
 
 def test_no_name_commands_the_terminal_where_it_is_shown_what_takes_long(monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
-    monkeypatch.setattr(terminal, "console", lambda stderr: screen)
+    monkeypatch.setattr(terminal, "_progress_console", lambda: screen)
     with terminal.progress(HOSTILE):
         pass
     assert HARMLESS in screen.file.getvalue()
 
 
 @pytest.mark.parametrize("columns", [40, 60, 200])
-def test_views_are_as_wide_as_the_terminal_and_tables_are_not_cut(monkeypatch, columns):
+def test_views_are_no_wider_than_the_terminal(monkeypatch, columns):
     screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=columns)
     monkeypatch.setattr(terminal, "console", lambda: screen)
     table = terminal.table(("module",), ("bytes",))
     table.add_column("because")
     table.add_row("encoder.layers.0-11.feed_forward", "1.50 MiB", "it keeps what nothing else needs, and more than that " * 2)
     terminal.show(Group("a sentence of several words " * 9, Group("", table)))
-    shown = [line.rstrip() for line in screen.file.getvalue().splitlines()]
-    table_begins = next(i for i, line in enumerate(shown) if line.startswith("module"))
-    assert max(map(len, shown[:table_begins])) <= columns
-    assert max(map(len, shown)) <= max(columns, 68)  # the columns that need 44, and 24 for the sentence
-    assert "encoder.layers.0-11.feed_forward  1.50 MiB" in "\n".join(shown)
-    assert "…" not in screen.file.getvalue()
+    shown = screen.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= min(columns, 170)
+    assert "encoder.layers.0-11.feed_forward" in shown
+    assert "1.50 MiB" in shown
+
+
+def test_python_to_paste_is_not_broken(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=20)
+    monkeypatch.setattr(terminal, "console", lambda: screen)
+    code = "convert(model, recompute=['encoder.layers.0', 'encoder.layers.1'])"
+    terminal.show(Group("so", Text(code)))
+    assert screen.file.getvalue() == f"so\n{code}\n"
+
+
+def test_who_kept_stderr_as_it_was_writes_above_what_is_shown_later(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    monkeypatch.setattr(terminal, "console", lambda stderr: Console(stderr=stderr, force_terminal=True, width=80))
+    terminal._progress_console.cache_clear()
+    try:
+        with terminal.progress("making"):
+            kept = sys.stderr
+        with terminal.progress("running"):
+            kept.write("a warning\n")
+        last = file.getvalue().rpartition("a warning")[0].splitlines()[-1]
+        assert "running" not in last  # its line was cleared before
+    finally:
+        terminal._progress_console.cache_clear()
 
 
 def test_what_is_wrapped_is_indented_as_its_line_is(monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=20)
     monkeypatch.setattr(terminal, "console", lambda: screen)
     terminal.show(Group("peak: 3 MiB\n  1 MiB of inputs, 2 MiB kept\n\nnext: train"))
-    lines = ["peak: 3 MiB", "  1 MiB of inputs, 2", "  MiB kept", "", "next: train"]
+    lines = ["peak: 3 MiB", "  1 MiB of inputs,", "  2 MiB kept", "", "next: train"]
     assert [line.rstrip() for line in screen.file.getvalue().splitlines()] == lines
 
 

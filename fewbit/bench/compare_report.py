@@ -14,8 +14,7 @@ from fewbit.record import plural
 from fewbit.terminal import bytes_label, three_figures
 
 _KEY = """\
-calls   calls of operators in forward and backward that move bytes, except matrix products,
-        convolutions and attention
+calls   calls of operators in forward and backward that move bytes, except matrix products, convolutions and attention
 moved   bytes that these operators read and write
 kept    bytes that forward keeps for backward, without the batch
 peak    the most bytes that a step holds beyond the model, gradients included
@@ -23,7 +22,7 @@ peak    the most bytes that a step holds beyond the model, gradients included
 
 
 def show(report: Report, console: Console, operators: bool = False) -> None:
-    """Print a table for each device and dtype, and the meaning of its columns. The console becomes as wide as needed.
+    """Print a table for each device and dtype, and the meaning of its columns.
 
     operators  whether to show each operator too
     """
@@ -31,13 +30,10 @@ def show(report: Report, console: Console, operators: bool = False) -> None:
     for case in report.cases:
         size = f"{case.parameters / 1e6:.1f} million parameters, batch of {', '.join(case.batch)}"
         where = f"{case.dtype} on {case.device} ({report.devices[case.device]}), {on}"
-        console.print(f"{report.model}: {size}\n{where}\n", soft_wrap=True)
+        terminal.show(f"{report.model}: {size}\n{where}\n", on=console)
         for view in (_runs(case), _operators(case)) if operators else (_runs(case),):
-            console.width = max(console.width, console.measure(view, options=console.options.update(max_width=1000)).maximum)
-            console.print(view, "")
-    console.print(_KEY, soft_wrap=True)
-    for note in report.notes:
-        console.print(note, soft_wrap=True)
+            terminal.show(view, "", on=console)
+    terminal.show(_KEY, *report.notes, on=console)
 
 
 def write(report: Report, path: Path) -> None:

@@ -15,7 +15,6 @@ from fewbit.plots import RatioPanels, plot_ratios, save
 from fewbit.record import plural
 from fewbit.terminal import bytes_label, three_figures
 
-WIDTH = 100
 _KEY = """\
 µs          median time of a call; both: one call that runs forward and backward
 over exact  time of both, relative to the exact one in the same round: median and middle half of the rounds
@@ -26,18 +25,15 @@ _CUDA_KEY = "Caches are not flushed between calls: tensors that fit into the GPU
 
 
 def show(report: Report, console: Console) -> None:
-    """Print a table for each device and dtype, at most WIDTH columns wide, and the meaning of its columns."""
+    """Print a table for each device and dtype, and the meaning of its columns."""
     on = f"{plural(report.repeats, 'round')}, {plural(report.threads, 'thread')}"
     for (device, dtype), group in groupby(report.cases, key=lambda case: (case.device, case.dtype)):
         cases = list(group)
-        console.print(f"{dtype} on {device} ({report.devices[device]}), {on}\n", _runs(cases), "", sep="\n")
+        terminal.show(f"{dtype} on {device} ({report.devices[device]}), {on}\n", _runs(cases), "", on=console)
         if cases[0].parts:
-            console.print(f"{dtype} on {device}: encode and decode alone\n", _parts(cases), "", sep="\n")
-    console.print(_KEY)
-    if any(device.startswith("cuda") for device in report.devices):
-        console.print(_CUDA_KEY)
-    for note in report.notes:
-        console.print(note, soft_wrap=True)
+            terminal.show(f"{dtype} on {device}: encode and decode alone\n", _parts(cases), "", on=console)
+    cuda = any(device.startswith("cuda") for device in report.devices)
+    terminal.show(_KEY, *[_CUDA_KEY] * cuda, *report.notes, on=console)
 
 
 def write(report: Report, json_path: Path | None, plot_path: Path | None) -> None:

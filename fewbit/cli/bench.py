@@ -90,7 +90,7 @@ def bench(
     numbers, sizes = [_number(text) for text in bits or [str(DEFAULT_BITS)]], size or ["2^10", "2^16", "2^22"]
     options = {"threads": threads, "repeats": repeats or 30, "parts": parts, "compiled": compiled}
     measured = measure.run(_checked(measure.settings_of, records, numbers, dtypes, sizes, devices, **options), _tracker())
-    report.show(measured, terminal.console(at_least=report.WIDTH))
+    report.show(measured, terminal.console())
     report.write(measured, json_path, plot_path)
 
 

@@ -80,10 +80,10 @@ def memory(
             results["peak_after"] = _peak_of(results["plan"])
         if budget is not None:
             results["largest_batch"] = report.largest_batch(budget, DEFAULT_MODEL_BITS if wanted is None else wanted)
-    terminal.show(report.view(), "")
+    terminal.show(report.view())
     for name, each in results.items():
         after = "after plan.convert(), " * (name == "peak_after")
-        terminal.show(each.view() if hasattr(each, "view") else f"{after}{each}", "")
+        terminal.show("", each.view() if hasattr(each, "view") else f"{after}{each}")
     plan, figures = results.get("plan"), {name: each.to_dict() for name, each in results.items() if not isinstance(each, str)}
     outputs.write(report, figures, pictured=plan, page=lambda path: report.to_html(path, plan, results.get("largest_batch")))
 

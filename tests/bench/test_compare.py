@@ -33,7 +33,7 @@ def report():
 
 def shown(report, **options):
     text = io.StringIO()
-    compare_report.show(report, Console(file=text, width=80), **options)
+    compare_report.show(report, Console(file=text, width=160), **options)
     return text.getvalue()
 
 

@@ -29,6 +29,8 @@ def no_window(monkeypatch):
 
 
 MODELS = """
+from collections import OrderedDict
+
 import fewbit
 import torch
 from torch import nn
@@ -80,6 +82,11 @@ def square(model, x):
 
 def converted():
     return fewbit.convert(Vector(), bits=2)
+
+def nested():
+    def stage():
+        return nn.Sequential(OrderedDict(block_of_the_stage=nn.Sequential(nn.Linear(8, 8), nn.GELU())))
+    return nn.Sequential(OrderedDict(encoder_of_the_model=nn.Sequential(stage(), stage())))
 
 seen, dtypes = [], []
 made = Odd()
@@ -307,6 +314,16 @@ def test_fidelity_is_that_of_the_library(capsys, models):
     batches = [{name: torch.randint(10, (8, 4), generator=generator) for name in names} for _ in range(4)]
     expected = fewbit.fidelity(fewbit.convert(model, bits=3), batches, by="module").to_dict()
     assert {name: figures[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("command", ["fidelity", "calibrate", "allocate", "memory"])
+def test_tables_have_names_in_full(capsys, models, command):
+    status, out, _ = run(capsys, command, "some_models:nested", "--input", "4,8")
+    assert status == 0
+    assert "…" not in out
+    place = {"fidelity": "*", "memory": "0-1"}.get(command, "1")
+    assert f"encoder_of_the_model.{place}.block_of_the_stage." in out
+    assert not out.endswith("\n\n")
 
 
 def test_calibrate_saves_tables_that_install(capsys, models):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fewbit import terminal
 from fewbit.models.calibration.calibration import Calibration
 from fewbit.models.calibration.knapsack import Choices
-from fewbit.models.grouping import shortened
 from fewbit.models.report import Report
 from fewbit.record import plural
 from fewbit.terminal import bytes_label
@@ -105,7 +104,7 @@ class Allocation(Report):
         view = terminal.table(("layer", "activation"), ("bits", "bytes", "error", uniform))
         for layer in self.layers:
             errors = (f"{layer.error(bits):.4f}" for bits in (layer.bits, self.uniform_bits))
-            view.add_row(shortened(layer.name), layer.activation, str(layer.bits), f"{layer.bytes:,}", *errors)
+            view.add_row(layer.name, layer.activation, str(layer.bits), f"{layer.bytes:,}", *errors)
         for name, index in (("all, predicted", 1), ("all, measured", 2)):
             errors = (f"{outcome[index]:.4f}" for outcome in (self.outcome, self.uniform))
             view.add_row(name, "", "", f"{self.outcome.bytes:,}", *errors)

@@ -18,7 +18,6 @@ from fewbit.errors import InputError, TableError, TableFileError
 from fewbit.models.arguments import check_model
 from fewbit.models.conversion.engine import convert_modules
 from fewbit.models.conversion.setting import Setting
-from fewbit.models.grouping import shortened
 from fewbit.models.modules import CodedModule, coded_modules
 from fewbit.models.preserve import structure_restored_on_error
 from fewbit.models.report import Report
@@ -176,7 +175,7 @@ class Calibration(Report):
             cells = [f"{layer.elements:,}" if layer.elements else "–", _number(layer.mean, ".3g"), _number(layer.std, ".3g")]
             for channel in CHANNELS[: 1 + joint]:
                 cells += [_number(_error(layer, when, channel), ".4f") for when in ("before", "after")]
-            view.add_row(shortened(layer.name), label(layer.activation, layer.parameters), str(layer.table.bits), *cells)
+            view.add_row(layer.name, label(layer.activation, layer.parameters), str(layer.table.bits), *cells)
         return Group(view, "", self._key())
 
     def _key(self) -> str:

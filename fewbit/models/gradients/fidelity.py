@@ -17,7 +17,6 @@ from fewbit.autograd import exact as exact_mode
 from fewbit.errors import InputError
 from fewbit.models.arguments import LossFunction, check_batches, check_model, model_loss, no_batch
 from fewbit.models.gradients.streams import Figures, Stream, Streams
-from fewbit.models.grouping import shortened
 from fewbit.models.preserve import RandomNumbers, devices_of, preserved_state
 from fewbit.models.report import Report
 from fewbit.nn.activations import CodedActivation
@@ -330,7 +329,7 @@ def _cells(part: Part) -> list[str]:
     numbers = [f"{each:.4f}" if each is not None else "–" for each in (part.error, part.worst, part.cosine)]
     noise, systematic = ("–" if each is None else f"{each:.3f}" for each in (part.noise, part.systematic))
     return [
-        shortened(part.group),
+        part.group,
         f"{part.parameters:,}",
         _percent(part.weight),
         *numbers,

@@ -21,7 +21,6 @@ from fewbit.autograd import sharing
 from fewbit.design.table import CodeTable
 from fewbit.errors import DesignError, DriftWarning, InputError
 from fewbit.models.arguments import check_model
-from fewbit.models.grouping import shortened
 from fewbit.models.modules import CodedModule, describe, pre_activation
 from fewbit.models.report import Report
 from fewbit.nn.activations import CodedActivation
@@ -324,9 +323,7 @@ class Drift(Report):
         )
         for row in sorted(self.rows(), key=lambda row: -(row["ratio"] or 0))[:30]:
             figures = [_cell(row[name]) for name in ("error", "design", "ratio", "largest_ratio", "mean", "std")]
-            table.add_row(
-                shortened(row["layer"] or "(model)"), str(row["calls"]), row["channel"] or "–", *figures, str(row["warnings"])
-            )
+            table.add_row(row["layer"] or "(model)", str(row["calls"]), row["channel"] or "–", *figures, str(row["warnings"]))
         more = [f"{len(self.layers) - 30} more layers have smaller ratios"] if len(self.layers) > 30 else []
         return Group(self.verdict, "", table, *more)
 

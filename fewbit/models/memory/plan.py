@@ -144,7 +144,7 @@ class Plan(Report):
         return f"converted with {self.setting}, the {name} keeps {kept} of the {whole} that exact training keeps{rest}"
 
     def _table(self, most: int) -> RenderableType:
-        view = terminal.table(("module",), ("before", "after"), wrapped=("module",))
+        view = terminal.table(("module",), ("before", "after"))
         view.add_column("advice", no_wrap=True)
         view.add_column("because")
         groups = [group for group in advice.grouped(self.advice) if any(each.before or each.after for each in group)]

@@ -276,7 +276,7 @@ def _row(storage: Storage, activations: int) -> dict[str, Any]:
 def _table(storages: Iterable[Storage], most: int) -> RenderableType:
     groups = repeated(storages)
     everything = sum(each.bytes for each in groups)
-    view = terminal.table(("module", "operation", "tensor"), ("times", "bytes", "share"), wrapped=("module",))
+    view = terminal.table(("module", "operation", "tensor"), ("times", "bytes", "share"))
     some_are_shared = any(each.shared for each in groups[:most])
     if some_are_shared:
         view.add_column("shared with")
