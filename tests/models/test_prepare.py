@@ -161,3 +161,12 @@ def test_errors_leave_the_model_as_it_was(change, error, words):
     with pytest.raises(error, match=words):
         fewbit.prepare(found, arguments.pop("batches"), **arguments)
     assert types(found) == types(model())
+
+
+def test_where_the_peak_does_not_fall_it_says_so():
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 8))  # few rows: gradients of weights are the peak
+    batches = [torch.randn(32, 1024) for _ in range(3)]
+    done = fewbit.prepare(model, batches, lambda model, batch: model(batch).square().mean())
+    assert done.kept[1] < done.kept[0]
+    assert done.peaks[1].bytes == done.peaks[0].bytes
+    assert "fewbit.revert(model)" in done.next_step
