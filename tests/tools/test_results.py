@@ -363,16 +363,16 @@ QUOTED = [
         for name, task in (("GPT-2", "gpt"), ("BERT", "bert"), ("ViT", "vit"), ("ResNet-18", "resnet"))
     ),
     (
-        "On two CPU cores it is {:.2f} of the peak, at {:.2f} of the time",
+        "On two CPU cores GPT-2 takes {:.2f} of the peak, at {:.2f} of the time",
         "working_sizes",
         "GPT-2/coded/peak",
         "GPT-2/coded/time",
     ),
     (
-        "of GPT-2 to {:.2f} of the exact peak on an H200 GPU, at {:.2f} of the time",
+        "a step of GPT-2 takes {:.2f} of its exact peak on an H200 GPU, at {:.2f} of the time, "
+        "Llama {:.2f} at {:.2f}, ViT {:.2f} at {:.2f}",
         "working_sizes-cuda",
-        "models/GPT-2/coded/peak",
-        "models/GPT-2/coded/time",
+        *(f"models/{name}/coded/{column}" for name in ("GPT-2", "Llama", "ViT") for column in ("peak", "time")),
     ),
     (
         "of GPT-2 takes {:.2f} of its exact peak memory on two CPU cores, at {:.2f} of the time",
