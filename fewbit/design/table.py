@@ -312,7 +312,7 @@ def read_text(path: str | Path, most: int) -> str:
     try:
         return files.read(path, most).decode("utf-8")
     except OSError as error:
-        raise TableFileError(f"cannot read table file {path}: {error.strerror}; check the path") from error
+        raise TableFileError(f"cannot read {path}: {error.strerror}; check the path") from error
     except ValueError as error:  # not UTF-8, or a path that no file can have
         raise TableFileError(f"{path} is not a fewbit table file: it is not text") from error
 

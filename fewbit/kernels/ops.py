@@ -178,7 +178,7 @@ def refuse_second_derivative(*_: object) -> None:
     """Raise InputError. This is the backward of a gradient from codes."""
     raise InputError(
         "the gradient of a coded activation or layer can be taken once: its codes hold no second derivative; "
-        "for double backward (gradient penalties, Hessians) use torch's own"
+        "for double backward (gradient penalties, Hessians), run that part inside fewbit.exact()"
     )
 
 

@@ -345,12 +345,26 @@ class TestFunctorchInside:
             compiled(jacfwd(f))(x)
 
 
-def test_the_table_of_kept_bytes():
-    """A row that tools/compile_bytes.py prints."""
+def kept_bytes_tool():
     path = Path(fewbit.__file__).parent.parent / "tools" / "compile_bytes.py"
     spec = importlib.util.spec_from_file_location("compile_bytes", path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_the_table_of_kept_bytes():
+    """A row that tools/compile_bytes.py prints."""
+    tool = kept_bytes_tool()
     assert set(tool.MODELS) >= {"Linear → act → Linear", "the same, frozen", "the same with LoRA", "act(a) * b"}
     model = tool.MODELS["the same, frozen"](fewbit.GELU(bits=3))
     assert tool.kept(model, model) == pytest.approx(0.375, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_guide_shows_the_table_of_kept_bytes():
+    tool = kept_bytes_tool()
+    page = (Path(fewbit.__file__).parent.parent / "docs" / "convert.md").read_text(encoding="utf-8")
+    for name, make in tool.MODELS.items():
+        assert f"| {name} | {' | '.join(f'{value:.3f}' for value in tool.row(make, 3))} |" in page

@@ -274,7 +274,9 @@ class Fidelity(Report):
         return {"verdict": self.verdict, "level": self.level, **whole, **own, **lists}
 
     def view(self) -> RenderableType:
-        """The verdict, the groups that hold most of the error, and what the columns mean."""
+        """The verdict, the groups that hold most of the error, and what the columns mean. If nothing is coded, only the verdict."""
+        if not (self.coded or self.whole.error):
+            return Group(self.verdict)
         table = terminal.table(
             ("parameters",), ("count", "of ‖g‖²", "error", "worst", "cosine", "SGD noise", "error /\nnoise", "systematic")
         )
