@@ -12,9 +12,10 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from fewbit.text import plain
+from fewbit.text import cut, plain
 
 WIDTH = 120  # columns of the longest lines of text, also in a wider terminal
+_LONGEST = 400  # characters of a cell: files from outside may hold names of any length
 _SENTENCE = 24  # columns that a table gives to sentences at least
 _GAP, _INDENT = "  ", "  "  # between columns; before lines that stand below a name
 _HANG = re.compile(r" +|\S+(?: \S+)*? {2,}")  # of a line: its indent, or a word with its explanation's gap
@@ -80,7 +81,7 @@ class _Column(NamedTuple):
 
     @classmethod
     def of(cls, column: Column) -> _Column:
-        cells = [plain(str(each)) for each in (column.header, *column.cells)]
+        cells = [cut(plain(str(each)), _LONGEST) for each in (column.header, *column.cells)]
         wide = max(cell_len(line) for cell in cells for line in cell.split("\n"))
         return cls(cells, wide, column.justify == "right", not column.no_wrap)
 

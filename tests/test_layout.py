@@ -112,3 +112,9 @@ def test_what_is_explained_stands_apart_from_what_explains_it():
 
 def test_what_is_already_as_it_is_to_be_stays():
     assert shown(Text("convert(model, bits=4)"), 10) == ["convert(model, bits=4)"]
+
+
+def test_names_of_any_length_are_cut():
+    view = terminal.table(("name",), ("number",))
+    view.add_row("a" * 10**6, "1")
+    assert len(terminal.text(view, 80)) < 600

@@ -33,7 +33,7 @@ def report():
 
 def shown(report):
     text = io.StringIO()
-    bench_report.show(report, Console(file=text, width=100))
+    bench_report.show(report, Console(file=text, width=100, force_terminal=True, color_system=None))
     return text.getvalue()
 
 

@@ -132,7 +132,7 @@ def test_help_tells_what_users_ask():
     text = fewbit.GELU.__doc__ or ""
     assert signature(fewbit.GELU) == "(approximate='none', inplace=False, *, bits=None, table=None, shared=False)"
     for part in (
-        "left to torch",
+        "get torch's operation",
         "load_ladder('gelu', bits)",
         "    3      0.0183      0.0601      0.0646",
         "ICML 2023",
