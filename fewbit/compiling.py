@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numba
@@ -23,6 +25,8 @@ from numba.core.ccallback import CFunc
 
 from fewbit import files
 from fewbit.text import plain
+
+_log = logging.getLogger(__name__)
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -66,19 +70,27 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception as error:  # damaged files raise whatever pickle raises
             removed = self._cache_file.remove()
             how = "removed it, and compile the function anew" if removed else "compile the function anew; delete that file"
             what = f"{self._cache_file.index}, an index of compiled functions, or a file that it names is damaged"
             warnings.warn(plain(f"{what} ({type(error).__name__}: {error}): {how}"), stacklevel=2)
-            return None
+            found = None
+        if found is None:
+            _tell_that_it_takes_time()
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)
         except Exception as error:
             _not_kept(f"cannot write to {self._cache_path} ({error})")
+
+
+@cache
+def _tell_that_it_takes_time() -> None:
+    _log.info("compiling kernels, which takes up to a minute; they are kept for next time")
 
 
 class _CacheFile(IndexDataCacheFile):

@@ -109,3 +109,12 @@ def test_no_folder_at_all(way, monkeypatch):
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     with pytest.warns(UserWarning, match="compiled functions are not kept, .*: cannot cache function 'square'"):
         assert way(square)(3) == 9
+
+
+def test_says_once_that_it_compiles(way, caplog):
+    compiling._tell_that_it_takes_time.cache_clear()
+    with caplog.at_level("INFO", logger="fewbit.compiling"):
+        quietly(way)
+        quietly(way)  # found in the cache
+        quietly(way, cube)
+    assert [record.message[:17] for record in caplog.records] == ["compiling kernels"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -61,7 +62,24 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        return _run(arguments)
+        with _notices():
+            return _run(arguments)
+
+
+@contextlib.contextmanager
+def _notices() -> Iterator[None]:
+    """Say on a terminal why the first command takes long."""
+    log, handler = logging.getLogger("fewbit.compiling"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fewbit: %(message)s"))
+    level = log.level
+    if sys.stderr is not None and sys.stderr.isatty():
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _run(arguments: list[str]) -> int:

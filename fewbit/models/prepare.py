@@ -89,7 +89,9 @@ class Preparation(Report):
         if self.fits is False:
             return "the peak is above the budget: take a smaller batch; fewbit.memory(…).largest_batch(…) finds one that fits"
         if self.peaks and self.peaks[1].bytes >= self.peaks[0].bytes:
-            return "train it as it is: coding does not lower the peak of a step; fewbit.revert(model) makes the model exact again"
+            return (
+                "train it as it is: coding does not lower the peak of a step; fewbit.revert(model) makes the model exact again"
+            )
         return "train; fewbit.save(model, path) keeps this conversion beside a checkpoint"
 
     def rows(self) -> list[dict[str, Any]]:
