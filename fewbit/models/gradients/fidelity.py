@@ -274,7 +274,7 @@ class Fidelity(Report):
         return {"verdict": self.verdict, "level": self.level, **whole, **own, **lists}
 
     def view(self) -> RenderableType:
-        """The verdict, the groups that hold most of the error, and what the columns mean; the verdict alone if nothing is coded."""
+        """The verdict, the groups with most of the error, and what the columns mean; the verdict alone if nothing is coded."""
         if not (self.coded or self.whole.error):
             return Group(self.verdict)
         table = terminal.table(
