@@ -26,7 +26,7 @@ from fewbit.models.gradients.fidelity import fidelity
 from fewbit.models.gradients.watch import Watch, watch
 from fewbit.models.memory.report import memory
 from fewbit.models.preserve import preserved_structure
-from fewbit.terminal import bytes_label
+from fewbit.terminal import bytes_label, percent
 
 _log = logging.getLogger("fewbit")
 FILE = "fewbit.json"  # in the folder of a checkpoint of transformers
@@ -224,7 +224,7 @@ def _kept(model: nn.Module, batch: Any, loss_fn: LossFunction, may_run: bool) ->
         _log.info("cannot tell what the model keeps for backward: %s: %s", type(error).__name__, error)
         return {}
     share = coded / exact if exact else 1.0
-    text = f"keeps {bytes_label(coded)} for backward, {share:.0%} of the {bytes_label(exact)} that exact training keeps"
+    text = f"keeps {bytes_label(coded)} for backward, {percent(share)} of the {bytes_label(exact)} that exact training keeps"
     _log.info("%s", text)
     return {"fewbit_kept_bytes": coded, "fewbit_kept_share": share}
 

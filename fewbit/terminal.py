@@ -163,3 +163,12 @@ def three_figures(number: float) -> str:
     ('1.00', '12.3', '123')
     """
     return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f}"
+
+
+def percent(share: float) -> str:
+    """A share in percent, with more decimals where it is small.
+
+    >>> percent(0.241), percent(0.0504), percent(0.0004), percent(3.2), percent(0.0)
+    ('24 %', '5.0 %', '0.04 %', '320 %', '0.0 %')
+    """
+    return f"{100 * share:.{2 if 0 < share < 0.01 else 1 if share < 0.2 else 0}f} %"

@@ -18,7 +18,7 @@ def test_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     for block in found:
         exec(block, names)
     plan, verdict = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
-    kept = re.search(r"keeps .* \(([\d.]+)%\)", plan)
+    kept = re.search(r"keeps .* \(([\d.]+) %\)", plan)
     assert kept
     assert 0 < float(kept[1]) < 50
     assert re.match(r"coded gradient errs by .* of the SGD noise", verdict)

@@ -72,7 +72,7 @@ def _draw_peaks(axes: Axes) -> None:
         axes.bar_label(bars, [f"{each[i]:.2f}" for each in found.values()], padding=1)
     axes.set_xticks(range(len(found)), MODELS)
     axes.set(ylim=(0, 1.3), yticks=(), ylabel="peak over exact")
-    axes.set_title("Peak memory of a training step, two CPU cores", fontsize=10)
+    axes.set_title("Peak memory of a training step beside its weights, two CPU cores", fontsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.legend(frameon=False, loc="upper center", ncols=len(WAYS))
 

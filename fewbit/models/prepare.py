@@ -26,7 +26,7 @@ from fewbit.models.memory.report import MemoryReport, memory
 from fewbit.models.preserve import structure_restored_on_error
 from fewbit.models.report import Report
 from fewbit.record import plural
-from fewbit.terminal import bytes_label, parse_bytes
+from fewbit.terminal import bytes_label, parse_bytes, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ class Preparation(Report):
     def verdict(self) -> str:
         """One line: what is kept, the peak, and whether that is safe."""
         before, after = self.kept
-        text = f"{self.fidelity.level}: keeps {after / before if before else 1:.0%} of what exact training keeps"
+        text = f"{self.fidelity.level}: keeps {percent(after / before if before else 1)} of what exact training keeps"
         if self.peaks is None:
             return text
         peaks = [bytes_label(each.bytes) for each in self.peaks]

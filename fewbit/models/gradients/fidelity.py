@@ -228,8 +228,8 @@ class Fidelity(Report):
             return "unknown", "the exact gradient is not finite in any batch: nothing can be said; scale the loss less"
         if self.losses_differ > 1e-3:  # far beyond the rounding of fused kernels and of atomic sums
             return "unknown", (
-                f"the exact and the coded pass gave losses that differ by {self.losses_differ:.1%}: loss_fn must do the same "
-                "when called again, with torch's, numpy's or Python's global random numbers"
+                f"the exact and the coded pass gave losses that differ by {_percent(self.losses_differ)}: loss_fn must do the "
+                "same when called again, with torch's, numpy's or Python's global random numbers"
             )
         if whole.error is None:
             return "unknown", "the exact gradient is zero in all batches: nothing can be said"
@@ -320,11 +320,7 @@ def _batches(number: int) -> str:
 
 
 def _percent(ratio: float | None) -> str:
-    """
-    >>> _percent(0.0504), _percent(0.0004), _percent(3.2), _percent(0.0)
-    ('5.0 %', '0.04 %', '320 %', '0.0 %')
-    """
-    return "–" if ratio is None else f"{100 * ratio:.{2 if 0 < ratio < 0.01 else 1 if ratio < 0.2 else 0}f} %"
+    return "–" if ratio is None else terminal.percent(ratio)
 
 
 def _cells(part: Part) -> list[str]:

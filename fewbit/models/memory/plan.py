@@ -25,7 +25,7 @@ from fewbit.models.memory.saved import Storage
 from fewbit.models.memory.storages import kept_by, most_kept, note_on_workspaces, picture_of, total
 from fewbit.models.preserve import preserved_structure
 from fewbit.models.report import Report
-from fewbit.terminal import bytes_label
+from fewbit.terminal import bytes_label, percent
 from fewbit.text import plain
 from fewbit.torch_internals import is_compiled
 
@@ -252,4 +252,4 @@ def _by_running(reason: str) -> str:
 
 
 def _part(part: int, whole: int) -> str:
-    return f"{bytes_label(part)} ({part / whole:.1%})" if whole else bytes_label(part)
+    return f"{bytes_label(part)} ({percent(part / whole)})" if whole else bytes_label(part)

@@ -38,7 +38,7 @@ from fewbit.models.memory.storages import (
     total,
 )
 from fewbit.models.report import Report
-from fewbit.terminal import bytes_label
+from fewbit.terminal import bytes_label, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -287,11 +287,11 @@ def _table(storages: Iterable[Storage], most: int) -> RenderableType:
             each.tensor,
             str(each.count),
             bytes_label(each.bytes),
-            f"{each.bytes / everything:.1%}",
+            percent(each.bytes / everything),
             *([each.shared] if some_are_shared else []),
         )
     rest = groups[most:]
     if rest:
         left = sum(each.bytes for each in rest)
-        view.add_row(f"{len(rest)} others", "", "", "", bytes_label(left), f"{left / everything:.1%}")
+        view.add_row(f"{len(rest)} others", "", "", "", bytes_label(left), percent(left / everything))
     return view
