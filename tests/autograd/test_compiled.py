@@ -289,6 +289,7 @@ def test_saved_tensors_hooks_see_the_codes():
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], grad)
 
 
+@pytest.mark.slow
 def test_registered_activations():
     fewbit.register("snake", lambda x, a: x + (a * x).sin() ** 2 / a, parameters={"a": 1.0})
     check(lambda x: fewbit.functional.snake(x, a=2.0), fewbit.load_ladder("snake", 3, a=2.0), torch.randn(100))

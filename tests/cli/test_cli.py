@@ -190,6 +190,7 @@ def test_a_function_of_ones_own(capsys, tmp_path, monkeypatch):
     assert "square: 1 bit" in out
 
 
+@pytest.mark.slow
 def test_build_and_check(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "SHIPPED", {"relu": activations.get("relu")})
     status, out, err = run(capsys, "tables", "build", "--output", tmp_path)

@@ -34,9 +34,10 @@ OF_KERNELS = ["tests/kernels/cuda_activations.py", "tests/kernels/cuda_layers.py
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("marked", "files"),
-    [("not slow", OF_KERNELS), *(pytest.param("slow", [file], marks=pytest.mark.slow) for file in OF_KERNELS)],
+    [("not slow", OF_KERNELS), *(("slow", [file]) for file in OF_KERNELS)],
     ids=["quick", "slow", "slow, layers"],
 )
+@pytest.mark.slow
 def test_in_the_interpreter(marked, files):
     """Run in a process in which Triton interprets: that is decided when the kernels are decorated."""
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-m", marked, *files]
@@ -104,6 +105,7 @@ MOST_INSTRUCTIONS = {"encode": 17, "decode": 10.5, "forward": 50}
 
 
 @needs_triton
+@pytest.mark.slow
 def test_machine_code():
     """The report that the tool prints, in a process of its own."""
     options = ["--json", "--kernels", "encode", "decode", "--dtypes", "bfloat16", "--bits", "3"]
@@ -148,6 +150,7 @@ def check_layer_code(rows):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_machine_code_of_layers():
     options = ["-m", "tools.aot_layers", "--json", "--dtypes", "bfloat16", "--bits", "3", "--calls"]
     result = run_python(*options, "encode values", "decode values", "layer norm")

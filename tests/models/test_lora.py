@@ -99,6 +99,7 @@ def ready(adapter="LoRA", name="Llama"):
     return lora.build(name, adapter, when="after")
 
 
+@pytest.mark.slow
 def test_prepare_says_safe():
     model = lora.build("Llama", "LoRA")
     done = fewbit.prepare(model, batches("Llama", 2))

@@ -269,6 +269,7 @@ class TestFinalLoss:
         first, second = (final_loss.start(number).head.weight.detach() for number in (0, 1))
         assert float((second - first).std() / first.std()) == pytest.approx(0.01, rel=0.02)
 
+    @pytest.mark.slow
     def test_finished_runs_are_not_run_again(self, screen, tmp_path, monkeypatch):
         runs = final_loss.run_all(screen, ["exact", "2"], starts=1, orders=1, steps=2, directory=tmp_path)
         exact, coded = runs
@@ -301,6 +302,7 @@ class TestRecurrent:
             assert characters.shape == following.shape == (recurrent.CHARACTERS // steps, steps)
             assert torch.equal(characters[:, 1:], following[:, :-1])
 
+    @pytest.mark.slow
     def test_errors_and_their_picture(self, screen):
         found = recurrent.errors(screen, ["GRU"], [16, 32], number=2)
         for by_steps in found["GRU"].values():

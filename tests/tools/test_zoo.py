@@ -115,6 +115,7 @@ def test_failures_are_rows(screen):
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.slow
 def test_models_written_out(screen):
     entries = [each for each in written_models.entries() if each.name in ("SIREN", "flow", "graph")]
     found = zoo.measure_all(screen, entries)

@@ -136,6 +136,7 @@ class TestSubclasses:
         assert (module.name, module.record) == ("first", [1])
 
     @pytest.mark.usefixtures("fresh_compiler")
+    @pytest.mark.slow
     def test_compiled(self):
         model = fewbit.convert(nn.Sequential(Plain(8, 8), Both()), bits=4)
         x = torch.randn(5, 8)
@@ -250,6 +251,7 @@ class TestTransformerLayers:
         for each in (coded, copy.deepcopy(coded), pickle.loads(pickle.dumps(coded))):
             assert torch.equal(each(x, x), copy.deepcopy(exact)(x, x))
 
+    @pytest.mark.slow
     def test_compiled(self):
         exact, x = self.model("gelu"), torch.randn(4, 10, 16)
         coded = fewbit.convert(copy.deepcopy(exact), bits=8)

@@ -248,6 +248,7 @@ class TestCompiled:
         coded, eager = (bytes_kept(each, x, leave_out=(x, *model.parameters())) for each in (call, model))
         assert coded < 1.2 * eager
 
+    @pytest.mark.slow
     def test_casts_and_powers_of_all_kinds(self):
         class Casts(torch.nn.Module):
             def __init__(self):

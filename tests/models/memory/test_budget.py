@@ -135,6 +135,7 @@ def test_gradients_that_are_there_stay():
     assert all(each.grad.eq(1).all() for each in (batch, *subject.model.parameters()))
 
 
+@pytest.mark.slow
 def test_another_budget_runs_no_more_steps(report, monkeypatch):
     first = report.plan(3, budget=report.peak.bytes)
     monkeypatch.setattr(search, "Recorder", None)

@@ -73,6 +73,7 @@ def test_every_tensor_of_a_batch_grows_along():
         size_of(torch.ones(3), 1)
 
 
+@pytest.mark.slow
 def test_the_longest_sequence():
     """What attention keeps grows with the length; written-out attention weights grow with its square."""
     subject = gpt(2, 64, 2, 16)

@@ -345,6 +345,7 @@ LAYERS = [
 
 @settings(max_examples=8, deadline=None, database=None, derandomize=True)
 @given(st.lists(st.integers(0, len(LAYERS) - 1), min_size=2, max_size=4), st.sampled_from([2, 64, 400]))
+@pytest.mark.slow
 def test_no_set_of_conversions_keeps_less(which, rows):
     """Compared with all sets of conversions, measured on real tensors."""
     torch.manual_seed(random.Random(str(which)).randint(0, 100))
