@@ -218,12 +218,8 @@ def shipped_requests(name: str) -> Iterator[Request]:
                 yield from (Request.rung(record, bits, channels, std) for std in RUNGS if std != 1)
 
 
-def shipped_text(name: str) -> str:
-    """The text of the shipped file of a name, from new designs."""
-    return dump_tables(_designed(name))
-
-
-def _designed(name: str) -> list[CodeTable]:
+def shipped_designs(name: str) -> list[CodeTable]:
+    """The tables of the shipped file of a name, from new designs."""
     return [_search(request) for request in shipped_requests(name)]
 
 
@@ -236,7 +232,7 @@ def build_tables(directory: Path, *, check: bool = False) -> Iterator[tuple[str,
     if not check:
         directory.mkdir(parents=True, exist_ok=True)
     for name in activations.SHIPPED:
-        path, designed = directory / f"{name}.json", _designed(name)
+        path, designed = directory / f"{name}.json", shipped_designs(name)
         differs = not _stands(path, name, designed)
         if differs and not check:
             files.write(path, dump_tables(designed))

@@ -15,6 +15,7 @@ import fewbit
 from fewbit import activations, files, store
 from fewbit.constants import CHANNELS, RUNGS, SHIPPED_BITS, SHIPPED_CODINGS, WEIGHTS
 from fewbit.design.request import Request
+from fewbit.design.table import dump_tables
 from fewbit.errors import ActivationError, DesignError, TableFileError
 from fewbit.weights import Weight
 
@@ -32,7 +33,7 @@ def check_shipped(name):
     Mirror images count as equal: if f' is symmetric and the best table is not, both have the same error. Then the last bit
     decides, which depends on the processor.
     """
-    shipped, designed = (store.tables_directory() / f"{name}.json").read_text(), store.shipped_text(name)
+    shipped, designed = (store.tables_directory() / f"{name}.json").read_text(), dump_tables(store.shipped_designs(name))
     if shipped == designed:
         return
     for ours, theirs in zip(*(json.loads(text)["tables"] for text in (designed, shipped)), strict=True):
